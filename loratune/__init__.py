@@ -1,0 +1,68 @@
+"""loratune: LoRA and QLoRA fine-tuning from a YAML recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratune.errors import (
+    DataError,
+    LoratuneError,
+    ModelError,
+    RecipeError,
+    RunFolderError,
+    SafetyError,
+    SetupError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from loratune.chatting import chat
+    from loratune.evaluation import evaluate
+    from loratune.merging import merge
+    from loratune.recipe import Recipe
+    from loratune.recipe import load as load_recipe
+    from loratune.run import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataError",
+    "LoratuneError",
+    "ModelError",
+    "Recipe",
+    "RecipeError",
+    "RunFolderError",
+    "SafetyError",
+    "SetupError",
+    "StorageError",
+    "TrainingError",
+    "UsageError",
+    "__version__",
+    "chat",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "train",
+]
+
+# The modules behind them have other names, as a module of the same name would take the function's place in the package.
+# what needs torch or pydantic is imported when it is first asked for, so that `import loratune` is quick (PEP 562)
+_LATE = {
+    "Recipe": ("loratune.recipe", "Recipe"),
+    "load_recipe": ("loratune.recipe", "load"),
+    "train": ("loratune.run", "train"),
+    "evaluate": ("loratune.evaluation", "evaluate"),
+    "merge": ("loratune.merging", "merge"),
+    "chat": ("loratune.chatting", "chat"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'loratune' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _LATE[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,209 @@
+"""The command line: parse, call, and turn a LoratuneError into stderr and an exit code. Nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loratune import errors
+
+EXIT_CODES = (
+    "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
+    "4 training failed · 5 storage · 6 run folder in use or finished · 7 refused for safety · 130 interrupted"
+)
+
+app = typer.Typer(
+    name="loratune",
+    help="Fine-tune language models with LoRA and QLoRA from a YAML recipe.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)", show_default=False)]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe, such as --set optimizer.lr=1e-4; repeatable", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+Subject = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="run folder, adapter folder, or model (folder, hub id or .gguf)", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import loratune
+
+        typer.echo(loratune.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXIT_CODES)
+def train(
+    recipe: RecipePath,
+    set_: Set = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that holds a run")] = False,
+) -> None:
+    """Train what a recipe says; the result lies in its `output` folder."""
+    import loratune
+
+    if resume and overwrite:
+        raise errors.UsageError("--resume and --overwrite exclude each other")
+    loaded = loratune.load_recipe(recipe, set_)
+    run = loratune.train(loaded, resume=resume, overwrite=overwrite)
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(str(run.folder))
+
+
+@app.command()
+def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Check a recipe without loading a model: every problem with its place, or a summary."""
+    import loratune
+
+    try:
+        loaded = loratune.load_recipe(recipe, set_)
+    except errors.RecipeError as error:
+        if as_json:
+            typer.echo(json.dumps({"ok": False, "problems": [_problem(p) for p in error.problems]}, indent=2))
+            raise typer.Exit(error.exit_code) from None
+        raise
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "recipe": loaded.model_dump(mode="json")}, indent=2))
+        return
+    quantization = loaded.model.quantization.type
+    typer.echo(f"{recipe}: ok")
+    typer.echo(f"  base       {loaded.model.base}{'' if quantization == 'none' else f' in {quantization}'}")
+    typer.echo(f"  method     {loaded.method.type}{f' r {loaded.method.r}' if loaded.method.type == 'lora' else ''}")
+    typer.echo(f"  rows       {', '.join(source.path for source in loaded.data.train)} as {loaded.data.format.type}")
+    typer.echo(f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}")
+    length = f"{loaded.train.max_steps} steps" if loaded.train.max_steps else f"{loaded.train.epochs:g} epochs"
+    typer.echo(f"  length     {length} of {loaded.train.batch_size} rows")
+    typer.echo(f"  output     {loaded.output}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors (yaml-language-server)."""
+    from loratune import recipe
+
+    typer.echo(json.dumps(recipe.schema(), indent=2))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where to write; made when missing")] = Path(),
+    base: Annotated[str | None, typer.Option("--base", help="base model to put into the recipe: hub id, folder or .gguf", show_default=False)] = None,
+) -> None:
+    """Write a first recipe with its schema and twenty sample rows."""
+    from loratune import starter
+
+    if base is None and sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
+        base = typer.prompt("base model (hub id, folder or .gguf; empty for later)", default="", show_default=False, err=True) or None
+    for path in starter.write(folder, base):
+        typer.echo(str(path))
+    where = "" if folder == Path() else f"{folder}/"
+    if base is None:
+        typer.echo(f"next: name a model under `model.base` in {where}recipe.yaml, then: loratune train {where}recipe.yaml", err=True)
+    else:
+        typer.echo(f"next: loratune train {where}recipe.yaml", err=True)
+
+
+@app.command(name="eval", epilog=EXIT_CODES)
+def evaluate(
+    subject: Subject,
+    data: Annotated[str | None, typer.Option("--data", help="rows to evaluate on: file, folder, glob or hub data set; default: the run's held-out rows", show_default=False)] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="how a row is read; default: as the run's recipe, else chat", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", help="base model to compare with; default: the one it was trained on", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate the first N rows only", show_default=False)] = None,
+    generate: Annotated[bool, typer.Option("--generate/--no-generate", help="also generate answers and compare them")] = True,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest generated answer in tokens")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="answers generated at once")] = 16,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
+    regex: Annotated[str | None, typer.Option("--regex", help="compare what this pattern finds (its first group) in answer and reference", show_default=False)] = None,
+    choices: Annotated[str | None, typer.Option("--choices", help="comma-separated answers; compare which one is named first", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
+    import loratune
+    from loratune.evaluation import show
+
+    result = loratune.evaluate(
+        subject, data=data, format=format_, base=base, limit=limit, generate=generate, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, temperature=temperature, regex=regex, choices=choices.split(",") if choices else None, out=out,
+    )  # fmt: skip
+    typer.echo(json.dumps(result.as_json(), indent=2) if as_json else show(result))
+
+
+@app.command(epilog=EXIT_CODES)
+def merge(
+    subject: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="run folder or adapter folder", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="folder for the merged model; must not exist or be empty", show_default=False)],
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as the base), bfloat16, float16 or float32")] = "auto",
+    base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter was trained on", show_default=False)] = None,
+    tolerance: Annotated[float | None, typer.Option("--tolerance", min=0.0, help="largest logit difference, relative to the largest logit; default by dtype", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Fold an adapter into its base model and compare the two before anything is kept."""
+    import loratune
+
+    result = loratune.merge(subject, out, dtype=dtype, base=base, tolerance=tolerance)
+    if as_json:
+        typer.echo(json.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
+    else:
+        typer.echo(str(result.folder))
+
+
+@app.command()
+def chat(
+    subject: Subject,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="answer this and leave", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system prompt", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", help="base model of the adapter; default: the one it was trained on", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the random choices above temperature 0")] = 0,
+) -> None:
+    """Talk to a model; /base and /adapter swap adapters on one loaded base."""
+    import loratune
+
+    loratune.chat(subject, prompt=prompt, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def _problem(problem: errors.Problem) -> dict[str, Any]:
+    place = problem.place
+    return {
+        "place": str(place) if place else None,
+        "line": place.line or None if place else None,
+        "column": place.column or None if place else None,
+        "message": problem.message,
+        "hint": problem.hint,
+    }
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in a message and its exit code, never in a traceback."""
+    try:
+        app(standalone_mode=True)
+    except errors.LoratuneError as error:
+        if os.environ.get("LORATUNE_TRACEBACK"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,181 @@
+"""Rows to tokens, with the truth about which of them are trained.
+
+Trained are exactly the assistant's words and the token that ends its turn. Where they stand is read off the model's
+own chat template: the render of the messages before a turn (with the generation prompt) must be a prefix of the
+render with the turn, and the turn is the difference. A template that marks the turns itself with `{% generation %}`
+is believed. Where neither gives a certain answer the row is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from loratune.errors import ModelError, Place, Problem
+from loratune.formats import Conversation, Example, Plain, RowError
+
+Span = tuple[int, int]  # characters: [start, end)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenized row.
+
+    Attributes:
+        ids: token ids, int32, shape (tokens,).
+        trained: True where the token is to be learned, bool, shape (tokens,).
+        place: where the row came from.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    place: Place
+
+    def count(self) -> int:
+        """Return the number of tokens that can be trained: the first of a row has nothing before it."""
+        return int(self.trained[1:].sum())
+
+
+class Encoder:
+    """Turns examples into rows for one tokenizer and its chat template.
+
+    Raises:
+        ModelError: when the tokenizer has no fast implementation (masks need its character offsets).
+    """
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers import Tokenizer, processors
+
+        if not tokenizer.is_fast:
+            raise ModelError("this tokenizer has no fast implementation", "its offsets are needed to know which tokens are trained")
+        self.tokenizer = tokenizer
+        self.template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        if self.template is None and tokenizer.chat_template is not None:
+            self.template = tokenizer.get_chat_template()
+        self.marks_turns = bool(self.template and _GENERATION.search(self.template))
+        # A copy without the post-processor: it would trim white space off the offsets, and no token may be added here.
+        self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.special: frozenset[int] = frozenset(
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
+        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+    def encode(self, example: Example, place: Place) -> Row:
+        """Return an example as a row of tokens.
+
+        Raises:
+            RowError: when the template refuses the messages, or the trained tokens can't be known with certainty.
+        """
+        if isinstance(example, Plain):
+            return self._plain(example, place)
+        text, spans = self.spans(example)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        self._check_bos(ids)
+        trained = np.zeros(len(ids), dtype=bool)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        for start, end in spans:
+            self._mark(trained, ids, offsets, start, end, text)
+        return Row(ids, trained, place)
+
+    def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
+        """Render messages with the generation prompt, as a server does before it lets the model answer."""
+        return self._render(messages, tools, prompt=True)
+
+    def spans(self, example: Conversation) -> tuple[str, list[Span]]:
+        """Return the rendered conversation and the spans of its trained turns, in characters.
+
+        Raises:
+            RowError: when the template refuses the messages or no prefix property holds.
+        """
+        if self.marks_turns:
+            return self._marked(example)
+        text = self._render(example.messages, example.tools)
+        found: list[Span] = []
+        for index, trained in enumerate(example.trained):
+            if not trained:
+                continue
+            before = self._render(example.messages[:index], example.tools, prompt=True)
+            after = self._render(example.messages[: index + 1], example.tools)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise RowError(
+                    f"messages[{index}]",
+                    "can't be masked: the chat template renders it differently when other messages follow or lead it",
+                )
+            found.append((len(before), len(after)))
+        return text, found
+
+    def _marked(self, example: Conversation) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[list(example.messages)],
+                tools=list(example.tools) if example.tools else None,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RowError("", f"the chat template refuses this row: {error}") from None
+        spans = [(start, end) for start, end in marks[0] if end > start]
+        if len(spans) != sum(example.trained):
+            raise RowError("", f"the chat template marks {len(spans)} turns as generated, the row has {sum(example.trained)}")
+        return texts[0], spans
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
+    ) -> str:
+        if self.template is None:
+            raise RowError("", "the base model has no chat template; use `format: completion` or `text`, or an instruct model")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise RowError("", f"the chat template refuses this row: {error}") from None
+        return str(text)
+
+    def _mark(
+        self, trained: np.ndarray, ids: np.ndarray, offsets: np.ndarray, start: int, end: int, text: str
+    ) -> None:
+        """Set `trained` on the tokens inside a turn, up to and with the token that ends it."""
+        inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
+        ends = [int(index) for index in inside if int(ids[index]) in self.special]
+        if not ends or text[offsets[ends[-1], 1] : end].strip():
+            raise RowError("", "the chat template ends the assistant's turn without a special token: the model would not learn to stop")
+        trained[inside[inside <= ends[-1]]] = True
+
+    def _check_bos(self, ids: np.ndarray) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and bos != self.tokenizer.eos_token_id and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
+            raise RowError("", "begins with two BOS tokens: the chat template writes one and the messages another")
+
+    def _plain(self, example: Plain, place: Place) -> Row:
+        """Tokenize segments apart, as a prompt is at serving; one BOS where the tokenizer adds one, EOS at the end."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, learn in example.segments:
+            piece = self._backend.encode(text, add_special_tokens=False).ids
+            ids += piece
+            trained += [learn] * len(piece)
+        if self.adds_bos and ids[:1] != [bos]:
+            ids, trained = [bos, *ids], [False, *trained]
+        if eos is not None and ids[-1:] != [eos]:
+            ids, trained = [*ids, eos], [*trained, True]
+        return Row(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), place)
+
+
+def problem(place: Place, error: RowError) -> Problem:
+    """Return a row's error as a problem at its place."""
+    return Problem(str(error), place)

@@ -1,0 +1,132 @@
+"""What can go wrong for a user, with the exit code of each kind, and how a problem is printed.
+
+LoratuneError                 1  unexpected
+├── UsageError                2  a command was called with words that don't fit
+├── RecipeError               2  the recipe can't be used
+├── DataError                 2  a data file or row can't be used
+├── ModelError                2  a base model, adapter or tokenizer can't be used
+├── SetupError                3  this machine lacks something: an extra, a GPU, memory
+├── TrainingError             4  the training itself failed: a non-finite loss
+├── StorageError              5  nothing could be written, or no valid checkpoint found
+├── RunFolderError            6  the run folder is already finished or in use
+└── SafetyError               7  refused because it could run foreign code
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something stands: a file (or `--set KEY`), with line and column counted from 1.
+
+    `line` is 0 for a place without lines; `text` is the source line itself, shown with a caret.
+    """
+
+    source: str
+    line: int = 0
+    column: int = 0
+    text: str = ""
+
+    def __str__(self) -> str:
+        if not self.line:
+            return self.source
+        return f"{self.source}:{self.line}:{self.column}" if self.column else f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where, and what would do.
+
+    Args:
+        message: what is wrong, what was given and what is allowed; lower case, no final period.
+        place: where, or None when there is no place to point at.
+        hint: the remedy, one phrase.
+    """
+
+    message: str
+    place: Place | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        """Render as `place: message`, then the source line with a caret and the hint below it."""
+        head = f"{self.place}: {self.message}" if self.place else self.message
+        if self.place is None or not self.place.text.strip():
+            return f"{head}\n  {self.hint}" if self.hint else head
+        text = self.place.text.expandtabs(1).rstrip()
+        start = max(0, self.place.column - 61) if len(text) > 100 else 0  # keep the caret in sight on a long line
+        number = str(self.place.line) if self.place.line else ""
+        gutter = " " * len(number)
+        caret = " " * (max(self.place.column, 1) - 1 - start) + "^"
+        shown = text[start : start + 100]
+        return "\n".join(
+            [head, f" {gutter} |", f" {number} | {shown}", f" {gutter} | {caret}{' ' + self.hint if self.hint else ''}"]
+        )
+
+
+class LoratuneError(Exception):
+    """Something the user can mend, or must know: one or more problems and an exit code."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Problem | Sequence[Problem], hint: str | None = None):
+        if isinstance(problems, str):
+            problems = Problem(problems, hint=hint)
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class UsageError(LoratuneError):
+    """A command was called with words that don't fit together."""
+
+    exit_code = 2
+
+
+class RecipeError(LoratuneError):
+    """The recipe can't be used; holds every problem found in it."""
+
+    exit_code = 2
+
+
+class DataError(LoratuneError):
+    """A data file, or rows of it, can't be used."""
+
+    exit_code = 2
+
+
+class ModelError(LoratuneError):
+    """A base model, adapter or tokenizer can't be used."""
+
+    exit_code = 2
+
+
+class SetupError(LoratuneError):
+    """This machine lacks something the recipe needs."""
+
+    exit_code = 3
+
+
+class TrainingError(LoratuneError):
+    """The training itself failed, for example on a loss that isn't finite."""
+
+    exit_code = 4
+
+
+class StorageError(LoratuneError):
+    """Nothing could be written, or no valid checkpoint was found."""
+
+    exit_code = 5
+
+
+class RunFolderError(LoratuneError):
+    """The run folder holds a run that must not be overwritten."""
+
+    exit_code = 6
+
+
+class SafetyError(LoratuneError):
+    """Refused, because it could run code that came with a model."""
+
+    exit_code = 7

@@ -1,0 +1,290 @@
+"""How good a model is on held-out rows: the base beside the adapter, on the same rows, with intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loratune import checkpoint, data, generate, metrics, model, report, subject
+from loratune.data import Rows
+from loratune.encode import Encoder, Row
+from loratune.errors import DataError, RecipeError, UsageError
+from loratune.objectives import Sft
+from loratune.recipe import Data, Recipe, Source
+from loratune.subject import Subject
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over rows with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        name: the run, adapter or model as it was given.
+        rows: number of rows.
+        generated: number of rows answered (0 where nothing was generated).
+        scores: system (`base`, `adapter` or `model`) -> metric -> score.
+        predictions: file with prompt, reference and answers of each row, or None.
+    """
+
+    name: str
+    rows: int
+    generated: int
+    scores: dict[str, dict[str, Score]]
+    predictions: Path | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the evaluation as JSON data."""
+        scores = {s: {m: score.__dict__ for m, score in by.items()} for s, by in self.scores.items()}
+        predictions = str(self.predictions) if self.predictions else None
+        return {"name": self.name, "rows": self.rows, "generated": self.generated, "scores": scores, "predictions": predictions}
+
+
+def evaluate(
+    name: str | Path,
+    data: str | None = None,
+    format: str | None = None,
+    base: str | None = None,
+    limit: int | None = None,
+    generate: bool = True,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> Evaluation:
+    """Measure loss, perplexity and token accuracy, and compare generated answers with the references.
+
+    Args:
+        name: run folder, adapter folder, or model.
+        data: rows to evaluate on; None for the run's held-out rows.
+        format: how a row is read; None for the run's, else `chat`.
+        base: base model to compare with, instead of the one that is written down.
+        limit: evaluate the first rows only.
+        generate: also answer each row's last trained turn and compare.
+        max_new_tokens: longest answer in tokens.
+        batch_size: answers generated at once.
+        temperature: 0 is greedy.
+        regex: adds `regex`: what the pattern finds in answer and reference is the same.
+        choices: adds `choice`: the choice named first in answer and reference is the same.
+        out: file for the predictions; None for predictions.jsonl in the run or adapter folder.
+
+    Returns:
+        Scores of the base and of the adapter (or of the model alone, where no base is known).
+
+    Raises:
+        LoratuneError: any of its kinds.
+    """
+    model.quiet()
+    _check_regex(regex)
+    tell = report.Report()
+    what = subject.open_subject(str(name), base)
+    tokenizer = model.load_tokenizer(what.base, str(what.adapter) if what.adapter and _has_tokenizer(what.adapter) else None)
+    rows = _rows(what, data, format, tokenizer, limit)
+    asked = [_question(rows[i], tokenizer) for i in range(len(rows))] if generate else []
+    questions = {i: asked[i] for i in range(len(asked)) if asked[i] is not None}
+    per_row: dict[str, list[dict[str, float]]] = {}
+    answered: dict[str, dict[int, str]] = {}
+    for system, loaded in _systems(what):
+        tell.note(f"{system}: {len(rows):,} rows")
+        per_row[system] = _losses(loaded.model, rows, loaded.device)
+        if questions:
+            with tell.counting(f"{system}: answering") as progress:
+                answered[system] = _answers(loaded, questions, max_new_tokens, batch_size, temperature, progress)
+        for index, answer in answered.get(system, {}).items():
+            per_row[system][index] |= _compare(answer, questions[index][1], regex, choices)
+    scores = {system: _scores(values) for system, values in per_row.items()}
+    path = _write_predictions(what, out, rows, tokenizer, questions, answered, per_row) if questions else None
+    return Evaluation(str(name), len(rows), len(questions), scores, path)
+
+
+def show(result: Evaluation) -> str:
+    """Return an evaluation as a table: one row per metric, one column per system."""
+    systems = list(result.scores)
+    body = []
+    for metric in result.scores[systems[0]]:
+        cells = [_cell(result.scores[system][metric]) for system in systems]
+        if len(systems) == 2:
+            first, second = (result.scores[system][metric] for system in systems)
+            cells.append("apart" if first.high < second.low or second.high < first.low else "overlap")
+        body.append([metric, *cells])
+    head = ["", *systems, *(["intervals"] if len(systems) == 2 else [])]
+    lines = [f"{result.name}: {result.rows:,} rows, {result.generated:,} answered (mean, 95 % bootstrap interval)", ""]
+    lines.append(report.table(head, body))
+    if result.predictions:
+        lines += ["", f"predictions: {result.predictions}"]
+    return "\n".join(lines)
+
+
+def _cell(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def _check_regex(regex: str | None) -> None:
+    try:
+        re.compile(regex or "")
+    except re.error as error:
+        raise UsageError(f"--regex `{regex}` is no regular expression: {error}") from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, limit: int | None) -> Rows:
+    """Return the rows to evaluate on: those named, else those the run held out."""
+    from loratune import decode
+
+    encoder = Encoder(tokenizer)
+    known: Recipe | None = what.recipe
+    if path is None:
+        if known is None:
+            raise UsageError("no rows to evaluate on", "name them with --data")
+        held_out = data.of(known, encoder)[1]
+        if held_out is None:
+            raise UsageError("the run held no rows out", "name some with --data")
+    else:
+        local = Path(path).expanduser()
+        source = {"path": str(local.resolve()) if local.exists() or "*" in path else path}
+        if not local.exists() and (path.endswith(data.rows.SUFFIXES) or path.startswith((".", "/", "~"))):
+            raise DataError(f"no data at `{path}`")
+        fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
+        if format is not None:
+            fields["format"] = format
+        elif known is not None:
+            fields["format"] = known.data.format.model_dump()
+        try:
+            section = decode.decode(Data, decode.parse(json.dumps(fields), "--data"))
+        except RecipeError as error:
+            raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
+        held_out = data.load([Source(path=section.train[0].path)], section, encoder)
+    return held_out.take(range(min(limit, len(held_out)))) if limit else held_out
+
+
+def _systems(what: Subject) -> Iterator[tuple[str, model.Loaded]]:
+    """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
+    if what.adapter is not None:
+        loaded = subject.load(what)
+        with loaded.model.disable_adapter():
+            yield "base", loaded
+        yield "adapter", loaded
+        return
+    if what.original is not None and what.original.base != what.base.base:
+        yield "base", _ready(model.load(what.original))
+    yield "model", _ready(model.load(what.base))
+
+
+def _ready(loaded: model.Loaded) -> model.Loaded:
+    loaded.model.eval()
+    return loaded
+
+
+def _losses(net: Any, rows: Rows, device: torch.device) -> list[dict[str, float]]:
+    """Return sums of each row: nats, right tokens, trained tokens."""
+    objective = Sft()
+    order = np.argsort(-rows.lengths, kind="stable")
+    sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
+    done = 0
+    with torch.no_grad(), contextlib.ExitStack():
+        for part in data.in_length_order(rows, "auto", device.type):
+            batch = {key: value.to(device) for key, value in objective.collate(part).items()}
+            values = torch.stack(objective.scores(net, batch), dim=1).tolist()
+            for nats, right, count in values:
+                sums[int(order[done])] = {"nats": nats, "right": right, "trained_tokens": count}
+                done += 1
+    return sums
+
+
+def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
+    """Return the tokens before a row's last trained turn and that turn's text, or None where nothing leads to it.
+
+    The model is asked with exactly the tokens it was trained behind, so that no second rendering can differ.
+    """
+    trained = np.flatnonzero(row.trained)
+    start = end = int(trained[-1])
+    while start > 0 and row.trained[start - 1]:
+        start -= 1
+    if start == 0:
+        return None
+    reference = tokenizer.decode(row.ids[start : end + 1].tolist(), skip_special_tokens=True).strip()
+    return (row.ids[:start].tolist(), reference) if reference else None
+
+
+def _answers(
+    loaded: model.Loaded, questions: dict[int, tuple[list[int], str]], max_new_tokens: int, batch_size: int,
+    temperature: float, progress: Any,
+) -> dict[int, str]:  # fmt: skip
+    torch.manual_seed(0)
+    prompts = [prompt for prompt, _ in questions.values()]
+    texts = generate.answers(loaded.model, loaded.tokenizer, prompts, max_new_tokens, batch_size, temperature, progress)
+    return dict(zip(questions, texts, strict=True))
+
+
+def _compare(answer: str, reference: str, regex: str | None, choices: Sequence[str] | None) -> dict[str, float]:
+    values = {
+        "exact match": metrics.exact_match(answer, reference),
+        "contains": metrics.contains(answer, reference),
+        "token F1": metrics.token_f1(answer, reference),
+    }
+    if regex:
+        values["regex"] = metrics.regex_match(answer, reference, regex)
+    if choices:
+        values["choice"] = metrics.choice(answer, reference, choices)
+    return values
+
+
+def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
+    counts = [row["trained_tokens"] for row in values]
+
+    def ratio(key: str) -> Score:
+        tops = [row[key] for row in values]
+        return Score(sum(tops) / max(sum(counts), 1), *metrics.interval(tops, counts))
+
+    loss = ratio("nats")
+    scores = {
+        "loss": loss,
+        "perplexity": Score(*(math.exp(min(x, 700)) for x in (loss.value, loss.low, loss.high))),
+        "token accuracy": ratio("right"),
+    }
+    named = [key for key in dict.fromkeys(k for row in values for k in row) if key not in ("nats", "right", "trained_tokens")]
+    for key in named:
+        column = [row[key] for row in values if key in row]
+        scores[key] = Score(sum(column) / len(column), *metrics.interval(column))
+    return scores
+
+
+def _write_predictions(
+    what: Subject, out: Path | None, rows: Rows, tokenizer: Any, questions: dict[int, tuple[list[int], str]],
+    answered: dict[str, dict[int, str]], per_row: dict[str, list[dict[str, float]]],
+) -> Path | None:  # fmt: skip
+    if out is None:
+        folder = what.adapter or (Path(what.name) if Path(what.name).is_dir() else None)
+        if folder is None:
+            return None
+        out = folder / "predictions.jsonl"
+    lines = []
+    for index, (prompt, reference) in questions.items():
+        row = {"place": str(rows.places[index]), "prompt": tokenizer.decode(prompt), "reference": reference}
+        for system, texts in answered.items():
+            row |= {system: texts[index], f"{system} scores": per_row[system][index]}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    checkpoint.write_text(out, "\n".join(lines) + "\n")
+    return out

@@ -1,0 +1,30 @@
+"""How a data row is read. A new format is one file here and one word in this union."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from loratune.decode import BareWord
+from loratune.formats.base import Conversation, Example, Plain, RowError
+from loratune.formats.chat import Chat
+from loratune.formats.completion import Completion
+from loratune.formats.instruction import Instruction
+from loratune.formats.text import Text
+
+Format = Annotated[
+    Chat | Instruction | Completion | Text,
+    Field(discriminator="type"),
+    BareWord(
+        {
+            "sharegpt": "`chat` reads ShareGPT's `conversations` too",
+            "messages": "its name here is `chat`",
+            "alpaca": "its name here is `instruction`",
+            "prompt_completion": "its name here is `completion`",
+            "pretraining": "its name here is `text`",
+        }
+    ),
+]
+
+__all__ = ["Chat", "Completion", "Conversation", "Example", "Format", "Instruction", "Plain", "RowError", "Text"]

@@ -1,0 +1,71 @@
+"""What every format returns, and what it raises when a row can't be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class RowError(Exception):
+    """A row that can't be read: the field it is about and what was expected."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"`{field}` {message}" if field else message)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for the model's own chat template.
+
+    Attributes:
+        messages: as the template gets them: `role`, `content` and whatever else the row gave.
+        trained: one flag per message; True where the model is to learn the message.
+        tools: JSON schemas of the functions the assistant may call, or None.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    trained: tuple[bool, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text that goes to the tokenizer as it is.
+
+    Attributes:
+        segments: (text, trained) in order.
+        divisible: whether the text may be cut into several rows without losing its meaning.
+    """
+
+    segments: tuple[tuple[str, bool], ...]
+    divisible: bool = False
+
+
+Example = Conversation | Plain
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """Return a column of a row, or raise RowError naming the columns there are."""
+    if name not in row:
+        there = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
+        raise RowError(name, f"is missing; the row's columns: {there}")
+    return row[name]
+
+
+def text_column(row: Mapping[str, Any], name: str) -> str:
+    """Return a column that holds text, or raise RowError."""
+    value = column(row, name)
+    if not isinstance(value, str):
+        raise RowError(name, f"must be text, given {named(value)}")
+    return value
+
+
+def named(value: Any) -> str:
+    """Name the kind of a JSON value for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,111 @@
+"""Conversations: OpenAI's `messages` and ShareGPT's `conversations`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from loratune.decode import Section, listed
+from loratune.formats.base import Conversation, RowError, column, named
+
+_SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Chat(Section):
+    """Rows with `messages` (role, content) or `conversations` (from, value); the assistant's turns are trained."""
+
+    type: Literal["chat"] = "chat"
+
+    def read(self, row: Mapping[str, Any]) -> Conversation:
+        """Return the row's conversation.
+
+        Raises:
+            RowError: when a message has no known role, its content is no text, or nothing in it is the assistant's.
+        """
+        name = "messages" if "messages" in row or "conversations" not in row else "conversations"
+        turns = column(row, name)
+        if not isinstance(turns, list) or not turns:
+            raise RowError(name, f"must be a list of messages, given {named(turns) if turns != [] else 'an empty list'}")
+        messages = tuple(_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns))
+        trained = tuple(message["role"] == "assistant" for message in messages)
+        if not any(trained):
+            raise RowError(name, "has no message of the assistant: there is nothing to learn")
+        return Conversation(messages, trained, tools(row.get("tools")))
+
+
+def _message(turn: Any, name: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise RowError(name, f"must be an object with `role` and `content`, given {named(turn)}")
+    if "from" in turn and "value" in turn and "role" not in turn:
+        if turn["from"] not in _SHAREGPT:
+            raise RowError(f"{name}.from", f"must be one of {listed(list(_SHAREGPT))}, given `{turn['from']}`")
+        turn = {"role": _SHAREGPT[turn["from"]], "content": turn["value"]}
+    role = turn.get("role")
+    if role not in _ROLES:
+        given = f"`{role}`" if isinstance(role, str) else named(role)
+        raise RowError(f"{name}.role", f"must be one of {listed(_ROLES)}, given {given}")
+    message = {key: value for key, value in turn.items() if value is not None}
+    message["content"] = _content(turn, name)
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{name}.tool_calls")
+    return message
+
+
+def _content(turn: Mapping[str, Any], name: str) -> str:
+    content = turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise RowError(f"{name}.content", f"must be text, given {named(content)}")
+    return content
+
+
+def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Return the calls with `arguments` as an object: templates write it as JSON themselves."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError(name, f"must be a list of calls, given {named(calls)}")
+    read = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(name, "needs a `function` with a `name`")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except json.JSONDecodeError as error:
+                raise RowError(f"{name}.arguments", f"is no JSON ({error.msg})") from None
+        read.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+        if "function" not in call:
+            read[-1] = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+    return read
+
+
+def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """Read a `tools` column: a list of JSON schemas, or that list as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowError("tools", f"is no JSON ({error.msg})") from None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("tools", f"must be a list of JSON schemas, given {named(value)}")
+    return tuple(value)

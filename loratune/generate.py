@@ -1,0 +1,81 @@
+"""Answers from a model: in batches for an evaluation, or token by token for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def answers(
+    net: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
+    temperature: float = 0.0, progress: Callable[[int], None] = lambda count: None,
+) -> list[str]:  # fmt: skip
+    """Generate an answer to each prompt.
+
+    Args:
+        net: the model.
+        tokenizer: its tokenizer.
+        prompts: token ids, with special tokens and generation prompt in them; none empty.
+        max_new_tokens: longest answer in tokens.
+        batch_size: prompts at once, padded on the left; sorted by length.
+        temperature: 0 is greedy.
+        progress: called with the number of answers so far.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    out = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(prompts[chosen[0]])
+        input_ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id or 0))  # (rows, tokens)
+        mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(chosen):
+            input_ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, longest - len(prompts[index]) :] = 1
+        written = _generate(net, tokenizer, input_ids, mask, max_new_tokens, temperature)
+        for row, index in enumerate(chosen):
+            out[index] = tokenizer.decode(written[row, longest:], skip_special_tokens=True).strip()
+        progress(start + len(chosen))
+    return out
+
+
+def stream(
+    net: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, write: Callable[[str], None]
+) -> str:
+    """Generate one answer, passing each piece of text to `write` as soon as it is there; return all of it."""
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+
+    class Writer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            write(text)
+
+    input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    streamer = Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, streamer)
+    return "".join(pieces)
+
+
+@torch.no_grad()
+def _generate(
+    net: Any, tokenizer: Any, input_ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, temperature: float,
+    streamer: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    from transformers import GenerationConfig
+
+    ends = net.generation_config.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id or 0, use_cache=True, **sampling
+    )
+    written: torch.Tensor = net.generate(
+        input_ids=input_ids.to(net.device), attention_mask=mask.to(net.device), generation_config=config, streamer=streamer
+    )
+    return written

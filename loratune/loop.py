@@ -1,0 +1,141 @@
+"""The training loop: a generator of steps. It knows no recipe, no method and no objective by name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from loratune.data import Batch
+from loratune.encode import Row
+from loratune.errors import TrainingError
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective: a sum and what to divide it by."""
+
+    def collate(self, rows: list[Row]) -> dict[str, torch.Tensor]: ...
+    def count(self, batch: dict[str, torch.Tensor]) -> int: ...
+    def total(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, over all processes.
+
+    Attributes:
+        number: of the step, from 1.
+        epoch: how many epochs have been seen.
+        loss: sum over trained tokens divided by their count, before the step.
+        grad_norm: length of the gradient before clipping.
+        lr: learning rate of the first parameter group.
+        rows, tokens, trained_tokens: in this step; tokens without padding.
+        seconds: from the first micro-batch to the end of the optimizer's step.
+    """
+
+    number: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    rows: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+
+
+def steps(
+    model: Any, objective: Objective, batches: Iterable[Batch], optimizer: Any, factor: Callable[[int], float],
+    accelerator: Any, max_grad_norm: float, start: int = 0,
+) -> Iterator[Step]:  # fmt: skip
+    """Train on batches, one optimizer step each, and yield after each step.
+
+    The gradient is that of the summed loss divided once by the count over all micro-batches and all processes, so it
+    does not depend on how a batch is split. Between two steps the caller may evaluate or save.
+
+    Args:
+        model: prepared by `accelerator` where there are several processes.
+        objective: gives the summed loss and the count of a micro-batch.
+        batches: the rows of each step.
+        optimizer: its groups hold `initial_lr`.
+        factor: part (0-1) of `initial_lr` at a step, counted from 0.
+        accelerator: accelerate's, for gradient synchronisation and fp16 scaling.
+        max_grad_norm: longest gradient; a longer one is scaled down.
+        start: number of steps already done.
+
+    Raises:
+        TrainingError: when loss or gradient are not finite; the optimizer has not stepped then.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    device, world = accelerator.device, accelerator.num_processes
+    scaled = accelerator.scaler is not None
+    for number, batch in enumerate(batches, start + 1):
+        began = time.perf_counter()
+        model.train()  # the caller may have evaluated
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor(number - 1)
+        micro = [objective.collate(part) for part in batch.micro]
+        sizes = torch.tensor(
+            [sum(objective.count(part) for part in micro), sum(int(part["attention_mask"].sum()) for part in micro)]
+        )
+        if world > 1:
+            sizes = accelerator.reduce(sizes.to(device), reduction="sum")
+        count, tokens = (int(size) for size in sizes)
+        total = torch.zeros((), device=device)
+        for index, part in enumerate(micro):
+            last = index == len(micro) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss = objective.total(model, {k: v.to(device, non_blocking=True) for k, v in part.items()})
+                accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
+            total += loss.detach()
+        if world > 1:
+            total = accelerator.reduce(total, reduction="sum")
+        if scaled:
+            accelerator.unscale_gradients(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+        loss_value, norm_value = torch.stack([total / max(count, 1), norm.to(device, torch.float32)]).tolist()  # the one sync
+        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
+            raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield Step(
+            number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
+            batch.rows, tokens, count, time.perf_counter() - began,
+        )  # fmt: skip
+
+
+def measure(model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any) -> tuple[float, int]:
+    """Return (loss per count, count) over micro-batches without training; the caller's next step trains again.
+
+    Under several processes each takes its share of the micro-batches.
+    """
+    device = accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
+    model.eval()
+    inner = accelerator.unwrap_model(model)  # shares may differ in number: no DDP forward here
+    with torch.no_grad():
+        for index, rows in enumerate(micro_batches):
+            if index % world == rank:
+                part = objective.collate(rows)
+                total = objective.total(inner, {key: value.to(device) for key, value in part.items()})
+                sums += torch.stack([total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)])
+    if world > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    total_loss, count = sums.tolist()
+    return total_loss / max(count, 1), int(count)
+
+
+def _not_finite(number: int, batch: Batch, loss: float) -> TrainingError:
+    places = list(dict.fromkeys(str(row.place) for part in batch.micro for row in part))
+    what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
+    return TrainingError(
+        f"step {number}: the {what}; stopped before the optimizer stepped. Its rows: {', '.join(places[:8])}"
+        + (f" and {len(places) - 8} more" if len(places) > 8 else ""),
+        "look at these rows; lower optimizer.lr, or set model.dtype: float32",
+    )

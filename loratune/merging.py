@@ -1,0 +1,156 @@
+"""An adapter folded into its base, compared with base + adapter before anything is kept."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune import checkpoint, model, recipe, report, subject
+from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
+
+# Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
+# adapters, see docs/checks.md.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "2, 4, 6, 8,",
+    "Translate to German: good morning",
+)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merged model.
+
+    Attributes:
+        folder: where it lies.
+        dtype: precision of its weights.
+        difference: largest difference between a logit of base + adapter and the same logit of the merged model.
+        relative: that difference over the largest logit.
+        agreement: part (0-1) of positions whose most probable token is the same.
+    """
+
+    folder: Path
+    dtype: str
+    difference: float
+    relative: float
+    agreement: float
+
+
+def merge(
+    name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None
+) -> Merge:
+    """Merge an adapter into its base model: W + s B A, in float32, rounded once.
+
+    An adapter that was trained on a quantized base is merged into the full-precision base.
+
+    Args:
+        name: run folder or adapter folder.
+        out: folder for the merged model; must not exist, or be empty.
+        dtype: precision of the merged weights; auto: that of the base on disk.
+        base: base model to use instead of the one that is written down.
+        tolerance: largest difference of a logit relative to the largest logit; None: by dtype.
+
+    Returns:
+        The merge and how far it is from base + adapter on a few prompts.
+
+    Raises:
+        UsageError: when `out` is not empty, or there is no adapter to merge.
+        ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
+        StorageError: when the folder can't be written.
+    """
+    model.quiet()
+    tell = report.Report()
+    target = Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
+    what = subject.open_subject(str(name), base)
+    if what.adapter is None:
+        raise UsageError(Problem("is a whole model: there is nothing to merge", Place(str(name))))
+    loaded = _load(what)
+    wanted = _dtype(dtype, what)
+    prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
+    with_adapter = _logits(loaded.model, prompts)
+    merged = _fold(loaded.model, what.adapter)
+    merged.to(wanted)
+    after = _logits(merged, prompts)
+    difference = max(float((a - b).abs().max()) for a, b in zip(with_adapter, after, strict=True))
+    relative = difference / max(float(a.abs().max()) for a in with_adapter)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(with_adapter, after, strict=True)])
+    agreement = float(same.mean())
+    limit = TOLERANCE[wanted] if tolerance is None else tolerance
+    line = (
+        f"largest logit difference {difference:.2e} ({relative:.1e} of the largest logit; {limit:.0e} allowed), "
+        f"same next token at {100 * agreement:.1f} % of {len(same)} positions"
+    )
+    if not relative <= limit:
+        raise ModelError(f"the merged model is not base + adapter: {line}", "merge in float32, or allow more with --tolerance")
+    tell.note(line)
+    _write(target, merged, loaded.tokenizer, wanted)
+    return Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement)
+
+
+def _load(what: subject.Subject) -> model.Loaded:
+    """Load base and adapter in float32 on the CPU, so that the sum W + s B A is rounded once, at the end."""
+    full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
+    loaded = model.load(what.base.model_copy(update=full), where=torch.device("cpu"))
+    assert what.adapter is not None
+    if (what.adapter / "tokenizer_config.json").is_file():
+        loaded.tokenizer = model.load_tokenizer(what.base, str(what.adapter))
+    loaded.model = subject.attach(loaded.model, what.adapter, "default")
+    loaded.model.eval()
+    return loaded
+
+
+def _dtype(name: str, what: subject.Subject) -> torch.dtype:
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(model.local_folder(what.base), revision=what.base.revision).dtype
+    return found if found in TOLERANCE else torch.bfloat16
+
+
+def _fold(net: Any, adapter: Path) -> Any:
+    try:
+        return net.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(Problem(f"the adapter can't be merged: {error}", Place(str(adapter)))) from None
+
+
+@torch.no_grad()
+def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Return logits of each prompt, float32, shape (tokens, vocabulary)."""
+    return [net(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts]
+
+
+def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        merged.config.use_cache = True
+        merged.config.dtype = dtype
+        checkpoint.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), {"merged": True})
+        if target.exists():
+            target.rmdir()
+        (staging / "model").rename(target)
+    except OSError as error:
+        raise StorageError(Problem(f"can't be written: {error.strerror or error}", Place(str(target)))) from None
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save(folder: Path, merged: Any, tokenizer: Any) -> None:
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

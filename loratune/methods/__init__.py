@@ -1,0 +1,29 @@
+"""What is trained. A new method is one file here and one word in this union."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from loratune.decode import BareWord
+from loratune.methods.full import Full
+from loratune.methods.lora import Lora
+
+Method = Annotated[
+    Lora | Full,
+    Field(discriminator="type"),
+    BareWord(
+        {
+            "qlora": "QLoRA is `type: lora` with `model.quantization: nf4`",
+            "dora": "DoRA is {type: lora, dora: true}",
+            "rslora": "rsLoRA is {type: lora, rslora: true}",
+            "loraplus": "LoRA+ is `optimizer.loraplus_lr_ratio`",
+            "pissa": "PiSSA is {type: lora, init: pissa}",
+            "full_finetune": "its name here is `full`",
+            "none": "full fine-tuning is `type: full`",
+        }
+    ),
+]
+
+__all__ = ["Full", "Lora", "Method"]

@@ -1,0 +1,60 @@
+"""Full fine-tuning: every weight of the base model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratune.decode import Section
+from loratune.methods import saved
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Full(Section):
+    """Train every weight. The output is a whole model in transformers' own layout."""
+
+    type: Literal["full"] = "full"
+
+    def apply(self, model: PreTrainedModel, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> PreTrainedModel:
+        """Make every parameter trainable and return the model."""
+        model.requires_grad_(True)
+        return model
+
+    def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Return the tensors that are written to disk, each shared one once."""
+        seen: set[int] = set()
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                state[name] = tensor
+        return state
+
+    def initial(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Return what the final save will need of the start: nothing."""
+        return {}
+
+    def save(
+        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, initial: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write config.json and model*.safetensors; `dtype` None keeps the precision of the training."""
+        state = saved.cast(model.state_dict(), dtype)
+        config = model.config.dtype
+        model.config.dtype = dtype or config
+        model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = config
+
+    def load(self, model: PreTrainedModel, folder: Path) -> None:
+        """Put weights saved by `save` back into the model."""
+        import torch
+        from safetensors.torch import load_file
+
+        with torch.no_grad():
+            state = {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
+            targets = model.state_dict()
+            for name, tensor in state.items():
+                targets[name].copy_(tensor)

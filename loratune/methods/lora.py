@@ -1,0 +1,233 @@
+"""LoRA and its variants through PEFT: low-rank matrices beside frozen weights.
+
+Source: Hu et al. 2021, arXiv:2106.09685; QLoRA is the same over a quantized base (Dettmers et al. 2023, arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from loratune.decode import Section, as_tuple, listed
+from loratune.errors import ModelError, Problem
+from loratune.methods import saved
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def _targets(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise PydanticCustomError("expected", f"is no regular expression ({error})") from None
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise PydanticCustomError("expected", "must be `all-linear`, a list of module names, or a regular expression")
+
+
+class Lora(Section):
+    """Train low-rank matrices A (r x in) and B (out x r) beside frozen weights: W + s B A."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1, le=4096, description="rank of the update: columns of B and rows of A")
+    lora_alpha: float = Field(32, gt=0, description="scale of the update: s = lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
+    target_modules: Annotated[
+        str | tuple[str, ...],
+        PlainValidator(_targets),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    ] = Field(
+        "all-linear",
+        description="where A and B stand: `all-linear` (every linear layer but the head), a list of names, or a regular expression over full names",
+    )
+    rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r): stable for high ranks (arXiv:2312.03732)")
+    dora: bool = Field(False, description="train the norm of each weight column apart (DoRA, arXiv:2402.09353)")
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = Field(
+        "default",
+        description="start of A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the training rows)",
+    )
+    rank_pattern: dict[str, int] = Field({}, description="other ranks for some modules: name or pattern -> r")
+    alpha_pattern: dict[str, float] = Field({}, description="other scales for some modules: name or pattern -> lora_alpha")
+    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
+        None, description="numbers of the layers that get matrices, from 0 (default: all)"
+    )
+    modules_to_save: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="modules trained in full and saved with the adapter, such as `lm_head`"
+    )
+    trainable_token_indices: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="rows of the embedding trained beside the matrices, by token id: for new tokens"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start moves a part of the base into A and B, so that the base itself is changed in memory."""
+        return self.init in ("pissa", "olora")
+
+    def apply(self, model: PreTrainedModel, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> PeftModel:
+        """Freeze the base and put A and B beside the target modules.
+
+        Args:
+            model: the base model, quantized or not.
+            batches: gives some batches of the training rows; asked only by `init: eva`.
+
+        Raises:
+            ModelError: when a target matches no module of this model, or a token id is not in its vocabulary.
+        """
+        from peft import get_peft_model
+
+        self._check_names(model)
+        model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
+        peft_model: PeftModel = get_peft_model(model, self._config())
+        if self.init == "eva":
+            from peft import initialize_lora_eva_weights
+
+            initialize_lora_eva_weights(peft_model, list(batches()), show_progress_bar=False)
+        if self.init == "loftq":
+            self._start_from_quantization_error(peft_model)
+        return peft_model
+
+    def state(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        """Return the tensors that are written to disk, under PEFT's names."""
+        from peft import get_peft_model_state_dict
+
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return state
+
+    def initial(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        """Return what the final save needs of the start: A and B, where they were taken out of the base."""
+        return saved.cast(self.state(model), None) if self.changes_base else {}
+
+    def save(
+        self, model: PeftModel, folder: Path, dtype: torch.dtype | None, initial: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write PEFT's adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            model: the model that `apply` returned.
+            folder: where to write; made when missing.
+            dtype: of the tensors on disk; None keeps the precision of the training.
+            initial: A and B at the start where `changes_base`: they are subtracted, W + s(BA - B0 A0), so that the
+                adapter (then of rank 2r) stands on the base as it was loaded.
+        """
+        import copy
+
+        from safetensors.torch import save_file
+
+        config = copy.deepcopy(model.peft_config["default"])
+        state = self.state(model)
+        if initial:
+            state = _minus_initial(state, initial)
+            grown = 2 * math.sqrt(0.5) if self.rslora else 2
+            config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * grown
+            config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
+            config.alpha_pattern = {k: v * grown for k, v in config.alpha_pattern.items()}
+        config.init_lora_weights = True  # a loaded adapter starts from its file
+        config.inference_mode = True
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(saved.cast(state, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+
+    def load(self, model: PeftModel, folder: Path) -> None:
+        """Put tensors saved by `save` (in the precision of the training) back into the model."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+    def _config(self) -> LoraConfig:
+        from peft import LoraConfig
+
+        alpha = {k: int(v) if v == int(v) else v for k, v in {"": self.lora_alpha, **self.alpha_pattern}.items()}
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=alpha.pop(""),
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            # LoftQ's matrices come after PEFT's own start, see _start_from_quantization_error
+            init_lora_weights=True if self.init in ("default", "loftq") else self.init,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=alpha,
+            layers_to_transform=list(self.layers_to_transform) if self.layers_to_transform is not None else None,
+            modules_to_save=list(self.modules_to_save) or None,
+            trainable_token_indices=list(self.trainable_token_indices) or None,
+            bias=self.bias,
+        )
+
+    def _check_names(self, model: PreTrainedModel) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        problems: list[Problem] = []
+
+        def ends(word: str) -> bool:
+            return any(name == word or name.endswith(f".{word}") for name in names)
+
+        if isinstance(self.target_modules, tuple):
+            problems += [_nothing("target_modules", word, linear) for word in self.target_modules if not ends(word)]
+        elif self.target_modules != "all-linear" and not any(re.fullmatch(self.target_modules, name) for name in names):
+            problems.append(_nothing("target_modules", self.target_modules, linear))
+        for word in self.modules_to_save:
+            if not ends(word):
+                problems.append(_nothing("modules_to_save", word, sorted({name.rpartition(".")[2] for name in names})))
+        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for word in pattern:
+                if not any(re.match(rf"(.*\.)?({word})$", name) for name in names):
+                    problems.append(_nothing(key, word, linear))
+        layers = model.config.get_text_config().num_hidden_layers
+        for number in self.layers_to_transform or ():
+            if not 0 <= number < layers:
+                problems.append(Problem(f"`method.layers_to_transform`: no layer {number}; they go from 0 to {layers - 1}"))
+        rows = model.get_input_embeddings().weight.shape[0]
+        for index in self.trainable_token_indices:
+            if not 0 <= index < rows:
+                problems.append(Problem(f"`method.trainable_token_indices`: no token {index}; they go from 0 to {rows - 1}"))
+        if problems:
+            raise ModelError(problems)
+
+    def _start_from_quantization_error(self, model: PeftModel) -> None:
+        """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: LoftQ, arXiv:2310.08659, alg. 1."""
+        from peft import replace_lora_weights_loftq
+
+        folder = Path(str(model.get_base_model().name_or_path))
+        replace_lora_weights_loftq(model, str(folder) if folder.is_dir() else None)
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Linear)
+
+
+def _nothing(key: str, word: str, known: list[str]) -> Problem:
+    return Problem(f"`method.{key}`: `{word}` matches no module of this model; there are: {listed(known)}")
+
+
+def _minus_initial(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return A, B of rank 2r with B' A' = B A - B0 A0."""
+    import torch
+
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        start = initial[name].to(tensor.device) if name in initial else tensor
+        if ".lora_A." in name or ".lora_embedding_A" in name:
+            out[name] = torch.cat([tensor, start], dim=0)
+        elif ".lora_B." in name or ".lora_embedding_B" in name:
+            out[name] = torch.cat([tensor, -start], dim=1)
+        else:
+            out[name] = tensor
+    return out

@@ -1,0 +1,285 @@
+"""The base model and its tokenizer: where they come from, in what precision, quantized or not."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError
+from loratune.recipe import Fp4, Int8, Model, Nf4
+
+
+@dataclass
+class Loaded:
+    """A base model on its device, with its tokenizer and what a person must know about how it was loaded."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
+
+
+def device() -> torch.device:
+    """Return the device of this process: its own GPU (LOCAL_RANK under a launcher), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def computes_in_bf16(where: torch.device) -> bool:
+    """Return whether a device has bfloat16 matrix instructions."""
+    if where.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    flags = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
+    """Return the precision of the weights for a recipe's `dtype`.
+
+    Under full fine-tuning `auto` is float32: with bfloat16 weights most updates would round to nothing.
+
+    Raises:
+        SetupError: for float16 without a GPU.
+    """
+    if name == "auto":
+        return torch.bfloat16 if computes_in_bf16(where) and not full else torch.float32
+    if name == "float16" and where.type == "cpu":
+        raise SetupError("`model.dtype: float16` needs a GPU", "use float32 or bfloat16 on a CPU")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def load(section: Model, full: bool = False, where: torch.device | None = None) -> Loaded:
+    """Load base model and tokenizer as the recipe says.
+
+    Args:
+        section: the recipe's `model`.
+        full: whether every weight will be trained.
+        where: the device; None for `device()`.
+
+    Raises:
+        ModelError: when there is no such model, or it can't be loaded.
+        SetupError: when a package or the device it needs is missing.
+        SafetyError: when it would have to run code, or open a pickle.
+    """
+    where = where or device()
+    dtype = dtype_of(section.dtype, where, full)
+    folder = local_folder(section)
+    loaded = Loaded(None, load_tokenizer(section, folder), where, dtype)
+    arguments: dict[str, Any] = {}
+    if section.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise SetupError("`model.attention: flash_attention_2` needs the package `flash-attn`", "use `auto`")
+    if section.attention != "auto":
+        arguments["attn_implementation"] = section.attention
+    if section.quantization.type != "none":
+        arguments["quantization_config"] = _bitsandbytes(section, dtype)
+        arguments["device_map"] = {"": str(where)}
+    model = _from_pretrained(section, folder, dtype, arguments)
+    if section.quantization.type == "none":
+        model.to(where)
+    if section.quantization.type in ("nf4", "fp4"):
+        _mend_4bit_on_cpu(model, where)
+    model.config.use_cache = False
+    loaded.model = model
+    return loaded
+
+
+def load_tokenizer(section: Model, folder: str | None = None) -> Any:
+    """Load the tokenizer of a base model; it pads on the left when asked to generate.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = folder or local_folder(section)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=section.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(section.base, error, "tokenizer") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever masked
+    return tokenizer
+
+
+def local_folder(section: Model) -> str:
+    """Return the folder or hub id to load from; a .gguf file is turned into a folder of the cache first."""
+    return str(from_gguf(Path(section.base))) if section.base.endswith(".gguf") else section.base
+
+
+def cache() -> Path:
+    """Return the folder for what can be made again: $LORATUNE_CACHE, else loratune under the user's cache folder."""
+    if os.environ.get("LORATUNE_CACHE"):
+        return Path(os.environ["LORATUNE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune"
+
+
+def from_gguf(file: Path) -> Path:
+    """Dequantize a .gguf file to a safetensors folder in the cache, once; return the folder.
+
+    The weights are written in bfloat16. The folder's name is the sha256 of the file, so that another file of the same
+    name is never taken for it.
+
+    Raises:
+        SetupError: when the package `gguf` is missing.
+        ModelError: when transformers can't read the file.
+    """
+    import transformers
+
+    if importlib.util.find_spec("gguf") is None:
+        raise SetupError("a .gguf base needs the package `gguf`", "pip install 'loratune[gguf]'")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
+        if "GgufConfig" in dir(transformers):  # newer releases keep the blocks packed unless told otherwise
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), **arguments)
+        if "quantization_config" in model.config:
+            del model.config.quantization_config
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        model.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.rename(target)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if (target / "config.json").exists():  # another process was faster
+            return target
+        raise _unusable(str(file), error, "model") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def checkpoint_activations(model: Any, choice: str, where: torch.device) -> bool:
+    """Switch gradient checkpointing on or off as `train.gradient_checkpointing` says; return whether it is on.
+
+    Non-reentrant, so that inputs need no gradient and DDP sees each parameter once.
+    """
+    on = choice == "all" or (choice == "auto" and where.type == "cuda")
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return on
+
+
+def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_pickles(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, revision=section.revision, dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, low_cpu_mem_usage=True, **arguments,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _unusable(section.base, error, "model") from None
+
+
+def _refuse_pickles(folder: str) -> None:
+    path = Path(folder)
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+        if pickles:
+            raise SafetyError(
+                Problem(
+                    f"the weights are a pickle (`{pickles[0]}`), which can run code",
+                    Place(folder),
+                    "convert them to safetensors on a machine you can lose",
+                )
+            )
+
+
+def _unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return SafetyError(Problem("the model wants to run code of its own", Place(base), "use one that transformers knows"))
+    hint = None
+    if not Path(base).is_absolute():
+        hint = "is it a hub id? a local folder is named relative to the recipe"
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            hint = "HF_HUB_OFFLINE is set: only models in the local cache can be had"
+    return ModelError(Problem(f"the {what} can't be loaded: {reason}", Place(base), hint))
+
+
+def _bitsandbytes(section: Model, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SetupError(f"`model.quantization: {section.quantization.type}` needs the package `bitsandbytes`")
+    from transformers import BitsAndBytesConfig
+
+    quantization = section.quantization
+    if isinstance(quantization, Int8):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    assert isinstance(quantization, (Nf4, Fp4))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _mend_4bit_on_cpu(model: Any, where: torch.device) -> None:
+    """Keep 4-bit layers right on CPUs, where bitsandbytes 0.50 has two faults.
+
+    A forward pass without gradients repacks the weights for a kernel that has no backward pass, so that training after
+    an evaluation would silently stop learning: switched off. And on CPUs with AVX512-BF16 dequantization is wrong for a
+    layer whose inputs are no multiple of the block size.
+
+    Raises:
+        ModelError: for such a layer.
+    """
+    import bitsandbytes as bnb
+
+    if where.type != "cpu":
+        return
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    for module in layers.values():
+        module.support_avx512bf16_for_cpu = False
+    wrong = [f"{name} ({m.in_features})" for name, m in layers.items() if m.in_features % m.weight.blocksize]
+    if wrong and computes_in_bf16(where):
+        raise ModelError(
+            f"4-bit weights come out wrong on this CPU in layers whose inputs are no multiple of 64: {', '.join(wrong[:4])}",
+            "leave `model.quantization` out, or use a GPU",
+        )
+
+
+def quiet() -> None:
+    """Keep libraries from writing between our lines; what matters of theirs is told by us."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retries while offline
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return (trained, all) parameters of a model; a 4-bit weight counts as the matrix it stands for."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = parameter.quant_state if type(parameter).__name__ == "Params4bit" else None
+        number = state.shape.numel() if state is not None else parameter.numel()
+        total += number
+        trained += number if parameter.requires_grad else 0
+    return trained, total

@@ -1,0 +1,139 @@
+"""Supervised fine-tuning: cross entropy of the trained tokens, given everything before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
+
+from loratune.decode import Section
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+IGNORED = -100  # torch's and transformers' label for a token that is not trained
+
+
+class Row(Protocol):
+    """A tokenized row: `ids` and `trained`, both of shape (tokens,)."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def trained(self) -> np.ndarray: ...
+
+
+class Sft(Section):
+    """Learn to write the trained tokens: sum of -log p(token | everything before it) over their count."""
+
+    type: Literal["sft"] = "sft"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="part (0-1) of each target spread over the whole vocabulary")
+    neftune: float = Field(
+        0.0, ge=0, description="noise on the embeddings while training: uniform within neftune / sqrt(tokens x width) (arXiv:2310.05914, alg. 1)"
+    )
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Pad rows on the right into one micro-batch.
+
+        Returns:
+            input_ids, attention_mask and labels, each (rows, longest); a label stands under the token itself and is
+            IGNORED where the token is not trained, or is the first of its row and so can't be predicted.
+        """
+        import torch
+
+        shape = (len(rows), max(len(row.ids) for row in rows))
+        input_ids = torch.zeros(shape, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)
+            length = len(ids)
+            input_ids[index, :length] = ids
+            attention_mask[index, :length] = 1
+            labels[index, 1:length] = torch.where(trained[1:], ids[1:], IGNORED)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        """Return the number of trained tokens in a micro-batch."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def total(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the summed loss of a micro-batch in nats, float32, shape ().
+
+        Smoothing and noise apply only while the model is in training mode, so that an evaluation measures the plain
+        cross entropy.
+        """
+        from torch.nn.functional import cross_entropy
+
+        logits, targets = self._predictions(model, batch)
+        smoothing = self.label_smoothing if model.training else 0.0
+        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+
+    def scores(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return sums per row of a micro-batch, each of shape (rows,), for an evaluation.
+
+        Returns:
+            -log p of the trained tokens in nats; how many of them are the most probable token; how many there are.
+        """
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        logits, targets = self._predictions(model, batch)
+        losses = cross_entropy(logits.float(), targets, reduction="none")  # (trained tokens,)
+        right = (logits.argmax(dim=-1) == targets).float()
+        row, _ = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        zeros = torch.zeros(len(batch["labels"]), device=losses.device)
+        return zeros.index_add(0, row, losses), zeros.index_add(0, row, right), zeros.index_add(0, row, torch.ones_like(losses))
+
+    def _predictions(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (trained tokens, vocabulary) and targets (trained tokens,); the head runs nowhere else."""
+        import torch
+
+        targets = batch["labels"][:, 1:]
+        predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # (rows, tokens): position t predicts token t+1
+        inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+        with _head_only_at(inner, predicts), self._noise(inner, batch["attention_mask"]):
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
+        return logits, targets[targets != IGNORED]
+
+    @contextmanager
+    def _noise(self, model: Any, attention_mask: torch.Tensor) -> Iterator[None]:
+        if not (self.neftune and model.training):
+            yield
+            return
+        import torch
+
+        def add(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+            tokens = attention_mask.sum(dim=1).view(-1, 1, 1)  # (rows, 1, 1)
+            width = self.neftune / (tokens * embedded.shape[-1]) ** 0.5
+            return embedded + torch.empty_like(embedded).uniform_(-1, 1) * width.to(embedded.dtype)
+
+        hook = model.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def _head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Let the model's head see only the hidden states at `positions`, a mask of shape (rows, tokens).
+
+    A hook before the head works for every architecture, also those that scale or cap their logits afterwards; what
+    the model returns is then (positions, vocabulary) instead of (rows, tokens, vocabulary).
+    """
+
+    def select(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0][positions],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,29 @@
+"""How parameters move. A new optimizer is one file here and one word in this union."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from loratune.decode import BareWord
+from loratune.optimizers.adafactor import Adafactor
+from loratune.optimizers.adamw import AdamW
+from loratune.optimizers.adamw_8bit import AdamW8bit
+from loratune.optimizers.paged_adamw_8bit import PagedAdamW8bit
+from loratune.optimizers.paged_adamw_32bit import PagedAdamW32bit
+
+Optimizer = Annotated[
+    AdamW | AdamW8bit | PagedAdamW32bit | PagedAdamW8bit | Adafactor,
+    Field(discriminator="type"),
+    BareWord(
+        {
+            "adam": "with `weight_decay: 0` `adamw` is Adam",
+            "adamw_torch": "its name here is `adamw`",
+            "adamw_torch_fused": "its name here is `adamw`: it is fused where torch can",
+            "adamw_bnb_8bit": "its name here is `adamw_8bit`",
+        }
+    ),
+]
+
+__all__ = ["Adafactor", "AdamW", "AdamW8bit", "Optimizer", "PagedAdamW8bit", "PagedAdamW32bit"]

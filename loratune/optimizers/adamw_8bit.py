@@ -1,0 +1,29 @@
+"""bitsandbytes' AdamW with 8-bit states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from loratune.optimizers.groups import AdamFields, Named
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AdamW8bit(AdamFields):
+    """AdamW with 8-bit states: 2 bytes per trainable parameter. Source: Dettmers et al. 2022, arXiv:2110.02861."""
+
+    type: Literal["adamw_8bit"] = "adamw_8bit"
+
+    def build(self, params: Named, device: str) -> torch.optim.Optimizer:
+        """Return the optimizer over (name, parameter) pairs."""
+        import bitsandbytes as bnb
+
+        optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(
+            self.groups(params), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps
+        )
+        return optimizer
+
+    def note(self, device: str) -> str | None:
+        """Return what a person must know about this optimizer on `device`."""
+        return None

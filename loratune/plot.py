@@ -1,0 +1,98 @@
+"""The loss curve as an SVG that needs no tool to be read: written by hand, no dependency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+Point = tuple[float, float]  # step, loss in nats per trained token
+
+WIDTH, HEIGHT = 760, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48
+TRAIN, EVAL = "#7a9cc6", "#c2410c"
+
+
+def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) -> str:
+    """Draw train loss (thin: each step, thick: smoothed) and eval loss (dots) over steps.
+
+    Args:
+        train: loss of each step.
+        evaluation: loss at each evaluation.
+        title: shown on top.
+
+    Returns:
+        A standalone SVG document.
+    """
+    points = [p for p in (*train, *evaluation) if math.isfinite(p[1])]
+    high_x = max([x for x, _ in points], default=1.0)
+    low_x = min([x for x, _ in points], default=0.0)
+    low, high = min([y for _, y in points], default=0.0), max([y for _, y in points], default=1.0)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    ticks = _ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def at(point: Point) -> str:
+        x = LEFT + (point[0] - low_x) / max(high_x - low_x, 1e-9) * (WIDTH - LEFT - RIGHT)
+        y = TOP + (high - point[1]) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return f"{x:.1f},{y:.1f}"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, sans-serif" font-size="12" role="img">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        f'<text x="{LEFT}" y="22" font-size="14" fill="#111">{escape(title)}</text>',
+    ]
+    for value in ticks:
+        x, y = at((low_x, value)).split(",")
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end" fill="#555">{value:g}</text>')
+    for value in _ticks(low_x, high_x):
+        if value == int(value) and low_x <= value <= high_x:
+            x = at((value, low)).split(",")[0]
+            parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#555">{value:g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end" fill="#555">step</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 8}" fill="#555">loss (nats per trained token)</text>')
+    finite = [p for p in train if math.isfinite(p[1])]
+    if finite:
+        parts.append(_line([at(p) for p in finite], TRAIN, 1, 0.45))
+        parts.append(_line([at(p) for p in smoothed(finite)], TRAIN, 2.5, 1))
+    shown = [p for p in evaluation if math.isfinite(p[1])]
+    if shown:
+        parts.append(_line([at(p) for p in shown], EVAL, 2, 1))
+        for p in shown:
+            x, y = at(p).split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{EVAL}"><title>step {p[0]:g}: {p[1]:.4f}</title></circle>')
+    x = WIDTH - RIGHT - 150
+    for index, (label, colour, there) in enumerate((("train", TRAIN, finite), ("eval", EVAL, shown))):
+        if there:
+            parts.append(f'<line x1="{x + 75 * index}" y1="18" x2="{x + 75 * index + 20}" y2="18" stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<text x="{x + 75 * index + 26}" y="22" fill="#111">{label}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def smoothed(points: Sequence[Point], keep: float = 0.9) -> list[Point]:
+    """Return the running mean of a curve: each point keeps `keep` (0-1) of the mean before it, without a cold start."""
+    out: list[Point] = []
+    mean = weight = 0.0
+    for x, y in points:
+        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
+        out.append((x, mean / weight))
+    return out
+
+
+def _line(points: Sequence[str], colour: str, width: float, opacity: float) -> str:
+    joined = " ".join(points)
+    return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round values (1, 2 or 5 times a power of ten) that cover a range."""
+    span = max(high - low, 1e-9)
+    raw = span / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(n * step, 10) for n in range(first, last + 1)]

@@ -1,0 +1,386 @@
+"""The sections of a recipe, how one is loaded, what must hold between its sections, and its JSON schema."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from loratune import decode
+from loratune.decode import BareWord, Cadence, Section, Share, Tree, as_tuple, listed
+from loratune.errors import Place, Problem, RecipeError
+from loratune.formats import Chat, Format
+from loratune.methods import Lora, Method
+from loratune.objectives import Objective, Sft
+from loratune.optimizers import AdamW, Optimizer
+from loratune.schedules import Cosine, Schedule
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class NoQuantization(Section):
+    """The base model's weights as they are."""
+
+    type: Literal["none"] = "none"
+
+
+class Nf4(Section):
+    """4-bit NormalFloat weights, bf16 compute. Source: QLoRA, arXiv:2305.14314, sec. 3."""
+
+    type: Literal["nf4"] = "nf4"
+    double_quant: bool = Field(True, description="quantize the scales as well: 0.4 bit per weight less")
+
+
+class Fp4(Section):
+    """4-bit float weights, bf16 compute."""
+
+    type: Literal["fp4"] = "fp4"
+    double_quant: bool = Field(True, description="quantize the scales as well: 0.4 bit per weight less")
+
+
+class Int8(Section):
+    """8-bit weights with outlier columns in 16 bit. Source: LLM.int8(), arXiv:2208.07339."""
+
+    type: Literal["int8"] = "int8"
+
+
+Quantization = Annotated[
+    NoQuantization | Nf4 | Fp4 | Int8,
+    Field(discriminator="type"),
+    BareWord({"4bit": "write `nf4`", "int4": "write `nf4`", "8bit": "write `int8`", "qlora": "write `nf4`"}),
+]
+
+
+class Model(Section):
+    """The base model and how it is loaded."""
+
+    base: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    quantization: Quantization = Field(NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="precision of the weights; auto: bfloat16 where the device computes in it, else float32"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="attention kernel; auto: sdpa where the model has it"
+    )
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str = Field(min_length=1, description="file, folder, glob, or hub data set")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row")
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, (str, dict, Source)):
+        return {"path": value} if isinstance(value, str) else value
+    raise PydanticCustomError("expected", "must be a path, or a mapping with a `path`")
+
+
+Sources = Annotated[
+    tuple[Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)], ...],
+    BeforeValidator(as_tuple, json_schema_input_type=str | Source | list[str | Source]),
+    Field(min_length=1),
+]
+
+
+class Data(Section):
+    """The rows, how they are read and how long they may be."""
+
+    train: Sources = Field(description="rows to train on: file, folder, glob, hub data set, or a list of them with weights")
+    eval: Sources | None = Field(None, description="held-out rows, as `train`")
+    eval_fraction: float | None = Field(None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`")
+    format: Format = Field(Chat(), description="how a row is read")
+    max_length: int = Field(2048, ge=2, description="longest row in tokens")
+    on_long: Literal["error", "drop", "truncate", "split"] = Field(
+        "error", description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)"
+    )
+
+
+def _rows_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("expected", "must be a whole number of rows from 1, or `auto`")
+
+
+class EarlyStopping(Section):
+    """Stop when the eval loss no longer falls."""
+
+    patience: int = Field(3, ge=1, description="evaluations without a better loss before the run ends")
+    min_delta: float = Field(0.0, ge=0, description="how much lower, in nats per token, counts as better")
+
+
+class Train(Section):
+    """How long, in what batches, and what is kept on the way."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="number of steps, instead of `epochs`")
+    batch_size: int = Field(16, ge=1, description="rows per step, over all devices and micro-batches")
+    micro_batch_size: Annotated[
+        int | Literal["auto"],
+        PlainValidator(_rows_or_auto),
+        WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+    ] = Field("auto", description="rows in memory at once per device, or auto; never changes what is optimized")
+    schedule: Schedule = Field(Cosine(), description="how the learning rate moves")
+    warmup: Share = Field(0.03, description="steps, or part (0-1) of all steps, over which the rate rises")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, of dropout and of new weights")
+    max_grad_norm: float = Field(1.0, gt=0, description="longest gradient of one step; a longer one is scaled down")
+    gradient_checkpointing: Literal["auto", "none", "all"] = Field(
+        "auto", description="compute activations twice to save memory: all or none layers; auto: all on a GPU, none on a CPU"
+    )
+    log_every: Cadence = Field(10, description="steps, or part of an epoch, between two printed lines")
+    eval_every: Cadence = Field(1.0, description="steps, or part of an epoch, between two evaluations")
+    save_every: Cadence = Field(1.0, description="steps, or part of an epoch, between two checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept: the newest, and always the best")
+    early_stopping: EarlyStopping | None = Field(None, description="stop when the eval loss no longer falls")
+
+
+class Recipe(Section):
+    """One training: everything that decides its result."""
+
+    model: Model = Field(description="the base model")
+    method: Method = Field(Lora(), description="what is trained")
+    data: Data = Field(description="the rows")
+    objective: Objective = Field(Sft(), description="what is minimised")
+    optimizer: Optimizer = Field(AdamW(), description="how parameters move")
+    train: Train = Field(Train(), description="how long and in what batches")
+    output: str = Field(min_length=1, description="run folder, made when missing")
+
+    def dump(self) -> str:
+        """Return the recipe as YAML that loads to the same recipe again, from any folder."""
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
+
+    def hash(self) -> str:
+        """Return a sha256 (hex) over everything in the recipe."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+# What people coming from other tools type, and what says the same here.
+FOREIGN = {
+    "base_model": "write `model.base`",
+    "model_name_or_path": "write `model.base`",
+    "load_in_4bit": "write `model.quantization: nf4`",
+    "load_in_8bit": "write `model.quantization: int8`",
+    "bf16": "write `model.dtype: bfloat16`, or leave it out: it is the default where the device has it",
+    "fp16": "write `model.dtype: float16`",
+    "torch_dtype": "write `model.dtype`",
+    "attn_implementation": "write `model.attention`",
+    "flash_attention": "write `model.attention: flash_attention_2`",
+    "adapter": "write `method: lora`",
+    "lora_r": "write `method.r`",
+    "rank": "write `method.r`",
+    "lora_rank": "write `method.r`",
+    "alpha": "write `method.lora_alpha`",
+    "dropout": "write `method.lora_dropout`",
+    "lora_target_modules": "write `method.target_modules`",
+    "use_dora": "write `method.dora: true`",
+    "use_rslora": "write `method.rslora: true`",
+    "datasets": "write `data.train`",
+    "dataset": "write `data.train`",
+    "path": "write `data.train`",
+    "val": "write `data.eval`",
+    "validation": "write `data.eval`",
+    "val_set_size": "write `data.eval_fraction`",
+    "sequence_len": "write `data.max_length`",
+    "max_seq_length": "write `data.max_length`",
+    "cutoff_len": "write `data.max_length`",
+    "learning_rate": "write `optimizer.lr`",
+    "lr_scheduler": "write `train.schedule`",
+    "lr_scheduler_type": "write `train.schedule`",
+    "warmup_steps": "write `train.warmup`: a whole number is steps",
+    "warmup_ratio": "write `train.warmup`: a fraction is that part of all steps",
+    "num_epochs": "write `train.epochs`",
+    "num_train_epochs": "write `train.epochs`",
+    "per_device_train_batch_size": "write `train.micro_batch_size`; `train.batch_size` is the rows of one step",
+    "gradient_accumulation_steps": "write `train.batch_size`, the rows of one step; what fits in memory is found from it",
+    "gradient_clipping": "write `train.max_grad_norm`",
+    "logging_steps": "write `train.log_every`",
+    "eval_steps": "write `train.eval_every`",
+    "save_steps": "write `train.save_every`",
+    "save_total_limit": "write `train.keep`",
+    "output_dir": "write `output`",
+    "train_on_inputs": "leave it out: only the assistant's words are trained; for all of a text use `format: text`",
+    "trust_remote_code": "a recipe cannot run code",
+}
+
+
+def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: the YAML file; relative paths in it start at its folder.
+        settings: `a.b=value` assignments made before the recipe is checked.
+
+    Returns:
+        The recipe, frozen, with local paths absolute.
+
+    Raises:
+        RecipeError: with every problem in it, each with its place.
+    """
+    path = Path(path)
+    tree = decode.parse(decode.read_text(path), str(path))
+    return from_tree(tree, path.resolve().parent, settings)
+
+
+def from_tree(tree: Tree, folder: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Check a parsed recipe whose relative paths start at `folder`; see `load`."""
+    for setting in settings:
+        decode.assign(tree, setting)
+    recipe = decode.decode(Recipe, tree, FOREIGN)
+    problems = [*_between_sections(recipe, tree)]
+    recipe = _absolute(recipe, folder, tree, problems)
+    if problems:
+        raise RecipeError(decode.in_order(problems))
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe, with descriptions, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "loratune recipe",
+        **Recipe.model_json_schema(mode="validation"),
+    }
+
+
+def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
+    """Yield what fits in each section but not together."""
+    method, train, data, model = recipe.method, recipe.train, recipe.data, recipe.model
+    root = tree.root.plain()
+
+    def given(*path: str) -> bool:
+        node: Any = root
+        for step in path:
+            if not isinstance(node, dict) or step not in node:
+                return False
+            node = node[step]
+        return True
+
+    def problem(message: str, *path: str, hint: str | None = None) -> Problem:
+        node, _ = tree.root.find(path)
+        return Problem(message, node.key or node.place, hint)
+
+    if train.max_steps is not None and given("train", "epochs"):
+        yield problem("`train.max_steps` and `train.epochs` both say how long", "train", "max_steps", hint="keep one")
+    if data.eval is not None and data.eval_fraction is not None:
+        yield problem("`data.eval` and `data.eval_fraction` both say what is held out", "data", "eval_fraction", hint="keep one")
+    if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
+        yield problem(
+            f"`train.micro_batch_size` ({train.micro_batch_size}) is larger than `train.batch_size` ({train.batch_size})",
+            "train",
+            "micro_batch_size",
+        )
+    held_out = data.eval is not None or data.eval_fraction is not None
+    if train.early_stopping and not held_out:
+        yield problem(
+            "`train.early_stopping` looks at the eval loss, and nothing is held out",
+            "train",
+            "early_stopping",
+            hint="give `data.eval` or `data.eval_fraction`",
+        )
+    if data.on_long == "split" and data.format.type != "text":
+        yield problem(
+            f"`data.on_long: split` would tear a `{data.format.type}` row apart",
+            "data",
+            "on_long",
+            hint="use drop or truncate, or a larger `data.max_length`",
+        )
+    quantized = model.quantization.type != "none"
+    if method.type == "full":
+        if quantized:
+            yield problem(
+                f"`method: full` trains every weight, and `{model.quantization.type}` weights can't be trained",
+                "method",
+                hint="use `method: lora`, or leave `model.quantization` out",
+            )
+        if given("optimizer", "loraplus_lr_ratio"):
+            yield problem("`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none", "optimizer", "loraplus_lr_ratio")
+        return
+    if method.init == "loftq" and model.quantization.type not in ("nf4", "fp4"):
+        yield problem(
+            "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit", "method", "init", hint="set `model.quantization: nf4`"
+        )
+    if method.changes_base:
+        if quantized:
+            yield problem(
+                f"`method.init: {method.init}` takes a part out of the weights, and `{model.quantization.type}` weights can't be changed",
+                "method",
+                "init",
+                hint="use `init: loftq`, or leave `model.quantization` out",
+            )
+        if method.dora:
+            yield problem(f"`method.init: {method.init}` and `method.dora` don't combine", "method", "dora")
+        if method.rslora and (method.rank_pattern or method.alpha_pattern):
+            yield problem(
+                f"`method.init: {method.init}` with `rslora` takes no patterns", "method", "rank_pattern" if method.rank_pattern else "alpha_pattern"
+            )
+    if method.init == "eva" and quantized and model.quantization.type == "int8":
+        yield problem("`method.init: eva` is not known to work on an int8 base", "method", "init", hint="use `nf4`")
+
+
+def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:
+    """Return the recipe with local paths absolute; append a problem for each that leads nowhere."""
+    base = _base(recipe.model.base, folder, tree.place("model", "base"), problems)
+    data = {}
+    for key in ("train", "eval"):
+        sources: tuple[Source, ...] | None = recipe.data.train if key == "train" else recipe.data.eval
+        if sources is None:
+            continue
+        data[key] = tuple(
+            source.model_copy(update={"path": _data_path(source.path, folder, _source_place(tree, key, index), problems)})
+            for index, source in enumerate(sources)
+        )
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"base": base}),
+            "data": recipe.data.model_copy(update=data),
+            "output": str(folder / Path(recipe.output).expanduser()),
+        }
+    )
+
+
+def _source_place(tree: Tree, key: str, index: int) -> Place:
+    return tree.place("data", key, index, "path")
+
+
+def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str:
+    path = folder / Path(base).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".gguf":
+            problems.append(Problem(f"`{base}` is a file, and no .gguf", place, "name the model's folder"))
+        return str(path.resolve())
+    looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf") or base.count("/") > 1
+    if looks_local or not _HUB_ID.fullmatch(base):
+        problems.append(Problem(f"no model at `{base}`", place, f"looked for {path}"))
+    return base
+
+
+def _data_path(value: str, folder: Path, place: Place, problems: list[Problem]) -> str:
+    path = folder / Path(value).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if glob.has_magic(value):
+        if not glob.glob(str(path), recursive=True):
+            problems.append(Problem(f"no file matches `{value}`", place, f"looked for {path}"))
+        return str(path)
+    suffix = Path(value.removesuffix(".gz")).suffix
+    if value.startswith((".", "/", "~")) or suffix in SUFFIXES or value.endswith("/") or not _HUB_ID.fullmatch(value):
+        hint = f"looked for {path}"
+        if suffix and suffix not in SUFFIXES:
+            hint += f"; files end in {listed(SUFFIXES)} (also .gz)"
+        problems.append(Problem(f"no data at `{value}`", place, hint))
+    return value

@@ -1,0 +1,192 @@
+"""Every line a person sees while a run goes on, and metrics.jsonl.
+
+Messages go to stderr: a live view on a terminal, plain lines elsewhere. stdout is left to results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loratune.errors import Place, Problem, StorageError
+from loratune.loop import Step
+
+
+def memory() -> int:
+    """Return the peak memory of this process in bytes: of the GPU where there is one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float) -> str:
+    """Write a time: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes: `84.0 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class Report:
+    """Tells a person how a run goes; silent on processes other than the first.
+
+    Args:
+        active: whether this process speaks and writes.
+        metrics: the file that gets one JSON object per step and per evaluation; None for none.
+    """
+
+    def __init__(self, active: bool = True, metrics: Path | None = None):
+        self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
+        self.active = active
+        self.live = active and self.console.is_terminal and not os.environ.get("CI")
+        self.train: list[tuple[float, float]] = []
+        self.evaluation: list[tuple[float, float]] = []
+        self._metrics = metrics
+        self._view: Live | None = None
+        self._bar: Progress | None = None
+        self._last: Step | None = None
+        self._seconds = self._tokens = self._trained = 0.0
+        self._every = 1
+        self._steps = 0
+        self._left: list[float] = []
+
+    def note(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, markup=False)
+
+    def problem(self, line: str) -> None:
+        """Print a line that must not be missed."""
+        self.console.print(line, markup=False, style="yellow")
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Any]:
+        """Show how many of something have been read; yields the function to call with the number so far."""
+        if not self.live:
+            yield lambda count: None
+            return
+        with self.console.status(what) as status:
+            began = time.perf_counter()
+            yield lambda count: status.update(f"{what}: {count:,} ({count / max(time.perf_counter() - began, 1e-3):,.0f}/s)")
+
+    @contextmanager
+    def training(self, done: int, steps: int, every: int) -> Iterator[None]:
+        """Show the run from step `done` to `steps`, a plain line every `every` steps off a terminal."""
+        self._steps, self._every = steps, every
+        if not self.live:
+            yield
+            return
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(), TextColumn("left"),
+            console=self.console,
+        )  # fmt: skip
+        self._bar.add_task("steps", total=steps, completed=done)
+        with Live(self._bar, console=self.console, refresh_per_second=4) as self._view:
+            yield
+        self._view = None
+
+    def step(self, step: Step) -> None:
+        """Record a step and show it."""
+        self.train.append((step.number, step.loss))
+        self._last = step
+        self._seconds += step.seconds
+        self._tokens += step.tokens
+        self._trained += step.trained_tokens
+        self._write({"kind": "step", **step.__dict__, "memory": memory()})
+        if self._bar is not None and self._view is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step.number)
+            self._view.update(Group(self._table(step), self._bar))
+        elif step.number % self._every == 0 or step.number == self._steps:
+            self.note(self._line(step))
+
+    def evaluated(self, step: int, loss: float, count: int, best: bool, seconds: float) -> None:
+        """Record an evaluation and show it."""
+        self.evaluation.append((step, loss))
+        self._write({"kind": "eval", "number": step, "loss": loss, "trained_tokens": count, "seconds": seconds})
+        self.note(f"step {step}: eval loss {loss:.4f}{' (best so far)' if best else ''}")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second over all steps, padding, evaluation and saving not counted."""
+        return self._tokens / max(self._seconds, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in steps."""
+        return self._seconds
+
+    def _line(self, step: Step) -> str:
+        left = self._seconds / max(len(self.train), 1) * (self._steps - step.number)
+        return (
+            f"step {step.number}/{self._steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  lr {step.lr:.2e}  "
+            f"grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
+            f"{step.trained_tokens / step.seconds:,.0f} trained/s  {size(memory())}  {duration(left)} left"
+        )
+
+    def _table(self, step: Step) -> Table:
+        table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        latest = f"{self.evaluation[-1][1]:.4f}" if self.evaluation else "not yet"
+        table.add_row("loss", f"[bold]{step.loss:.4f}", "eval loss", f"[bold]{latest}", "epoch", f"{step.epoch:.2f}")
+        table.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "memory", size(memory()))
+        table.add_row(
+            "tokens/s", f"{step.tokens / step.seconds:,.0f}", "trained/s", f"{step.trained_tokens / step.seconds:,.0f}",
+            "rows", str(step.rows),
+        )  # fmt: skip
+        return table
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if not self.active or self._metrics is None:
+            return
+        try:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(self._metrics)))) from None
+
+    def go_on_from(self, step: int) -> None:
+        """Take up the metrics of a run that is resumed after `step`; later ones are cut off."""
+        if self._metrics is None or not self._metrics.exists():
+            return
+        events = [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [event for event in events if event["number"] <= step]
+        for event in kept:
+            (self.train if event["kind"] == "step" else self.evaluation).append((event["number"], event["loss"]))
+        if self.active:
+            self._metrics.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table in plain text, first column left, the others right."""
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])

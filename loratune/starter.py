@@ -1,0 +1,97 @@
+"""What `loratune init` writes: a commented recipe, its schema and twenty rows that show the shape of the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from loratune import recipe
+from loratune.errors import Place, Problem, StorageError, UsageError
+
+# Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.
+_ROWS = [
+    ("How do I reset my password?", "Open Settings, choose Security, then Reset password."),
+    ("Where can I see my invoices?", "Open Billing; every invoice is listed there."),
+    ("Can I change my email address?", "Yes. Open Settings, choose Profile, then Email."),
+    ("How do I delete my account?", "Open Settings, choose Account, then Delete account."),
+    ("Why was my card declined?", "The bank refused it. Try another card, or call the bank."),
+    ("How long does delivery take?", "Three working days within the country, seven abroad."),
+    ("Can I return an item?", "Yes, within thirty days. Open Orders and choose Return."),
+    ("Do you ship abroad?", "Yes, to forty countries. The list stands on the Shipping page."),
+    ("How do I cancel an order?", "Open Orders and choose Cancel, as long as it has not been sent."),
+    ("Is there a student discount?", "Yes, twenty per cent. Send a photo of the student card."),
+    ("How do I export my data?", "Open Settings, choose Privacy, then Export."),
+    ("Can I use two accounts?", "Yes, with two email addresses."),
+    ("The app does not start. What now?", "Restart the phone, then update the app."),
+    ("How do I turn on dark mode?", "Open Settings, choose Display, then Dark."),
+    ("Can I pay by invoice?", "Companies can. Write to the sales team first."),
+    ("How do I invite a colleague?", "Open Team and choose Invite."),
+    ("Which browsers do you support?", "The last two releases of Chrome, Edge, Firefox and Safari."),
+    ("How do I stop the newsletter?", "Choose Unsubscribe at the end of any newsletter."),
+    ("Is my data encrypted?", "Yes, on its way and on our disks."),
+    ("How can I reach a human?", "Write to help at any time; we answer within a day."),
+]
+
+_RECIPE = """\
+# yaml-language-server: $schema=./loratune.schema.json
+# Train:    loratune train recipe.yaml
+# Measure:  loratune eval runs/first
+# Talk:     loratune chat runs/first
+model:
+  base: {base:32}# hub id, local folder, or a .gguf file
+  # quantization: nf4                # a 4-bit base (QLoRA): a quarter of the memory
+
+method:
+  type: lora
+  r: 16                              # rank: size of what can be learned
+  lora_alpha: 32                     # its scale, as a rule twice the rank
+  target_modules: all-linear
+
+data:
+  train: data/train.jsonl            # file, folder, glob, hub data set, or a list of them
+  eval_fraction: 0.2                 # held out; or `eval:` with a file of its own
+  format: chat                       # chat, instruction, completion or text
+  max_length: 1024                   # tokens; a longer row is an error unless `on_long` says otherwise
+
+objective: sft
+optimizer: {{type: adamw, lr: 2e-4}}
+train: {{epochs: 3, batch_size: 4, schedule: cosine, warmup: 0.1, seed: 0}}
+output: runs/first
+"""
+
+
+def write(folder: Path, base: str | None) -> list[Path]:
+    """Write recipe.yaml, loratune.schema.json and data/train.jsonl.
+
+    Args:
+        folder: where; made when missing. A relative local `base` is named relative to it.
+        base: base model to put into the recipe, or None to leave that to the user.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        UsageError: when one of the files is there already; nothing is written then.
+        StorageError: when a file can't be written.
+    """
+    if base is not None and Path(base).expanduser().exists():
+        base = str(Path(base).expanduser().resolve())
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{a} Yours, the help desk."}]}
+        for q, a in _ROWS
+    ]
+    files = {
+        folder / "recipe.yaml": _RECIPE.format(base=json.dumps(base) if base else ""),
+        folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
+        folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+    }
+    there = [Problem("is there already", Place(str(path)), "nothing was written") for path in files if path.exists()]
+    if there:
+        raise UsageError(there)
+    for path, text in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
+    return list(files)
