@@ -14,6 +14,7 @@ LoratuneError                 1  unexpected
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Problem:
         head = f"{self.place}: {self.message}" if self.place else self.message
         if self.place is None or not self.place.text.strip():
             return f"{head}\n  {self.hint}" if self.hint else head
-        text = self.place.text.expandtabs(1).rstrip()
+        text = "".join(c if c.isprintable() else " " for c in self.place.text).rstrip()  # a tab is one column
         start = max(0, self.place.column - 61) if len(text) > 100 else 0  # keep the caret in sight on a long line
         number = str(self.place.line) if self.place.line else ""
         gutter = " " * len(number)
@@ -130,3 +131,35 @@ class SafetyError(LoratuneError):
     """Refused, because it could run code that came with a model."""
 
     exit_code = 7
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Return text for a message: one line, at most `limit` characters, nothing that steers a terminal."""
+    text = " ".join(text[: 4 * limit].split())
+    if not text.isprintable():  # an escape sequence of the terminal, for one
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
+    """Return the known word that is closest to `word`, or None when none is close."""
+    lower = {name.lower(): name for name in known}
+    word = word[:100].lower().replace("-", "_")
+    near = [name for name in lower if one_edit(word, name)]
+    found = near[:1] or difflib.get_close_matches(word, list(lower), n=1, cutoff=0.6)
+    return lower[word] if word in lower else lower[found[0]] if found else None
+
+
+def one_edit(a: str, b: str) -> bool:
+    """Return whether one letter more, less, other or swapped with the next makes `a` out of `b`."""
+    short, long = sorted((a, b), key=len)
+    same = next((i for i, (x, y) in enumerate(zip(short, long, strict=False)) if x != y), len(short))
+    rest, other = short[same:], long[same:]
+    swapped = rest[:2] == other[1::-1] and rest[2:] == other[2:]
+    return rest == other[1:] or rest[1:] == other[1:] or swapped
+
+
+def listed(words: Sequence[str], limit: int = 24) -> str:
+    """Write words for a message: `a`, `b`, `c`."""
+    shown = ", ".join(f"`{word}`" for word in words[:limit])
+    return f"{shown} and {len(words) - limit} more" if len(words) > limit else shown

@@ -13,17 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune import decode
-from loratune.decode import BareWord, Cadence, Section, Share, Tree, as_tuple, listed
-from loratune.errors import Place, Problem, RecipeError
+from loratune import decode, nodes
+from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.formats import Chat, Format
 from loratune.methods import Lora, Method
+from loratune.nodes import Tree
 from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
+from loratune.section import BareWord, Cadence, Section, Share, as_tuple
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class NoQuantization(Section):
@@ -64,7 +65,9 @@ class Model(Section):
 
     base: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    quantization: Quantization = Field(NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA")
+    quantization: Quantization = Field(
+        NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="precision of the weights; auto: bfloat16 where the device computes in it, else float32"
     )
@@ -80,7 +83,9 @@ class Source(Section):
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
-    weight: float = Field(1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row"
+    )
 
 
 def _source(value: Any) -> Any:
@@ -99,13 +104,18 @@ Sources = Annotated[
 class Data(Section):
     """The rows, how they are read and how long they may be."""
 
-    train: Sources = Field(description="rows to train on: file, folder, glob, hub data set, or a list of them with weights")
+    train: Sources = Field(
+        description="rows to train on: file, folder, glob, hub data set, or a list of them with weights"
+    )
     eval: Sources | None = Field(None, description="held-out rows, as `train`")
-    eval_fraction: float | None = Field(None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`")
+    eval_fraction: float | None = Field(
+        None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`"
+    )
     format: Format = Field(Chat(), description="how a row is read")
     max_length: int = Field(2048, ge=2, description="longest row in tokens")
     on_long: Literal["error", "drop", "truncate", "split"] = Field(
-        "error", description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)"
+        "error",
+        description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)",
     )
 
 
@@ -138,7 +148,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, of dropout and of new weights")
     max_grad_norm: float = Field(1.0, gt=0, description="longest gradient of one step; a longer one is scaled down")
     gradient_checkpointing: Literal["auto", "none", "all"] = Field(
-        "auto", description="compute activations twice to save memory: all or none layers; auto: all on a GPU, none on a CPU"
+        "auto",
+        description="compute activations twice to save memory: all or none layers; auto: all on a GPU, none on a CPU",
     )
     log_every: Cadence = Field(10, description="steps, or part of an epoch, between two printed lines")
     eval_every: Cadence = Field(1.0, description="steps, or part of an epoch, between two evaluations")
@@ -160,9 +171,7 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """Return the recipe as YAML that loads to the same recipe again, from any folder."""
-        import yaml
-
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
+        return nodes.write(self.model_dump(mode="json"))
 
     def hash(self) -> str:
         """Return a sha256 (hex) over everything in the recipe."""
@@ -187,11 +196,13 @@ FOREIGN = {
     "alpha": "write `method.lora_alpha`",
     "dropout": "write `method.lora_dropout`",
     "lora_target_modules": "write `method.target_modules`",
+    "lora_target_linear": "write `method.target_modules: all-linear`",
     "use_dora": "write `method.dora: true`",
     "use_rslora": "write `method.rslora: true`",
     "datasets": "write `data.train`",
     "dataset": "write `data.train`",
     "path": "write `data.train`",
+    "dataset_path": "write `data.train`",
     "val": "write `data.eval`",
     "validation": "write `data.eval`",
     "val_set_size": "write `data.eval_fraction`",
@@ -199,6 +210,7 @@ FOREIGN = {
     "max_seq_length": "write `data.max_length`",
     "cutoff_len": "write `data.max_length`",
     "learning_rate": "write `optimizer.lr`",
+    "betas": "write `optimizer.beta1` and `optimizer.beta2`",
     "lr_scheduler": "write `train.schedule`",
     "lr_scheduler_type": "write `train.schedule`",
     "warmup_steps": "write `train.warmup`: a whole number is steps",
@@ -206,7 +218,7 @@ FOREIGN = {
     "num_epochs": "write `train.epochs`",
     "num_train_epochs": "write `train.epochs`",
     "per_device_train_batch_size": "write `train.micro_batch_size`; `train.batch_size` is the rows of one step",
-    "gradient_accumulation_steps": "write `train.batch_size`, the rows of one step; what fits in memory is found from it",
+    "gradient_accumulation_steps": "write `train.batch_size`, the rows of one step; what fits in memory is found",
     "gradient_clipping": "write `train.max_grad_norm`",
     "logging_steps": "write `train.log_every`",
     "eval_steps": "write `train.eval_every`",
@@ -215,6 +227,8 @@ FOREIGN = {
     "output_dir": "write `output`",
     "train_on_inputs": "leave it out: only the assistant's words are trained; for all of a text use `format: text`",
     "trust_remote_code": "a recipe cannot run code",
+    "hub_token": "a recipe has no place for a secret: `hf auth login` stores it",
+    "hf_token": "a recipe has no place for a secret: `hf auth login` stores it",
 }
 
 
@@ -232,14 +246,14 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem in it, each with its place.
     """
     path = Path(path)
-    tree = decode.parse(decode.read_text(path), str(path))
+    tree = nodes.parse(nodes.read_text(path), str(path))
     return from_tree(tree, path.resolve().parent, settings)
 
 
 def from_tree(tree: Tree, folder: Path, settings: Sequence[str] = ()) -> Recipe:
     """Check a parsed recipe whose relative paths start at `folder`; see `load`."""
     for setting in settings:
-        decode.assign(tree, setting)
+        decode.assign(tree, setting, Recipe)
     recipe = decode.decode(Recipe, tree, FOREIGN)
     problems = [*_between_sections(recipe, tree)]
     recipe = _absolute(recipe, folder, tree, problems)
@@ -250,11 +264,21 @@ def from_tree(tree: Tree, folder: Path, settings: Sequence[str] = ()) -> Recipe:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, with descriptions, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "loratune recipe",
-        **Recipe.model_json_schema(mode="validation"),
-    }
+    found = Recipe.model_json_schema(mode="validation")
+    for name in sorted(_with_tag(found)):  # the tag has a default, but among several types it must be named
+        section = found["$defs"][name]
+        section["required"] = ["type", *section.get("required", [])]
+    return {**found, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "loratune recipe"}
+
+
+def _with_tag(node: Any) -> set[str]:
+    """Return the names of the sections that a JSON schema tells apart by their `type`."""
+    if isinstance(node, list):
+        return {name for item in node for name in _with_tag(item)}
+    if not isinstance(node, dict):
+        return set()
+    mapping = node.get("discriminator", {}).get("mapping", {})
+    return {ref.rpartition("/")[2] for ref in mapping.values()}.union(*map(_with_tag, node.values()))
 
 
 def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
@@ -271,16 +295,18 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
         return True
 
     def problem(message: str, *path: str, hint: str | None = None) -> Problem:
-        node, _ = tree.root.find(path)
+        node = tree.root.find(path)
         return Problem(message, node.key or node.place, hint)
 
     if train.max_steps is not None and given("train", "epochs"):
         yield problem("`train.max_steps` and `train.epochs` both say how long", "train", "max_steps", hint="keep one")
     if data.eval is not None and data.eval_fraction is not None:
-        yield problem("`data.eval` and `data.eval_fraction` both say what is held out", "data", "eval_fraction", hint="keep one")
+        yield problem(
+            "`data.eval` and `data.eval_fraction` both say what is held out", "data", "eval_fraction", hint="keep one"
+        )
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
         yield problem(
-            f"`train.micro_batch_size` ({train.micro_batch_size}) is larger than `train.batch_size` ({train.batch_size})",
+            f"`train.micro_batch_size` {train.micro_batch_size} is larger than `train.batch_size` {train.batch_size}",
             "train",
             "micro_batch_size",
         )
@@ -303,21 +329,28 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
     if method.type == "full":
         if quantized:
             yield problem(
-                f"`method: full` trains every weight, and `{model.quantization.type}` weights can't be trained",
+                f"`method: full` trains every weight, and {model.quantization.type} weights can't be trained",
                 "method",
                 hint="use `method: lora`, or leave `model.quantization` out",
             )
         if given("optimizer", "loraplus_lr_ratio"):
-            yield problem("`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none", "optimizer", "loraplus_lr_ratio")
+            yield problem(
+                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none",
+                "optimizer",
+                "loraplus_lr_ratio",
+            )
         return
     if method.init == "loftq" and model.quantization.type not in ("nf4", "fp4"):
         yield problem(
-            "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit", "method", "init", hint="set `model.quantization: nf4`"
+            "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit",
+            "method",
+            "init",
+            hint="set `model.quantization: nf4`",
         )
     if method.changes_base:
         if quantized:
             yield problem(
-                f"`method.init: {method.init}` takes a part out of the weights, and `{model.quantization.type}` weights can't be changed",
+                f"`method.init: {method.init}` changes the base, which {model.quantization.type} weights don't allow",
                 "method",
                 "init",
                 hint="use `init: loftq`, or leave `model.quantization` out",
@@ -326,7 +359,9 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             yield problem(f"`method.init: {method.init}` and `method.dora` don't combine", "method", "dora")
         if method.rslora and (method.rank_pattern or method.alpha_pattern):
             yield problem(
-                f"`method.init: {method.init}` with `rslora` takes no patterns", "method", "rank_pattern" if method.rank_pattern else "alpha_pattern"
+                f"`method.init: {method.init}` with `rslora` takes no patterns",
+                "method",
+                "rank_pattern" if method.rank_pattern else "alpha_pattern",
             )
     if method.init == "eva" and quantized and model.quantization.type == "int8":
         yield problem("`method.init: eva` is not known to work on an int8 base", "method", "init", hint="use `nf4`")
@@ -340,47 +375,67 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         sources: tuple[Source, ...] | None = recipe.data.train if key == "train" else recipe.data.eval
         if sources is None:
             continue
+        places = [tree.place("data", key, index, "path") for index in range(len(sources))]
         data[key] = tuple(
-            source.model_copy(update={"path": _data_path(source.path, folder, _source_place(tree, key, index), problems)})
-            for index, source in enumerate(sources)
+            source.model_copy(update={"path": _data_path(source.path, folder, place, problems)})
+            for source, place in zip(sources, places, strict=True)
+        )
+    output, there = _find(recipe.output, folder)
+    if (there and not output.is_dir()) or "\0" in recipe.output:
+        problems.append(
+            Problem(f"`{shorten(recipe.output)}` can't be the run folder", tree.place("output"), "name a new folder")
         )
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": base}),
             "data": recipe.data.model_copy(update=data),
-            "output": str(folder / Path(recipe.output).expanduser()),
+            "output": str(output),
         }
     )
 
 
-def _source_place(tree: Tree, key: str, index: int) -> Place:
-    return tree.place("data", key, index, "path")
+def _find(value: str, folder: Path) -> tuple[Path, bool]:
+    """Return the path that `value` names from `folder`, and whether something is there."""
+    try:
+        path = folder / Path(value).expanduser()
+    except RuntimeError:  # `~name`, and no such user
+        path = folder / value
+    try:
+        return path, path.exists()
+    except OSError:  # a name too long, a folder that may not be entered
+        return path, False
 
 
 def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str:
-    path = folder / Path(base).expanduser()
-    if path.exists():
+    path, there = _find(base, folder)
+    if there:
         if path.is_file() and path.suffix != ".gguf":
-            problems.append(Problem(f"`{base}` is a file, and no .gguf", place, "name the model's folder"))
+            problems.append(Problem(f"`{shorten(base)}` is a file, and no .gguf", place, "name the model's folder"))
         return str(path.resolve())
     looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf") or base.count("/") > 1
     if looks_local or not _HUB_ID.fullmatch(base):
-        problems.append(Problem(f"no model at `{base}`", place, f"looked for {path}"))
+        problems.append(Problem(f"no model at `{shorten(base)}`", place, _looked_for(path)))
     return base
 
 
 def _data_path(value: str, folder: Path, place: Place, problems: list[Problem]) -> str:
-    path = folder / Path(value).expanduser()
-    if path.exists():
+    path, there = _find(value, folder)
+    if there:
         return str(path.resolve())
     if glob.has_magic(value):
         if not glob.glob(str(path), recursive=True):
-            problems.append(Problem(f"no file matches `{value}`", place, f"looked for {path}"))
+            problems.append(Problem(f"no file matches `{shorten(value)}`", place, _looked_for(path)))
         return str(path)
     suffix = Path(value.removesuffix(".gz")).suffix
-    if value.startswith((".", "/", "~")) or suffix in SUFFIXES or value.endswith("/") or not _HUB_ID.fullmatch(value):
-        hint = f"looked for {path}"
+    beside = suffix[1:].isalpha() if path.parent == folder else path.parent.is_dir()  # `rows.tsv`, `data/rows.tsv`
+    looks_local = value.startswith((".", "/", "~")) or suffix in SUFFIXES or value.endswith("/") or beside
+    if looks_local or not _HUB_ID.fullmatch(value):
+        hint = _looked_for(path)
         if suffix and suffix not in SUFFIXES:
             hint += f"; files end in {listed(SUFFIXES)} (also .gz)"
-        problems.append(Problem(f"no data at `{value}`", place, hint))
+        problems.append(Problem(f"no data at `{shorten(value)}`", place, hint))
     return value
+
+
+def _looked_for(path: Path) -> str:
+    return f"looked for {shorten(str(path), 400)}"

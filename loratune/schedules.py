@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from loratune.decode import BareWord, Section
+from loratune.section import BareWord, Section
 
 
 class Constant(Section):
@@ -63,7 +63,15 @@ class WarmupStableDecay(Section):
 Schedule = Annotated[
     Constant | Linear | Cosine | WarmupStableDecay,
     Field(discriminator="type"),
-    BareWord({"warmup_stable_decay": "its name here is `wsd`", "cosine_with_min_lr": "write {type: cosine, floor: 0.1}"}),
+    BareWord(
+        {
+            "none": "write `constant`",
+            "constant_with_warmup": "write `constant`; `train.warmup` goes with every schedule",
+            "warmup_stable_decay": "its name here is `wsd`",
+            "cosine_with_min_lr": "write {type: cosine, floor: 0.1}",
+            "polynomial": "the nearest is `linear`",
+        }
+    ),
 ]
 
 
@@ -71,6 +79,7 @@ def rate(schedule: Constant | Linear | Cosine | WarmupStableDecay, step: int, st
     """Return the part of `lr` (0-1) at a step: a linear warmup, then the schedule over the rest.
 
     Args:
+        schedule: how the rate moves after the warmup.
         step: number of the step, from 0.
         steps: number of steps of the whole run.
         warmup: number of warmup steps; step `warmup - 1` is the first at the full rate.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from loratune.decode import Section
 from loratune.optimizers.groups import Named, groups
+from loratune.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -17,10 +17,14 @@ class Adafactor(Section):
     """Adafactor: row and column means instead of one square per weight. Source: Shazeer & Stern 2018, arXiv:1804.04235."""
 
     type: Literal["adafactor"] = "adafactor"
-    lr: float = Field(1e-2, gt=0, description="learning rate at the top of the schedule, relative to each matrix's own scale")
+    lr: float = Field(
+        1e-2, gt=0, description="learning rate at the top of the schedule, relative to each matrix's own scale"
+    )
     beta2_decay: float = Field(-0.8, lt=0, description="exponent of the step in the decay of the squares")
     clip: float = Field(1.0, gt=0, description="largest root mean square of one update")
-    weight_decay: float = Field(0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all")
+    weight_decay: float = Field(
+        0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all"
+    )
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:
         """Return the optimizer over (name, parameter) pairs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from loratune.optimizers import bnb
 from loratune.optimizers.groups import AdamFields, Named
 
 if TYPE_CHECKING:
@@ -17,12 +18,7 @@ class AdamW8bit(AdamFields):
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:
         """Return the optimizer over (name, parameter) pairs."""
-        import bitsandbytes as bnb
-
-        optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(
-            self.groups(params), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps
-        )
-        return optimizer
+        return bnb.build(self, params, "AdamW8bit")
 
     def note(self, device: str) -> str | None:
         """Return what a person must know about this optimizer on `device`."""

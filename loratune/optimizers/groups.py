@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from loratune.decode import Section
+from loratune.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,9 @@ class AdamFields(Section):
     beta1: Beta = Field(0.9, description="decay (0-1) of the mean of the gradients")
     beta2: Beta = Field(0.999, description="decay (0-1) of the mean of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the root of the squares")
-    weight_decay: float = Field(0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all")
+    weight_decay: float = Field(
+        0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all"
+    )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, description="LoRA+: the B matrices learn at `lr` times this (arXiv:2402.12354 proposes 16)"
     )
@@ -34,7 +36,9 @@ class AdamFields(Section):
         return groups(named, self.lr, self.weight_decay, self.loraplus_lr_ratio)
 
 
-def groups(named: Named, lr: float, weight_decay: float, loraplus_lr_ratio: float | None = None) -> list[dict[str, Any]]:
+def groups(
+    named: Named, lr: float, weight_decay: float, loraplus_lr_ratio: float | None = None
+) -> list[dict[str, Any]]:
     """Split parameters by whether they decay and by their learning rate.
 
     Matrices decay; norms, biases and every other vector don't. With LoRA+ the B matrices learn faster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from loratune.optimizers import bnb
 from loratune.optimizers.groups import AdamFields, Named
 
 if TYPE_CHECKING:
@@ -16,15 +17,9 @@ class PagedAdamW8bit(AdamFields):
     type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:
-        """Return the optimizer over (name, parameter) pairs; without a GPU there is nothing to page out of."""
-        import bitsandbytes as bnb
-
-        kind = bnb.optim.PagedAdamW8bit if device == "cuda" else bnb.optim.AdamW8bit
-        optimizer: torch.optim.Optimizer = kind(
-            self.groups(params), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps
-        )
-        return optimizer
+        """Return the optimizer over (name, parameter) pairs, paged on a GPU."""
+        return bnb.build(self, params, "PagedAdamW8bit" if device == "cuda" else "AdamW8bit")
 
     def note(self, device: str) -> str | None:
         """Return what a person must know about this optimizer on `device`."""
-        return None if device == "cuda" else "paged_adamw_8bit runs unpaged: there is no GPU memory to page"
+        return bnb.unpaged_note(self.type, device)

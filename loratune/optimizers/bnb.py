@@ -1,0 +1,33 @@
+"""What the optimizers of bitsandbytes share: how they are built, and that paging needs a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from loratune.optimizers.groups import AdamFields, Named
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["AdamW8bit", "AdamW32bit", "PagedAdamW8bit", "PagedAdamW32bit"]
+
+
+def build(fields: AdamFields, params: Named, kind: Kind) -> torch.optim.Optimizer:
+    """Return one of bitsandbytes' AdamWs over (name, parameter) pairs."""
+    import bitsandbytes as bnb
+
+    classes = {
+        "AdamW8bit": bnb.optim.AdamW8bit,
+        "AdamW32bit": bnb.optim.AdamW32bit,
+        "PagedAdamW8bit": bnb.optim.PagedAdamW8bit,
+        "PagedAdamW32bit": bnb.optim.PagedAdamW32bit,
+    }
+    optimizer: torch.optim.Optimizer = classes[kind](
+        fields.groups(params), lr=fields.lr, betas=(fields.beta1, fields.beta2), eps=fields.eps
+    )
+    return optimizer
+
+
+def unpaged_note(name: str, device: str) -> str | None:
+    """Return what to tell where a paged optimizer finds no GPU memory to page out of."""
+    return None if device == "cuda" else f"{name} runs unpaged: there is no GPU memory to page"

@@ -1,0 +1,145 @@
+"""What the sections of a recipe are made of: the frozen base class, bare words, and types several of them share."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class BareWord:
+    """Lets a type be named alone: `format: chat` is `format: {type: chat}`.
+
+    Stands behind `Field(discriminator="type")` in the annotation of a union of sections. `hints` maps words people
+    may try to a remedy.
+    """
+
+    def __init__(self, hints: Mapping[str, str] | None = None):
+        self.hints = dict(hints or {})
+        self.words: list[str] = []
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        self.words = [tag for tag, _ in members_of(source)]
+
+        def expand(value: Any) -> Any:
+            return {"type": value} if isinstance(value, str) else value
+
+        return core_schema.no_info_before_validator_function(expand, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "enum": self.words}, handler(schema)]}
+
+
+def _cadence(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PydanticCustomError("expected", "must be a whole number of steps, or a fraction (0 to 1)")
+    if isinstance(value, int) and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise PydanticCustomError("expected", "must be a whole number of steps from 1, or a fraction above 0 and up to 1.0")
+
+
+def _share(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PydanticCustomError("expected", "must be a whole number of steps, or a fraction of all steps (0 to 1)")
+    if (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1):
+        return value
+    raise PydanticCustomError("expected", "must be a whole number of steps from 0, or a fraction between 0.0 and 1.0")
+
+
+Cadence = Annotated[
+    int | float,
+    PlainValidator(_cadence),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]}
+    ),
+]
+"""How often: a whole number is steps, a fraction (above 0, up to 1.0) is that part of an epoch."""
+
+Share = Annotated[
+    int | float,
+    PlainValidator(_share),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "maximum": 1}]}),
+]
+"""How long: a whole number is steps, a fraction (0 to 1) is that part of all steps."""
+
+
+def as_tuple(value: Any) -> Any:
+    """Let one value stand for a list of one; lists become tuples, so that a section stays frozen."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if isinstance(value, tuple) or value is None else (value,)
+
+
+# ---------------------------------------------------------------- what is expected at a path
+
+
+def metadata_of(annotation: Any) -> tuple[Any, ...]:
+    return annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections named in an annotation, through Annotated, unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) is Annotated:
+        return sections_in(annotation.__origin__)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, dict):
+        return [found for argument in typing.get_args(annotation) for found in sections_in(argument)]
+    return []
+
+
+def tag_of(section: type[Section]) -> str | None:
+    info = section.model_fields.get("type")
+    if info is None or typing.get_origin(info.annotation) is not Literal:
+        return None
+    return str(typing.get_args(info.annotation)[0])
+
+
+def members_of(annotation: Any) -> list[tuple[str, type[Section]]]:
+    return [(tag, section) for section in sections_in(annotation) if (tag := tag_of(section)) is not None]
+
+
+def annotation_at(model: type[Section], loc: Sequence[str | int]) -> Any:
+    """Return the annotation of the field a pydantic path leads to."""
+    annotation: Any = model
+    for step in loc:
+        if isinstance(step, int):
+            continue
+        members = dict(members_of(annotation))
+        if step in members and not any(step in section.model_fields for section in sections_in(annotation)):
+            annotation = members[step]
+            continue
+        for section in sections_in(annotation):
+            if step in section.model_fields:
+                annotation = declared(section, step)
+                break
+        else:
+            return None
+    return annotation
+
+
+def declared(section: type[Section], name: str) -> Any:
+    """Return a field's annotation with the metadata pydantic strips off it."""
+    info = section.model_fields[name]
+    return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+
+
+def all_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, str | None, str]]:
+    """Yield (dotted section, its type where it has one, key) for every key below `model`."""
+    for name, info in model.model_fields.items():
+        if prefix and name != "type":
+            yield prefix, tag_of(model), name
+        for section in dict.fromkeys(sections_in(info.annotation)):
+            yield from all_keys(section, f"{prefix}.{name}" if prefix else name)
