@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,9 @@ def load(
     return _pack(kept, counts)
 
 
-def of(recipe: Recipe, encoder: Encoder, progress: Callable[[int], None] = lambda count: None) -> tuple[Rows, Rows | None]:
+def of(
+    recipe: Recipe, encoder: Encoder, progress: Callable[[int], None] = lambda count: None
+) -> tuple[Rows, Rows | None]:
     """Return a recipe's rows to train on and those held out (or None); see `load`."""
     section = recipe.data
     found = load(section.train, section, encoder, progress)
@@ -160,9 +163,11 @@ def _fit(row: Row, example: Example, data: Data, counts: Counts, long: list[Prob
     if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
         counts.split += 1
         counts.note(row.place, f"{length:,} tokens, split")
-        cuts = range(0, length, data.max_length)
-        pieces = [Row(row.ids[c : c + data.max_length], row.trained[c : c + data.max_length], row.place) for c in cuts]
-        return [piece for piece in pieces if piece.count()]  # a last piece of one token has nothing to learn from
+        number = -(
+            -length // data.max_length
+        )  # pieces, about equally long: a last one of one token would teach nothing
+        cuts = [length * piece // number for piece in range(number + 1)]
+        return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]
     cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
     if data.on_long == "drop" or cut.count() == 0:
         counts.dropped += 1
@@ -208,7 +213,12 @@ def _pack(kept: list[tuple[Row, float]], counts: Counts) -> Rows:
 
 def rows_per_epoch(weights: np.ndarray) -> int:
     """Return how many rows one epoch shows, each row counted as often as its weight says."""
-    return sum(int(weight * count + 0.5) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
+    return sum(_shown(weight, count) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
+
+
+def _shown(weight: float, count: int) -> int:
+    """Return how often an epoch shows the rows of a weight, all together: at least once, however small the weight."""
+    return max(1, int(weight * count + 0.5))
 
 
 def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -231,7 +241,7 @@ def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed:
     drawn = []
     for weight in np.unique(weights):
         members = np.flatnonzero(weights == weight)
-        whole, rest = divmod(int(weight * len(members) + 0.5), len(members))
+        whole, rest = divmod(_shown(weight, len(members)), len(members))
         drawn += [members] * whole + [random.permutation(members)[:rest]]
     order = random.permutation(np.concatenate(drawn))
     window = WINDOW * batch_size
@@ -259,8 +269,15 @@ class Batch:
 
 
 def batches(
-    data: Rows, batch_size: int, micro_batch_size: int | str, seed: int, steps: int, start: int = 0,
-    device: str = "cpu", rank: int = 0, world: int = 1,
+    data: Rows,
+    batch_size: int,
+    micro_batch_size: int | str,
+    seed: int,
+    steps: int,
+    start: int = 0,
+    device: str = "cpu",
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 

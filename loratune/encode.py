@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
-from loratune.errors import ModelError, Place, Problem
+from loratune.errors import ModelError, Place
 from loratune.formats import Conversation, Example, Plain, RowError
 
 Span = tuple[int, int]  # characters: [start, end)
@@ -53,7 +53,9 @@ class Encoder:
         from tokenizers import Tokenizer, processors
 
         if not tokenizer.is_fast:
-            raise ModelError("this tokenizer has no fast implementation", "its offsets are needed to know which tokens are trained")
+            raise ModelError(
+                "this tokenizer has no fast implementation", "its offsets are needed to know which tokens are trained"
+            )
         self.tokenizer = tokenizer
         self.template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
         if self.template is None and tokenizer.chat_template is not None:
@@ -64,6 +66,9 @@ class Encoder:
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend.no_truncation()
         self._backend.no_padding()
+        # Some tokenizers put a space before every text: with these no text can be cut without a trace.
+        alone = self._backend.encode("a", add_special_tokens=False).ids
+        self._divisible = self._backend.decode(alone + alone) == self._backend.decode(alone) * 2
         self.special: frozenset[int] = frozenset(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
@@ -78,11 +83,9 @@ class Encoder:
         if isinstance(example, Plain):
             return self._plain(example, place)
         text, spans = self.spans(example)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int32)
+        ids, offsets = self._tokens(text, [start for start, _ in spans])
         self._check_bos(ids)
         trained = np.zeros(len(ids), dtype=bool)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         for start, end in spans:
             self._mark(trained, ids, offsets, start, end, text)
         return Row(ids, trained, place)
@@ -104,6 +107,8 @@ class Encoder:
         for index, trained in enumerate(example.trained):
             if not trained:
                 continue
+            if index == 0:
+                raise RowError("messages[0]", "is the assistant's: there is nothing it answers")
             before = self._render(example.messages[:index], example.tools, prompt=True)
             after = self._render(example.messages[: index + 1], example.tools)
             if not (after.startswith(before) and text.startswith(after)):
@@ -125,34 +130,67 @@ class Encoder:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RowError("", f"the chat template refuses this row: {error}") from None
+        except Exception as error:  # a template is code from elsewhere: it can raise anything
+            raise _refused(error) from None
         spans = [(start, end) for start, end in marks[0] if end > start]
         if len(spans) != sum(example.trained):
-            raise RowError("", f"the chat template marks {len(spans)} turns as generated, the row has {sum(example.trained)}")
+            raise RowError(
+                "", f"the chat template marks {len(spans)} turns as generated, the row has {sum(example.trained)}"
+            )
         return texts[0], spans
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
     ) -> str:
         if self.template is None:
-            raise RowError("", "the base model has no chat template; use `format: completion` or `text`, or an instruct model")
+            raise RowError(
+                "", "the base model has no chat template; use `format: completion` or `text`, or an instruct model"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise RowError("", f"the chat template refuses this row: {error}") from None
+        except Exception as error:  # a template is code from elsewhere: it can raise anything
+            raise _refused(error) from None
         return str(text)
 
-    def _mark(
-        self, trained: np.ndarray, ids: np.ndarray, offsets: np.ndarray, start: int, end: int, text: str
-    ) -> None:
+    def _tokens(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize a text so that no token reaches over a cut, and return ids and offsets (tokens, 2).
+
+        At a cut the prompt ends and the model goes on: a token over it, such as two line ends made one, can't be what
+        it writes there. Only a special token that swallows the white space behind it may: it is in the prompt already.
+        """
+        ids, offsets = self._pieces(text, [0, len(text)])
+        common = ~np.isin(ids, list(self.special))
+        if not any((common & (offsets[:, 0] < cut) & (cut < offsets[:, 1])).any() for cut in cuts):
+            return ids, offsets
+        if not self._divisible:
+            raise RowError(
+                "", "a token reaches from the prompt into the answer; begin the answer with a space or a word"
+            )
+        return self._pieces(text, [0, *cuts, len(text)])
+
+    def _pieces(self, text: str, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids: list[int] = []
+        offsets: list[Span] = []
+        for start, end in pairwise(edges):
+            try:
+                piece = self._backend.encode(text[start:end], add_special_tokens=False)
+            except TypeError:  # half of a surrogate pair, as JSON can spell it
+                raise RowError("", "holds half a character (a lone surrogate)") from None
+            ids += piece.ids
+            offsets += [(start + first, start + last) for first, last in piece.offsets]
+        return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _mark(self, trained: np.ndarray, ids: np.ndarray, offsets: np.ndarray, start: int, end: int, text: str) -> None:
         """Set `trained` on the tokens inside a turn, up to and with the token that ends it."""
         inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
         ends = [int(index) for index in inside if int(ids[index]) in self.special]
         if not ends or text[offsets[ends[-1], 1] : end].strip():
-            raise RowError("", "the chat template ends the assistant's turn without a special token: the model would not learn to stop")
+            raise RowError(
+                "",
+                "the chat template ends the answer without a special token: the model would not learn to stop",
+            )
         trained[inside[inside <= ends[-1]]] = True
 
     def _check_bos(self, ids: np.ndarray) -> None:
@@ -163,12 +201,12 @@ class Encoder:
     def _plain(self, example: Plain, place: Place) -> Row:
         """Tokenize segments apart, as a prompt is at serving; one BOS where the tokenizer adds one, EOS at the end."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids: list[int] = []
-        trained: list[bool] = []
-        for text, learn in example.segments:
-            piece = self._backend.encode(text, add_special_tokens=False).ids
-            ids += piece
-            trained += [learn] * len(piece)
+        cuts = list(accumulate(len(text) for text, _ in example.segments))
+        whole = "".join(text for text, _ in example.segments)
+        tokens, offsets = self._pieces(whole, [0, *cuts]) if self._divisible else self._tokens(whole, cuts[:-1])
+        segment = np.searchsorted(cuts[:-1], offsets[:, 0], side="right")  # the one each token begins in
+        ids: list[int] = tokens.tolist()
+        trained: list[bool] = np.array([learn for _, learn in example.segments])[segment].tolist()
         if self.adds_bos and ids[:1] != [bos]:
             ids, trained = [bos, *ids], [False, *trained]
         if eos is not None and ids[-1:] != [eos]:
@@ -176,6 +214,6 @@ class Encoder:
         return Row(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), place)
 
 
-def problem(place: Place, error: RowError) -> Problem:
-    """Return a row's error as a problem at its place."""
-    return Problem(str(error), place)
+def _refused(error: Exception) -> RowError:
+    reason = str(error).strip() or type(error).__name__
+    return RowError("", f"the chat template refuses this row: {reason.splitlines()[0]}")

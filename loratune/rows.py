@@ -7,13 +7,14 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.decode import listed
-from loratune.errors import DataError, Place, Problem
+from loratune.errors import DataError, Place, Problem, listed
+from loratune.formats.base import why_no_json
 from loratune.recipe import SUFFIXES, Source
 
 
@@ -39,8 +40,9 @@ def read(source: Source) -> Iterator[RawRow]:
     for file in files(path):
         try:
             yield from _file(file)
-        except (OSError, EOFError) as error:
-            raise DataError(Problem(f"can't be read: {error.strerror if isinstance(error, OSError) else error}", Place(str(file)))) from None
+        except (OSError, EOFError, zlib.error) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise DataError(Problem(f"can't be read: {reason}", Place(str(file)))) from None
 
 
 def files(path: Path) -> list[Path]:
@@ -52,11 +54,15 @@ def files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in SUFFIXES)
         if not found:
-            raise DataError(Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path))))
+            raise DataError(
+                Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
+            )
         return found
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
-            raise DataError(Problem(f"unknown kind of file; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path))))
+            raise DataError(
+                Problem(f"unknown kind of file; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
+            )
         return [path]
     found = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
     if not found:
@@ -72,7 +78,7 @@ def _file(path: Path) -> Iterator[RawRow]:
     kind = _suffix(path)
     name = str(path)
     if kind == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path, name)
         return
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
         if kind == ".jsonl":
@@ -100,29 +106,28 @@ def _utf8(raw: bytes, name: str) -> str:
 
 def _json_line(line: bytes, place: Place) -> RawRow:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))  # given bytes, it would guess at UTF-16
     except UnicodeDecodeError:
         return RawRow(place, None, "not UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return RawRow(place, None, f"no JSON: {error.msg if isinstance(error, json.JSONDecodeError) else 'nested too deep'}")
+    except (ValueError, RecursionError) as error:
+        return RawRow(place, None, f"no JSON: {why_no_json(error)}")
     return _object(value, place)
 
 
 def _object(value: Any, place: Place) -> RawRow:
     if not isinstance(value, dict):
-        return RawRow(place, None, "a row must be a JSON object, such as {\"messages\": [...]}")
+        return RawRow(place, None, 'a row must be a JSON object, such as {"messages": [...]}')
     return RawRow(place, value)
 
 
 def _json(raw: bytes, name: str) -> Iterator[RawRow]:
+    text = _utf8(raw, name)
     try:
-        values = json.loads(_utf8(raw, name))
-    except (json.JSONDecodeError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        raise DataError(
-            Problem(f"no JSON: {what}", Place(name, line), "a file with one JSON object per line ends in .jsonl")
-        ) from None
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = Place(name, error.lineno if isinstance(error, json.JSONDecodeError) else 0)
+        hint = "a file with one JSON object per line ends in .jsonl"
+        raise DataError(Problem(f"no JSON: {why_no_json(error)}", place, hint)) from None
     if not isinstance(values, list):
         raise DataError(Problem("a .json file must hold a list of objects", Place(name)))
     for number, value in enumerate(values, 1):
@@ -130,28 +135,41 @@ def _json(raw: bytes, name: str) -> Iterator[RawRow]:
 
 
 def _csv(text: str, name: str) -> Iterator[RawRow]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    line = 2
-    for value in reader:
-        place, line = Place(name, line), reader.line_num + 1
-        if None in value or None in value.values():
-            yield RawRow(place, None, f"{'more' if None in value else 'fewer'} cells than the {len(reader.fieldnames or ())} columns")
-        else:
-            yield RawRow(place, dict(value))
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # else an open quote swallows the rest of the file
+    columns: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            place, line = Place(name, line), reader.line_num + 1  # a row ends below its start where a cell holds lines
+            if not cells:
+                continue
+            if not columns:
+                columns = cells
+            elif len(cells) != len(columns):
+                what = "more" if len(cells) > len(columns) else "fewer"
+                yield RawRow(place, None, f"{what} cells than the {len(columns)} columns")
+            else:
+                yield RawRow(place, dict(zip(columns, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
+def _parquet(file: Path | io.BytesIO, name: str) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(file).iter_batches():
             for value in batch.to_pylist():
                 number += 1
-                yield RawRow(Place(f"{path} row {number}"), value)
-    except pa.ArrowInvalid as error:
-        raise DataError(Problem(f"no parquet: {str(error).splitlines()[0]}", Place(str(path)))) from None
+                yield RawRow(Place(f"{name} row {number}"), value)
+    except UnicodeDecodeError:
+        raise DataError(Problem("not UTF-8", Place(f"{name} row {number + 1} or later"))) from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(Problem(f"no parquet: {reason.splitlines()[0]}", Place(name))) from None
 
 
 def _hub(source: Source) -> Iterator[RawRow]:
@@ -163,7 +181,11 @@ def _hub(source: Source) -> Iterator[RawRow]:
     except Exception as error:  # the hub client raises dozens of kinds: all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            Problem(f"can't be loaded from the hub: {reason}", Place(name), "name a local file, folder or glob if that was meant")
+            Problem(
+                f"can't be loaded from the hub: {reason}",
+                Place(name),
+                "name a local file, folder or glob if that was meant",
+            )
         ) from None
     for number, value in enumerate(rows, 1):
         yield RawRow(Place(f"{name} row {number}"), dict(value))

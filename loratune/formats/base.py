@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,21 @@ def text_column(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise RowError(name, f"must be text, given {named(value)}")
     return value
+
+
+def parsed(text: str, name: str) -> Any:
+    """Return the value of JSON text in a field, or raise RowError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(name, f"is no JSON ({why_no_json(error)})") from None
+
+
+def why_no_json(error: Exception) -> str:
+    """Say in a few words what `json.loads` stumbled over."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def named(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from loratune.decode import Section, listed
-from loratune.formats.base import Conversation, RowError, column, named
+from loratune.errors import listed
+from loratune.formats.base import Conversation, RowError, column, named, parsed
+from loratune.section import Section
 
 _SHAREGPT = {
     "human": "user",
@@ -39,7 +39,9 @@ class Chat(Section):
         name = "messages" if "messages" in row or "conversations" not in row else "conversations"
         turns = column(row, name)
         if not isinstance(turns, list) or not turns:
-            raise RowError(name, f"must be a list of messages, given {named(turns) if turns != [] else 'an empty list'}")
+            raise RowError(
+                name, f"must be a list of messages, given {named(turns) if turns != [] else 'an empty list'}"
+            )
         messages = tuple(_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns))
         trained = tuple(message["role"] == "assistant" for message in messages)
         if not any(trained):
@@ -51,9 +53,11 @@ def _message(turn: Any, name: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(name, f"must be an object with `role` and `content`, given {named(turn)}")
     if "from" in turn and "value" in turn and "role" not in turn:
-        if turn["from"] not in _SHAREGPT:
-            raise RowError(f"{name}.from", f"must be one of {listed(list(_SHAREGPT))}, given `{turn['from']}`")
-        turn = {"role": _SHAREGPT[turn["from"]], "content": turn["value"]}
+        sender = turn["from"]
+        if not isinstance(sender, str) or sender not in _SHAREGPT:
+            given = f"`{sender}`" if isinstance(sender, str) else named(sender)
+            raise RowError(f"{name}.from", f"must be one of {listed(list(_SHAREGPT))}, given {given}")
+        turn = {"role": _SHAREGPT[sender], "content": turn["value"]}
     role = turn.get("role")
     if role not in _ROLES:
         given = f"`{role}`" if isinstance(role, str) else named(role)
@@ -69,11 +73,21 @@ def _content(turn: Mapping[str, Any], name: str) -> str:
     content = turn.get("content")
     if content is None and turn.get("tool_calls"):
         return ""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, list):
+        return "".join(_part(part, f"{name}.content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise RowError(f"{name}.content", f"must be text, given {named(content)}")
     return content
+
+
+def _part(part: Any, name: str) -> str:
+    if not isinstance(part, dict):
+        raise RowError(name, f"must be an object with `type` and `text`, given {named(part)}")
+    if part.get("type") != "text":
+        raise RowError(f"{name}.type", "must be `text`: only text is trained here")
+    if not isinstance(part.get("text"), str):
+        raise RowError(f"{name}.text", f"must be text, given {named(part.get('text'))}")
+    return str(part["text"])
 
 
 def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
@@ -87,10 +101,9 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
             raise RowError(name, "needs a `function` with a `name`")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except json.JSONDecodeError as error:
-                raise RowError(f"{name}.arguments", f"is no JSON ({error.msg})") from None
+            arguments = parsed(arguments.strip() or "{}", f"{name}.arguments")
+        if not isinstance(arguments, dict):
+            raise RowError(f"{name}.arguments", f"must be an object, given {named(arguments)}")
         read.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
         if "function" not in call:
             read[-1] = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
@@ -100,10 +113,7 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
 def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     """Read a `tools` column: a list of JSON schemas, or that list as JSON text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise RowError("tools", f"is no JSON ({error.msg})") from None
+        value = parsed(value, "tools") if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loratune import data
+from loratune.data import Rows
+from loratune.encode import Encoder, Row
+from loratune.errors import DataError, Place
+from loratune.formats import Chat, Completion, Text
+from loratune.recipe import Data, Source
+from tests import tiny
+
+ENCODER = Encoder(tiny.tokenizer())
+END = ENCODER.tokenizer.eos_token_id
+
+
+def load(folder: Path, rows: list[dict[str, Any]], weight: float = 1, **section: Any) -> Rows:
+    path = tiny.write_jsonl(folder / "rows.jsonl", rows)
+    source = Source(path=str(path), weight=weight)
+    return data.load([source], Data(train=(source,), **section), ENCODER)
+
+
+def refused(folder: Path, rows: list[dict[str, Any]], **section: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(folder, rows, **section)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+def texts(*lengths: int) -> list[dict[str, Any]]:
+    """Return rows of so many tokens with the end token; all letters differ from row to row."""
+    return [{"text": chr(97 + i % 26) * (length - 1)} for i, length in enumerate(lengths)]
+
+
+def made(lengths: np.ndarray | list[int], weights: list[float] | None = None) -> Rows:
+    """Return rows of given lengths; the ids tell the row, all but the first token are trained."""
+    weights = weights or [1.0] * len(lengths)
+    kept = []
+    for index, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        row = Row(np.full(length, index, np.int32), np.ones(length, bool), Place("made", index + 1))
+        kept.append((row, weight))
+    return data._pack(kept, data.Counts(read=len(kept), kept=len(kept)))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_rows_are_kept_with_their_places(tmp_path: Path) -> None:
+    chats = tiny.chats(30)
+    rows = load(tmp_path, chats)
+    assert len(rows) == rows.counts.read == rows.counts.kept == 30
+    for index, raw in enumerate(chats):
+        wanted = ENCODER.encode(Chat().read(raw), rows.places[index])
+        assert rows[index].ids.tolist() == wanted.ids.tolist()
+        assert rows[index].trained.tolist() == wanted.trained.tolist()
+        assert rows.places[index].line == index + 1
+    assert rows.counts.tokens == len(rows.ids) == rows.lengths.sum()
+    assert rows.counts.trained_tokens == sum(rows[i].count() for i in range(30))
+    assert rows.counts.first == []
+
+
+def test_long_rows_are_an_error_by_default(tmp_path: Path) -> None:
+    message = refused(tmp_path, texts(5, *range(11, 18)), max_length=10, format=Text())
+    assert message == "\n".join(
+        [
+            *(f"rows.jsonl:{line}: {line + 9} tokens, 10 fit" for line in range(2, 7)),
+            "7 of 8 rows are longer than `data.max_length` (10 tokens)",
+            "  raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
+        ]
+    )
+
+
+def test_rows_that_cant_be_used_are_an_error(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "fine"}, *[{"tex": "a"}] * 7, {"text": "x" * 50}]
+    message = refused(tmp_path, rows, max_length=10, format=Text())
+    assert message == "\n".join(
+        [
+            *(f"rows.jsonl:{line}: `text` is missing; the row's columns: `tex`" for line in range(2, 7)),
+            "and 2 more of 9 rows can't be used",
+            "rows.jsonl:9: 51 tokens, 10 fit",
+            "1 of 9 rows are longer than `data.max_length` (10 tokens)",
+            "  raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
+        ]
+    )
+    for on_long in ("drop", "truncate", "split"):  # these forgive length and nothing else
+        assert "`text` is missing" in refused(tmp_path, rows, max_length=10, format=Text(), on_long=on_long)
+
+
+def test_a_row_without_a_trained_token_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untrained(example: Any, place: Place) -> Row:
+        return Row(np.zeros(4, np.int32), np.array([True, False, False, False]), place)  # the first can't be predicted
+
+    monkeypatch.setattr(ENCODER, "encode", untrained)
+    assert refused(tmp_path, texts(4), format=Text()) == (
+        "rows.jsonl:1: has no trained token: nothing would be learned from it"
+    )
+
+
+def test_long_rows_are_dropped(tmp_path: Path) -> None:
+    rows = load(tmp_path, texts(5, 11, 10, 30), max_length=10, format=Text(), on_long="drop")
+    assert rows.lengths.tolist() == [5, 10]
+    counts = rows.counts
+    assert (counts.read, counts.kept, counts.dropped, counts.truncated, counts.split) == (4, 2, 2, 0, 0)
+    assert [line.rpartition("/")[2] for line in counts.first] == [
+        "rows.jsonl:2: 11 tokens, dropped",
+        "rows.jsonl:4: 30 tokens, dropped",
+    ]
+
+
+def test_long_rows_are_cut(tmp_path: Path) -> None:
+    """A row is cut at its end; one whose trained part is cut off whole is dropped, and counted as that."""
+    raw = [
+        {"prompt": "p" * 5, "completion": "c" * 3},
+        {"prompt": "p" * 5, "completion": "c" * 9},
+        {"prompt": "p" * 9, "completion": "c" * 9},
+        {"prompt": "p" * 10, "completion": "c"},
+        {"prompt": "p" * 40, "completion": "c"},
+    ]
+    rows = load(tmp_path, raw, max_length=10, format=Completion(), on_long="truncate")
+    counts = rows.counts
+    assert rows.lengths.tolist() == [9, 10, 10]
+    assert [rows[i].count() for i in range(3)] == [4, 5, 1]
+    assert (counts.read, counts.kept, counts.dropped, counts.truncated) == (5, 3, 2, 2)
+    assert [line.rpartition("/")[2] for line in counts.first] == [
+        "rows.jsonl:2: 15 tokens, cut to 10",
+        "rows.jsonl:3: 19 tokens, cut to 10",
+        "rows.jsonl:4: 12 tokens, dropped",
+        "rows.jsonl:5: 42 tokens, dropped",
+    ]
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 10])
+def test_split_loses_no_token(tmp_path: Path, max_length: int) -> None:
+    lengths = [5, 10, 11, 20, 21, 22, 101]
+    raw = texts(*lengths)
+    rows = load(tmp_path, raw, max_length=max_length, format=Text(), on_long="split")
+    for line, (row, length) in enumerate(zip(raw, lengths, strict=True), 1):
+        pieces = [rows[i] for i in range(len(rows)) if rows.places[i].line == line]
+        whole = [*ENCODER.tokenizer(row["text"]).input_ids, END]
+        assert np.concatenate([piece.ids for piece in pieces]).tolist() == whole
+        assert all(np.concatenate([piece.trained for piece in pieces]))
+        assert len(pieces) == -(-length // max_length)
+        sizes = [len(piece.ids) for piece in pieces]
+        assert max(sizes) <= max_length
+        assert max(sizes) - min(sizes) <= 1
+        if max_length > 2:
+            assert all(piece.count() for piece in pieces)
+    long = sum(length > max_length for length in lengths)
+    assert (rows.counts.split, rows.counts.read, rows.counts.kept, rows.counts.dropped) == (long, 7, 7, 0)
+    assert rows.counts.tokens == sum(lengths)
+
+
+@pytest.mark.parametrize("on_long", ["drop", "truncate", "split"])
+@pytest.mark.parametrize("format_", [Chat(), Text()], ids=["chat", "text"])
+def test_read_is_kept_and_dropped(tmp_path: Path, on_long: str, format_: Any) -> None:
+    raw = tiny.chats(60) if format_.type == "chat" else texts(*range(2, 62))
+    for max_length in (30, 50, 80):
+        rows = load(tmp_path, raw, max_length=max_length, format=format_, on_long=on_long)
+        counts = rows.counts
+        assert counts.read == counts.kept + counts.dropped == 60
+        assert len({place.line for place in rows.places}) == counts.kept
+        assert rows.lengths.max() <= max_length
+        assert all(rows[i].count() for i in range(len(rows)))
+        assert len(counts.first) == min(5, counts.dropped + counts.truncated + counts.split)
+
+
+def test_no_rows_left_is_an_error(tmp_path: Path) -> None:
+    message = refused(tmp_path, texts(20, 30), max_length=10, format=Text(), on_long="drop")
+    assert message == "rows.jsonl: no rows left: 2 read, 2 dropped"
+    assert refused(tmp_path, []) == "rows.jsonl: no rows left: 0 read, 0 dropped"
+
+
+def test_progress_and_weights_of_several_sources(tmp_path: Path) -> None:
+    sources = []
+    for name, number, weight in (("a", 300, 1.0), ("b", 300, 0.5)):
+        path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", texts(*[4] * number))
+        sources.append(Source(path=str(path), weight=weight))
+    told: list[int] = []
+    rows = data.load(sources, Data(train=tuple(sources), format=Text()), ENCODER, told.append)
+    assert told == [256, 512]
+    assert rows.weights.tolist() == [1.0] * 300 + [0.5] * 300
+    assert [Path(place.source).name for place in rows.places] == ["a.jsonl"] * 300 + ["b.jsonl"] * 300
+
+
+@pytest.mark.parametrize(("number", "fraction", "held"), [(100, 0.1, 10), (7, 0.5, 4), (5, 0.01, 1), (2, 0.99, 1)])
+def test_hold_out(number: int, fraction: float, held: int) -> None:
+    rows = made(np.arange(2, number + 2))
+    train, test = data.hold_out(rows, fraction, seed=3)
+    chosen = [place.line for place in test.places]
+    rest = [place.line for place in train.places]
+    assert len(chosen) == held
+    assert sorted(chosen + rest) == list(range(1, number + 1))
+    assert (rest, chosen) == (sorted(rest), sorted(chosen))
+    again = data.hold_out(rows, fraction, seed=3)[1]
+    assert [place.line for place in again.places] == chosen
+    assert train.counts.tokens == train.lengths.sum()
+    assert test.counts.trained_tokens == (test.lengths - 1).sum()
+    if number == 100:
+        assert [p.line for p in data.hold_out(rows, fraction, seed=4)[1].places] != chosen
+
+
+def test_hold_out_needs_two_rows() -> None:
+    with pytest.raises(DataError, match="needs at least two rows"):
+        data.hold_out(made([5]), 0.5, 0)
+
+
+# ---------------------------------------------------------------- order and batches
+
+LENGTHS = np.random.default_rng(0).lognormal(4, 0.8, 1000).astype(int) + 2
+ONES = np.ones(len(LENGTHS))
+
+
+def plain(batches: list[np.ndarray]) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+def test_an_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
+    once = plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2))
+    np.random.seed(5)
+    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2)) == once
+    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=3)) != once
+    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=2, epoch=2)) != once
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 5000])
+def test_every_row_once_per_epoch(batch_size: int) -> None:
+    batches = data.epoch_order(LENGTHS, ONES, batch_size, 0, 0)
+    assert sorted(np.concatenate(batches)) == list(range(1000))
+    assert len(batches) == -(-1000 // batch_size)
+    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
+    for batch in batches:
+        assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(batch))
+
+
+def test_rows_are_seen_as_often_as_their_weight_says() -> None:
+    weights = np.repeat([0.5, 1.0, 2.5], [200, 300, 100])
+    epochs = 40
+    seen = np.zeros(600, int)
+    for epoch in range(epochs):
+        shown = Counter(np.concatenate(data.epoch_order(LENGTHS[:600], weights, 16, 0, epoch)).tolist())
+        per_epoch = np.array([shown[i] for i in range(600)])
+        assert per_epoch[:200].sum() == 100
+        assert set(per_epoch[:200]) == {0, 1}
+        assert (per_epoch[200:500] == 1).all()
+        assert per_epoch[500:].sum() == 250
+        assert set(per_epoch[500:]) == {2, 3}
+        assert per_epoch.sum() == data.rows_per_epoch(weights) == 650
+        seen += per_epoch
+    assert (
+        abs(seen / epochs - weights) < 0.45
+    ).all()  # over the epochs every row has its turn: 5.7 standard deviations
+
+
+def test_a_source_of_small_weight_is_still_seen() -> None:
+    weights = np.array([0.1, 0.1])
+    assert data.rows_per_epoch(weights) == 1
+    assert [len(batch) for batch in data.epoch_order(np.array([3, 3]), weights, 4, 0, 0)] == [1]
+
+
+def test_batches_pad_little() -> None:
+    def padding(batches: list[np.ndarray]) -> float:
+        return 1 - LENGTHS.sum() / sum(LENGTHS[batch].max() * len(batch) for batch in batches)
+
+    shuffled = np.random.default_rng(1).permutation(1000)
+    random = padding([shuffled[i : i + 8] for i in range(0, 1000, 8)])
+    assert random > 0.4
+    assert padding(data.epoch_order(LENGTHS, ONES, 8, 0, 0)) < random / 3
+
+
+def numbers(batch: data.Batch) -> list[int]:
+    return [int(row.ids[0]) for part in batch.micro for row in part]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_processes_share_a_batch(world: int) -> None:
+    rows = made(LENGTHS[:50])
+    one = list(data.batches(rows, 8, 8, 0, 20))
+    parts = [list(data.batches(rows, 8, 2, 0, 20, rank=rank, world=world)) for rank in range(world)]
+    for step, batch in enumerate(one):
+        shares = [part[step] for part in parts]
+        learned = [n for share in shares for n in numbers_learned(share)]
+        assert sorted(learned) == sorted(numbers(batch))
+        assert all(share.micro for share in shares)  # a process without rows would leave the others waiting
+        assert {(share.rows, share.epoch) for share in shares} == {(batch.rows, batch.epoch)}
+
+
+def numbers_learned(batch: data.Batch) -> list[int]:
+    return [int(row.ids[0]) for part in batch.micro for row in part if row.count()]
+
+
+@pytest.mark.parametrize("micro", [1, 3, "auto"])
+def test_micro_batches_dont_change_a_batch(micro: int | str) -> None:
+    rows = made(LENGTHS[:50])
+    straight = [numbers(batch) for batch in data.batches(rows, 8, 8, 0, 20)]
+    assert [numbers(batch) for batch in data.batches(rows, 8, micro, 0, 20)] == straight
+    if isinstance(micro, int):
+        assert all(len(p) <= micro for b in data.batches(rows, 8, micro, 0, 20) for p in b.micro)
+
+
+def test_a_resumed_run_sees_the_same_batches() -> None:
+    rows = made(LENGTHS[:50], [1.0] * 30 + [2.5] * 20)
+    straight = [(numbers(b), b.epoch) for b in data.batches(rows, 8, 2, 5, 40)]
+    assert len(straight) == 40
+    for start in (0, 1, 7, 10, 11, 39, 40):
+        assert [(numbers(b), b.epoch) for b in data.batches(rows, 8, 2, 5, 40, start)] == straight[start:]
+    assert straight[9][1] == 1.0  # 30 + 50 rows are 10 steps of 8
+    assert sorted(n for batch, _ in straight[:10] for n in batch) == sorted(
+        [*range(30), *[*range(30, 50)] * 2, *extra(straight)]
+    )
+
+
+def extra(straight: list[tuple[list[int], float]]) -> list[int]:
+    """Return the ten rows of weight 2.5 that the first epoch showed a third time."""
+    shown = Counter(n for batch, _ in straight[:10] for n in batch)
+    third = [n for n in range(30, 50) if shown[n] == 3]
+    assert len(third) == 10
+    return third
+
+
+@pytest.mark.parametrize("budget", [1, 50, 400, 10**6])
+def test_micro_batches_of_so_many_tokens(budget: int) -> None:
+    rows = made(LENGTHS[:100])
+    longest_first = sorted((rows[i] for i in range(100)), key=lambda row: -len(row.ids))
+    parts = data.split(longest_first, "auto", budget)
+    assert [row for part in parts for row in part] == longest_first
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        longest = len(part[0].ids)
+        assert len(part) * longest <= budget or len(part) == 1
+        if after is not None:  # and one more would have been too many
+            assert (len(part) + 1) * longest > budget
+
+
+def test_an_evaluation_sees_every_row_once() -> None:
+    rows = made(LENGTHS[:60])
+    parts = data.in_length_order(rows, "auto", "cpu")
+    seen = [int(row.ids[0]) for part in parts for row in part]
+    assert sorted(seen) == list(range(60))
+    assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(seen))
+    assert [len(part) for part in data.in_length_order(rows, 25, "cpu")] == [25, 25, 10]

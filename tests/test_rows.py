@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from loratune import rows
+from loratune.errors import DataError
+from loratune.recipe import Source
+
+ROWS = [{"prompt": "ä 😀", "completion": "one\ntwo"}, {"prompt": "b", "completion": 'say "x", then y'}]
+
+
+def as_jsonl(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values).encode()
+
+
+def as_json(values: list[dict[str, Any]]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, indent=1).encode()
+
+
+def as_csv(values: list[dict[str, Any]]) -> bytes:
+    import csv
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(values[0]))
+    writer.writeheader()
+    writer.writerows(values)
+    return text.getvalue().encode()
+
+
+def as_parquet(values: list[dict[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(values), stream)
+    return stream.getvalue()
+
+
+def as_txt(values: list[dict[str, Any]]) -> bytes:
+    return values[0]["prompt"].encode()
+
+
+KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    ".jsonl": as_jsonl,
+    ".json": as_json,
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+    ".txt": as_txt,
+}
+
+
+def read(path: Path) -> list[rows.RawRow]:
+    return list(rows.read(Source(path=str(path))))
+
+
+def write(folder: Path, name: str, content: bytes | str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def told(folder: Path, name: str, content: bytes | str) -> list[str]:
+    """Write and read a file; return what was told of each row, or of the file, without the folder's name."""
+    path = write(folder, name, content)
+    try:
+        found = read(path)
+    except DataError as error:
+        return [f"file: {error}".replace(f"{folder}/", "")]
+    return [
+        f"{row.place}: {row.problem or json.dumps(row.value, ensure_ascii=False)}".replace(f"{folder}/", "")
+        for row in found
+    ]
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["", "gz"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str, zipped: bool) -> None:
+    content = KINDS[kind](ROWS)
+    path = write(tmp_path, f"a{kind}{'.gz' if zipped else ''}", gzip.compress(content) if zipped else content)
+    found = read(path)
+    wanted = [{"text": "ä 😀"}] if kind == ".txt" else ROWS
+    assert [row.value for row in found] == wanted
+    places = {
+        ".jsonl": [":1", ":2"],
+        ".json": [" row 1", " row 2"],
+        ".csv": [":2", ":4"],
+        ".parquet": [" row 1", " row 2"],
+        ".txt": [""],
+    }[kind]
+    assert [str(row.place) for row in found] == [f"{path}{place}" for place in places]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, f"a{kind}", b"\xef\xbb\xbf" + KINDS[kind](ROWS))
+    assert read(path)[0].value == ({"text": "ä 😀"} if kind == ".txt" else ROWS[0])
+
+
+def test_line_ends_and_blank_lines(tmp_path: Path) -> None:
+    assert told(tmp_path, "a.jsonl", '\n{"a": 1}\r\n\r\n  \n{"a": 2}') == ['a.jsonl:2: {"a": 1}', 'a.jsonl:5: {"a": 2}']
+    assert told(tmp_path, "a.csv", "\r\na,b\r\n\r\n1,2\r\n\r\n3,4") == [
+        'a.csv:4: {"a": "1", "b": "2"}',
+        'a.csv:6: {"a": "3", "b": "4"}',
+    ]
+    assert told(tmp_path, "b.csv", "a,b\r1,2\r") == ['b.csv:2: {"a": "1", "b": "2"}']
+    assert told(tmp_path, "a.json", '\r\n[\r\n{"a": 1}]\r\n') == ['a.json row 1: {"a": 1}']
+    assert told(tmp_path, "a.txt", "a\r\n\r\nb") == ['a.txt: {"text": "a\\r\\n\\r\\nb"}']
+
+
+def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
+    lines = [
+        b'{"a": 1}',
+        b'{"a": 1,}',
+        b"[1, 2]",
+        b"5",
+        b"null",
+        b'{"a": "\xff"}',
+        b'{"a": "\x00"}',
+        b"\x00\x00",
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": 1} {"a": 2}',
+        b'{"a": 3}',
+    ]
+    an_object = 'a row must be a JSON object, such as {"messages": [...]}'
+    assert told(tmp_path, "a.jsonl", b"\n".join(lines)) == [
+        'a.jsonl:1: {"a": 1}',
+        "a.jsonl:2: no JSON: Expecting property name enclosed in double quotes",
+        f"a.jsonl:3: {an_object}",
+        f"a.jsonl:4: {an_object}",
+        f"a.jsonl:5: {an_object}",
+        "a.jsonl:6: not UTF-8",
+        "a.jsonl:7: no JSON: Invalid control character at",
+        "a.jsonl:8: no JSON: Expecting value",
+        "a.jsonl:9: no JSON: nested too deep",
+        "a.jsonl:10: no JSON: a number of too many digits",
+        "a.jsonl:11: no JSON: Extra data",
+        'a.jsonl:12: {"a": 3}',
+    ]
+
+
+def test_utf16_is_not_guessed(tmp_path: Path) -> None:
+    assert told(tmp_path, "a.jsonl", '{"a": 1}'.encode("utf-16")) == ["a.jsonl:1: not UTF-8"]
+    assert told(tmp_path, "b.jsonl", '{"a": 1}'.encode("utf-16-le"))[0].startswith("b.jsonl:1: no JSON: ")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
+def test_bad_utf8_names_the_line(tmp_path: Path, kind: str) -> None:
+    start = {".jsonl": b'{"a": 1}\n{"a": "', ".json": b'[\n{"a": "', ".csv": b'a\n"', ".txt": b"one\n"}[kind]
+    (line,) = [line for line in told(tmp_path, f"a{kind}", start + b"\xc3(") if "UTF" in line]
+    assert line.removeprefix("file: ").split("\n")[0] == f"a{kind}:2: not UTF-8"
+
+
+def test_bad_json_files(tmp_path: Path) -> None:
+    hint = "\n  a file with one JSON object per line ends in .jsonl"
+    assert told(tmp_path, "a.json", '[{"a": 1},\n {"a" 2}]') == [
+        f"file: a.json:2: no JSON: Expecting ':' delimiter{hint}"
+    ]
+    assert told(tmp_path, "a.json", '{"a": 1}\n{"a": 2}') == [f"file: a.json:2: no JSON: Extra data{hint}"]
+    assert told(tmp_path, "a.json", "[" * 100_000) == [f"file: a.json: no JSON: nested too deep{hint}"]
+    assert told(tmp_path, "a.json", "[" + "9" * 5000 + "]") == [
+        f"file: a.json: no JSON: a number of too many digits{hint}"
+    ]
+    assert told(tmp_path, "a.json", "") == [f"file: a.json:1: no JSON: Expecting value{hint}"]
+    assert told(tmp_path, "a.json", '{"a": 1}') == ["file: a.json: a .json file must hold a list of objects"]
+    assert told(tmp_path, "a.json", '[{"a": 1}, 2]') == [
+        'a.json row 1: {"a": 1}',
+        'a.json row 2: a row must be a JSON object, such as {"messages": [...]}',
+    ]
+
+
+def test_ragged_and_long_csv(tmp_path: Path) -> None:
+    text = 'a,"b\nb"\n"1\n\n1",2\n3\n4,5,6\n7,8\n'
+    assert told(tmp_path, "a.csv", text) == [
+        'a.csv:3: {"a": "1\\n\\n1", "b\\nb": "2"}',
+        "a.csv:6: fewer cells than the 2 columns",
+        "a.csv:7: more cells than the 2 columns",
+        'a.csv:8: {"a": "7", "b\\nb": "8"}',
+    ]
+    assert told(tmp_path, "b.csv", 'a,b\n1,2\n3,"open\n4,5\n') == [
+        "file: b.csv:3: no CSV: unexpected end of data",
+    ]
+    assert told(tmp_path, "c.csv", "a\x00,b\n1\x00,2\n") == ['c.csv:2: {"a\\u0000": "1\\u0000", "b": "2"}']
+    path = write(tmp_path, "long.csv", "text\n" + "x" * 300_000)
+    assert read(path)[0].value == {"text": "x" * 300_000}
+
+
+def test_a_huge_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", json.dumps({"text": "x" * 5_000_000}) + "\n" + '{"text": "y"}')
+    assert [(row.place.line, len(row.value["text"])) for row in read(path) if row.value] == [(1, 5_000_000), (2, 1)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_an_empty_file_has_no_rows(tmp_path: Path, name: str) -> None:
+    assert told(tmp_path, name, gzip.compress(b"") if name.endswith(".gz") else b"") == []
+
+
+def test_broken_archives_and_tables(tmp_path: Path) -> None:
+    random.seed(0)
+    content = as_jsonl([{"a": random.random()} for _ in range(2000)])
+    packed = bytearray(gzip.compress(content))
+    cut = "file: a.jsonl.gz: can't be read: Compressed file ended before the end-of-stream marker was reached"
+    assert told(tmp_path, "a.jsonl.gz", bytes(packed[: len(packed) // 2])) == [cut]
+    assert told(tmp_path, "a.jsonl.gz", b"no archive") == [
+        "file: a.jsonl.gz: can't be read: Not a gzipped file (b'no')"
+    ]
+    packed[30:60] = bytes(30)
+    assert told(tmp_path, "a.jsonl.gz", bytes(packed))[-1].startswith("file: a.jsonl.gz: can't be read: ")
+    assert told(tmp_path, "a.parquet", b"no table")[0].startswith("file: a.parquet: no parquet: ")
+    assert told(tmp_path, "a.parquet", b"")[0].startswith("file: a.parquet: no parquet: ")
+    whole = as_parquet(ROWS)
+    assert told(tmp_path, "a.parquet", whole[: len(whole) // 2])[0].startswith("file: a.parquet: no parquet: ")
+    # text that is not UTF-8 passes through a table unseen until it is looked at
+    wrong = pa.array([b"\xff\xfe"], pa.binary()).cast(pa.binary()).view(pa.string())
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": wrong}), stream)
+    assert told(tmp_path, "b.parquet", stream.getvalue()) == ["file: b.parquet row 1 or later: not UTF-8"]
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.jsonl", "{}")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: can't be read: Permission denied"
+
+
+def test_folders_and_globs(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "z.csv"):
+        write(tmp_path, name, as_jsonl([{"n": name}]) if name.endswith("l") else f"n\n{name}\n")
+    write(tmp_path, "README.md", "# no data")
+    names = [row.value["n"] for row in read(tmp_path) if row.value]
+    assert names == ["a.jsonl", "b.jsonl", "deep/c.jsonl", "z.csv"]
+    assert [row.value["n"] for row in read(tmp_path / "*.jsonl") if row.value] == ["a.jsonl", "b.jsonl"]
+    deep = [row.value["n"] for row in read(tmp_path / "**" / "*.jsonl") if row.value]
+    assert sorted(deep) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+
+
+def test_no_data(tmp_path: Path) -> None:
+    kinds = "`.jsonl`, `.json`, `.csv`, `.parquet`, `.txt` (also .gz)"
+    assert told(tmp_path, "a.xlsx", "x") == [f"file: a.xlsx: unknown kind of file; files end in {kinds}"]
+    assert told(tmp_path, "a.gz", "x") == [f"file: a.gz: unknown kind of file; files end in {kinds}"]
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "empty", f"no data in this folder; files end in {kinds}"),
+        (tmp_path / "none.jsonl", "no such data"),
+        (tmp_path / "*.nothing", "no such data"),
+    ):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path}: {message}"
+
+
+def test_an_unknown_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route\nto anywhere")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError) as caught:
+        list(rows.read(Source(path="someone/something", split="test")))
+    assert str(caught.value) == (
+        "someone/something[test]: can't be loaded from the hub: no route\n"
+        "  name a local file, folder or glob if that was meant"
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    found = list(rows.read(Source(path="someone/something")))
+    assert [(str(r.place), r.value) for r in found] == [
+        (f"someone/something[train] row {i}", value) for i, value in enumerate(ROWS, 1)
+    ]
+
+
+def _damage(content: bytes, rng: random.Random) -> bytes:
+    damaged = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(damaged) + 1)
+        what = rng.randrange(6)
+        if what == 0:
+            damaged[at:] = b""
+        elif what == 1:
+            damaged[at : at + rng.randint(1, 9)] = b""
+        elif what == 2:
+            damaged[at : at + 1] = bytes([rng.randrange(256)])
+        elif what == 3:
+            damaged[at:at] = rng.randbytes(rng.randint(1, 9))
+        elif what == 4:
+            damaged[at:at] = rng.choice([b'"', b"\n", b"\x00", b"{", b"]", b",", b"\r", b"\\", b"\xed\xa0\x80"])
+        else:
+            damaged[at:at] = damaged[at : at + 20]
+        if not damaged:
+            break
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["", "gz"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_give_rows_or_an_error(tmp_path: Path, kind: str, zipped: bool) -> None:
+    rng = random.Random(f"{kind}{zipped}")
+    content = KINDS[kind]([{"prompt": f"word {i} ä", "completion": 'x, "y"\nz'} for i in range(6)])
+    content = gzip.compress(content) if zipped else content
+    path = tmp_path / f"a{kind}{'.gz' if zipped else ''}"
+    errors = 0
+    for _ in range(40):
+        path.write_bytes(_damage(content, rng))
+        try:
+            for row in read(path):
+                assert (row.value is None) == bool(row.problem)
+                assert str(row.place).startswith(str(path))
+        except DataError as error:
+            errors += 1
+            assert error.problems[0].place is not None, "no place"  # noqa: PT017 - the error is one of two right ends
+    if zipped or kind in (".json", ".parquet"):
+        assert errors > 5
