@@ -41,18 +41,21 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """Check that a run folder may be used.
 
     Raises:
-        RunFolderError: when it holds a run (or other files) and neither `resume` nor `overwrite` was asked for.
+        RunFolderError: when it holds a run and neither `resume` nor `overwrite` was asked for, or when it holds
+            something else: what is no run is never overwritten.
     """
     status = read_json(folder / "run.json").get("status")
+    if status is None and not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
     if resume or overwrite:
         return
     if status == "complete":
         hint = "give another `output`, --overwrite it, or --resume it with more epochs"
         raise RunFolderError(Problem("this run is finished", Place(str(folder)), hint))
     if status is not None and list((folder / "checkpoints").glob("step-*")):
-        raise RunFolderError(Problem(f"a run that is {status} lies here", Place(str(folder)), "--resume it, or --overwrite it"))
-    if status is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
+        raise RunFolderError(
+            Problem(f"a run that is {status} lies here", Place(str(folder)), "--resume it, or --overwrite it")
+        )
 
 
 def make_run(folder: Path, resume: bool) -> None:
@@ -63,9 +66,17 @@ def make_run(folder: Path, resume: bool) -> None:
     """
     try:
         if not resume:
-            for entry in ("checkpoints", "metrics.jsonl", "loss.svg"):
-                path = folder / entry
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            for pattern in (
+                "metrics.jsonl",
+                "loss.svg",
+                "README.md",
+                "MANIFEST.json",
+                "*.safetensors*",
+                "*config.json",
+            ):
+                for file in folder.glob(pattern):
+                    file.unlink()
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(Problem(f"the run folder can't be made: {error.strerror}", Place(str(folder)))) from None
@@ -127,7 +138,11 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any]) -
         _fsync(target.parent)
     except OSError as error:
         raise StorageError(
-            Problem(f"can't be written: {error.strerror or error}", Place(str(target)), "free some space; what was saved before is whole")
+            Problem(
+                f"can't be written: {error.strerror or error}",
+                Place(str(target)),
+                "free some space; what was saved before is whole",
+            )
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -136,8 +151,8 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any]) -
 def verify(folder: Path) -> str | None:
     """Return what is wrong with a committed folder, or None when every file is as it was written."""
     manifest = read_json(folder / "MANIFEST.json")
-    if not manifest:
-        return "has no MANIFEST.json"
+    if not isinstance(manifest.get("files"), dict):
+        return "has no whole MANIFEST.json"
     for name, seal in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -170,7 +185,9 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save(run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any, about: dict[str, Any]) -> Path:
+def save(
+    run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any, about: dict[str, Any]
+) -> Path:
     """Commit a checkpoint: the model's trained tensors, optimizer, random states and progress."""
 
     def write(folder: Path) -> None:
@@ -192,7 +209,9 @@ def newest(run: Path) -> tuple[Path, Progress, list[str]] | None:
             return folder, Progress(**read_json(folder / "state.json")["progress"]), bad
         bad.append(f"{folder.name} {wrong}: not used")
     if bad:
-        raise StorageError(Problem("no valid checkpoint: " + "; ".join(bad), Place(str(run)), "start again with --overwrite"))
+        raise StorageError(
+            Problem("no valid checkpoint: " + "; ".join(bad), Place(str(run)), "start again with --overwrite")
+        )
     return None
 
 
@@ -220,8 +239,19 @@ def _save_optimizer(optimizer: Any, folder: Path) -> None:
 
 
 def _load_optimizer(optimizer: Any, folder: Path) -> None:
+    """Put moments and step counts back; rates and the other options stay those of the recipe.
+
+    Raises:
+        ValueError: when they are of another optimizer.
+    """
     tensors = load_file(folder / "optimizer.safetensors")
-    optimizer.load_state_dict(_with_tensors(json.loads((folder / "optimizer.json").read_text(encoding="utf-8")), tensors))
+    state = _with_tensors(json.loads((folder / "optimizer.json").read_text(encoding="utf-8")), tensors)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    if [group.keys() - {"params"} for group in state["param_groups"]] != [group.keys() for group in options]:
+        raise ValueError("its optimizer is another one")
+    optimizer.load_state_dict(state)
+    for group, wanted in zip(optimizer.param_groups, options, strict=True):
+        group.update(wanted)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -258,7 +288,9 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
     }
 
 

@@ -30,10 +30,22 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)", show_default=False)]
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="change one key of the recipe, such as --set optimizer.lr=1e-4; repeatable", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="change one key of the recipe, such as --set optimizer.lr=1e-4; repeatable",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
-Subject = Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="run folder, adapter folder, or model (folder, hub id or .gguf)", show_default=False)]
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|ADAPTER|MODEL",
+        help="run folder, adapter folder, or model (folder, hub id or .gguf)",
+        show_default=False,
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -46,7 +58,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
@@ -89,7 +103,9 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
     typer.echo(f"  base       {loaded.model.base}{'' if quantization == 'none' else f' in {quantization}'}")
     typer.echo(f"  method     {loaded.method.type}{f' r {loaded.method.r}' if loaded.method.type == 'lora' else ''}")
     typer.echo(f"  rows       {', '.join(source.path for source in loaded.data.train)} as {loaded.data.format.type}")
-    typer.echo(f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}")
+    typer.echo(
+        f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}"
+    )
     length = f"{loaded.train.max_steps} steps" if loaded.train.max_steps else f"{loaded.train.epochs:g} epochs"
     typer.echo(f"  length     {length} of {loaded.train.batch_size} rows")
     typer.echo(f"  output     {loaded.output}")
@@ -106,18 +122,29 @@ def schema() -> None:
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="where to write; made when missing")] = Path(),
-    base: Annotated[str | None, typer.Option("--base", help="base model to put into the recipe: hub id, folder or .gguf", show_default=False)] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="base model to put into the recipe: hub id, folder or .gguf", show_default=False),
+    ] = None,
 ) -> None:
     """Write a first recipe with its schema and twenty sample rows."""
     from loratune import starter
 
     if base is None and sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
-        base = typer.prompt("base model (hub id, folder or .gguf; empty for later)", default="", show_default=False, err=True) or None
+        base = (
+            typer.prompt(
+                "base model (hub id, folder or .gguf; empty for later)", default="", show_default=False, err=True
+            )
+            or None
+        )
     for path in starter.write(folder, base):
         typer.echo(str(path))
     where = "" if folder == Path() else f"{folder}/"
     if base is None:
-        typer.echo(f"next: name a model under `model.base` in {where}recipe.yaml, then: loratune train {where}recipe.yaml", err=True)
+        typer.echo(
+            f"next: name a model under `model.base` in {where}recipe.yaml, then: loratune train {where}recipe.yaml",
+            err=True,
+        )
     else:
         typer.echo(f"next: loratune train {where}recipe.yaml", err=True)
 
@@ -171,9 +198,16 @@ def merge(
 @app.command()
 def chat(
     subject: Subject,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="answer this and leave", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="answer this and leave", show_default=False)
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="system prompt", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option("--base", help="base model of the adapter; default: the one it was trained on", show_default=False)] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="base model of the adapter; default: the one it was trained on", show_default=False
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the random choices above temperature 0")] = 0,
@@ -181,7 +215,15 @@ def chat(
     """Talk to a model; /base and /adapter swap adapters on one loaded base."""
     import loratune
 
-    loratune.chat(subject, prompt=prompt, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    loratune.chat(
+        subject,
+        prompt=prompt,
+        system=system,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 def _problem(problem: errors.Problem) -> dict[str, Any]:

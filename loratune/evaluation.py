@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import checkpoint, data, generate, metrics, model, report, subject
+from loratune import checkpoint, data, decode, generate, metrics, model, nodes, report, subject
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.objectives import Sft
-from loratune.recipe import Data, Recipe, Source
+from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.subject import Subject
 
 
@@ -54,7 +54,13 @@ class Evaluation:
         """Return the evaluation as JSON data."""
         scores = {s: {m: score.__dict__ for m, score in by.items()} for s, by in self.scores.items()}
         predictions = str(self.predictions) if self.predictions else None
-        return {"name": self.name, "rows": self.rows, "generated": self.generated, "scores": scores, "predictions": predictions}
+        return {
+            "name": self.name,
+            "rows": self.rows,
+            "generated": self.generated,
+            "scores": scores,
+            "predictions": predictions,
+        }
 
 
 def evaluate(
@@ -97,10 +103,12 @@ def evaluate(
     _check_regex(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base)
-    tokenizer = model.load_tokenizer(what.base, str(what.adapter) if what.adapter and _has_tokenizer(what.adapter) else None)
+    tokenizer = model.load_tokenizer(
+        what.base, str(what.adapter) if what.adapter and _has_tokenizer(what.adapter) else None
+    )
     rows = _rows(what, data, format, tokenizer, limit)
-    asked = [_question(rows[i], tokenizer) for i in range(len(rows))] if generate else []
-    questions = {i: asked[i] for i in range(len(asked)) if asked[i] is not None}
+    asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
+    questions = {index: question for index, question in asked if question is not None}
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
     for system, loaded in _systems(what):
@@ -151,8 +159,6 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, limit: int | None) -> Rows:
     """Return the rows to evaluate on: those named, else those the run held out."""
-    from loratune import decode
-
     encoder = Encoder(tokenizer)
     known: Recipe | None = what.recipe
     if path is None:
@@ -164,7 +170,7 @@ def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, l
     else:
         local = Path(path).expanduser()
         source = {"path": str(local.resolve()) if local.exists() or "*" in path else path}
-        if not local.exists() and (path.endswith(data.rows.SUFFIXES) or path.startswith((".", "/", "~"))):
+        if not local.exists() and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))):
             raise DataError(f"no data at `{path}`")
         fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
         if format is not None:
@@ -172,7 +178,7 @@ def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, l
         elif known is not None:
             fields["format"] = known.data.format.model_dump()
         try:
-            section = decode.decode(Data, decode.parse(json.dumps(fields), "--data"))
+            section = decode.decode(Data, nodes.parse(json.dumps(fields), "--data"))
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = data.load([Source(path=section.train[0].path)], section, encoder)
@@ -264,7 +270,9 @@ def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
         "perplexity": Score(*(math.exp(min(x, 700)) for x in (loss.value, loss.low, loss.high))),
         "token accuracy": ratio("right"),
     }
-    named = [key for key in dict.fromkeys(k for row in values for k in row) if key not in ("nats", "right", "trained_tokens")]
+    named = [
+        key for key in dict.fromkeys(k for row in values for k in row) if key not in ("nats", "right", "trained_tokens")
+    ]
     for key in named:
         column = [row[key] for row in values if key in row]
         scores[key] = Score(sum(column) / len(column), *metrics.interval(column))

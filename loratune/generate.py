@@ -73,9 +73,16 @@ def _generate(
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id or 0, use_cache=True, **sampling
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.pad_token_id or 0,
+        use_cache=True,
+        **sampling,
     )
     written: torch.Tensor = net.generate(
-        input_ids=input_ids.to(net.device), attention_mask=mask.to(net.device), generation_config=config, streamer=streamer
+        input_ids=input_ids.to(net.device),
+        attention_mask=mask.to(net.device),
+        generation_config=config,
+        streamer=streamer,
     )
     return written

@@ -81,7 +81,11 @@ def steps(
             group["lr"] = group["initial_lr"] * factor(number - 1)
         micro = [objective.collate(part) for part in batch.micro]
         sizes = torch.tensor(
-            [sum(objective.count(part) for part in micro), sum(int(part["attention_mask"].sum()) for part in micro)]
+            # a part without a count only keeps this process in step with the others: its tokens are no one's
+            [
+                sum(objective.count(part) for part in micro),
+                sum(int(p["attention_mask"].sum()) for p in micro if objective.count(p)),
+            ]
         )
         if world > 1:
             sizes = accelerator.reduce(sizes.to(device), reduction="sum")
@@ -98,7 +102,9 @@ def steps(
         if scaled:
             accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
-        loss_value, norm_value = torch.stack([total / max(count, 1), norm.to(device, torch.float32)]).tolist()  # the one sync
+        loss_value, norm_value = torch.stack(
+            [total / max(count, 1), norm.to(device, torch.float32)]
+        ).tolist()  # the one sync
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
         optimizer.step()
@@ -109,7 +115,9 @@ def steps(
         )  # fmt: skip
 
 
-def measure(model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any) -> tuple[float, int]:
+def measure(
+    model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any
+) -> tuple[float, int]:
     """Return (loss per count, count) over micro-batches without training; the caller's next step trains again.
 
     Under several processes each takes its share of the micro-batches.
@@ -124,7 +132,9 @@ def measure(model: Any, objective: Objective, micro_batches: Iterable[list[Row]]
             if index % world == rank:
                 part = objective.collate(rows)
                 total = objective.total(inner, {key: value.to(device) for key, value in part.items()})
-                sums += torch.stack([total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)])
+                sums += torch.stack(
+                    [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
+                )
     if world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     total_loss, count = sums.tolist()

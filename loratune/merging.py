@@ -93,7 +93,9 @@ def merge(
         f"same next token at {100 * agreement:.1f} % of {len(same)} positions"
     )
     if not relative <= limit:
-        raise ModelError(f"the merged model is not base + adapter: {line}", "merge in float32, or allow more with --tolerance")
+        raise ModelError(
+            f"the merged model is not base + adapter: {line}", "merge in float32, or allow more with --tolerance"
+        )
     tell.note(line)
     _write(target, merged, loaded.tokenizer, wanted)
     return Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement)

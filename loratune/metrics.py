@@ -67,7 +67,9 @@ def _first(text: str, choices: Sequence[str]) -> str | None:
     return min(places)[2] if places else None
 
 
-def interval(numerators: Sequence[float], denominators: Sequence[float] | None = None, seed: int = 0) -> tuple[float, float]:
+def interval(
+    numerators: Sequence[float], denominators: Sequence[float] | None = None, seed: int = 0
+) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of a mean, or of a ratio of sums, over rows.
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sec. 13.3.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError
 from loratune.recipe import Fp4, Int8, Model, Nf4
@@ -187,7 +188,7 @@ def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments:
             folder, config=config, revision=section.revision, dtype=dtype, use_safetensors=True,
             trust_remote_code=False, low_cpu_mem_usage=True, **arguments,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _unusable(section.base, error, "model") from None
@@ -211,7 +212,9 @@ def _unusable(base: str, error: Exception, what: str) -> ModelError | SafetyErro
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
-        return SafetyError(Problem("the model wants to run code of its own", Place(base), "use one that transformers knows"))
+        return SafetyError(
+            Problem("the model wants to run code of its own", Place(base), "use one that transformers knows")
+        )
     hint = None
     if not Path(base).is_absolute():
         hint = "is it a hub id? a local folder is named relative to the recipe"

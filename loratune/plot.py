@@ -64,12 +64,16 @@ def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) ->
         parts.append(_line([at(p) for p in shown], EVAL, 2, 1))
         for p in shown:
             x, y = at(p).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{EVAL}"><title>step {p[0]:g}: {p[1]:.4f}</title></circle>')
-    x = WIDTH - RIGHT - 150
+            parts.append(
+                f'<circle cx="{x}" cy="{y}" r="3.5" fill="{EVAL}"><title>step {p[0]:g}: {p[1]:.4f}</title></circle>'
+            )
+    legend = WIDTH - RIGHT - 150
     for index, (label, colour, there) in enumerate((("train", TRAIN, finite), ("eval", EVAL, shown))):
         if there:
-            parts.append(f'<line x1="{x + 75 * index}" y1="18" x2="{x + 75 * index + 20}" y2="18" stroke="{colour}" stroke-width="3"/>')
-            parts.append(f'<text x="{x + 75 * index + 26}" y="22" fill="#111">{label}</text>')
+            parts.append(
+                f'<line x1="{legend + 75 * index}" y1="18" x2="{legend + 75 * index + 20}" y2="18" stroke="{colour}" stroke-width="3"/>'
+            )
+            parts.append(f'<text x="{legend + 75 * index + 26}" y="22" fill="#111">{label}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

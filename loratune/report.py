@@ -18,6 +18,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from loratune.errors import Place, Problem, StorageError
 from loratune.loop import Step
@@ -93,7 +94,9 @@ class Report:
             return
         with self.console.status(what) as status:
             began = time.perf_counter()
-            yield lambda count: status.update(f"{what}: {count:,} ({count / max(time.perf_counter() - began, 1e-3):,.0f}/s)")
+            yield lambda count: status.update(
+                f"{what}: {count:,} ({count / max(time.perf_counter() - began, 1e-3):,.0f}/s)"
+            )
 
     @contextmanager
     def training(self, done: int, steps: int, every: int) -> Iterator[None]:
@@ -152,7 +155,14 @@ class Report:
     def _table(self, step: Step) -> Table:
         table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
         latest = f"{self.evaluation[-1][1]:.4f}" if self.evaluation else "not yet"
-        table.add_row("loss", f"[bold]{step.loss:.4f}", "eval loss", f"[bold]{latest}", "epoch", f"{step.epoch:.2f}")
+        table.add_row(
+            "loss",
+            Text(f"{step.loss:.4f}", style="bold"),
+            "eval loss",
+            Text(latest, style="bold"),
+            "epoch",
+            f"{step.epoch:.2f}",
+        )
         table.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "memory", size(memory()))
         table.add_row(
             "tokens/s", f"{step.tokens / step.seconds:,.0f}", "trained/s", f"{step.trained_tokens / step.seconds:,.0f}",
@@ -173,7 +183,9 @@ class Report:
         """Take up the metrics of a run that is resumed after `step`; later ones are cut off."""
         if self._metrics is None or not self._metrics.exists():
             return
-        events = [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        events = [
+            json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
         kept = [event for event in events if event["number"] <= step]
         for event in kept:
             (self.train if event["kind"] == "step" else self.evaluation).append((event["number"], event["loss"]))
@@ -187,6 +199,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+        return "  ".join(
+            [first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        ).rstrip()
 
     return "\n".join([line(headers), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])

@@ -20,7 +20,7 @@ from loratune import card, checkpoint, data, loop, model, plot
 from loratune.checkpoint import Progress
 from loratune.data import Rows
 from loratune.encode import Encoder
-from loratune.errors import LoratuneError, SetupError
+from loratune.errors import LoratuneError, Place, Problem, RunFolderError, SetupError
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
@@ -103,7 +103,7 @@ def _train(
     net = method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, accelerator.device))
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, loaded.device)
     initial = method.initial(net)
-    on_disk = saved.bytes_on_disk(method.state(net), loaded.dtype)
+    on_disk = saved.bytes_on_disk(method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(_trainable(net), loaded.device.type)
     # -- how long
     per_epoch = -(-data.rows_per_epoch(train_rows.weights) // settings.batch_size)
@@ -125,21 +125,32 @@ def _train(
         place, progress, bad = found
         for line in bad:
             report.problem(line)
-        method.load(net, place)
-        checkpoint.restore(place, optimizer)
+        try:
+            method.load(net, place)
+            checkpoint.restore(place, optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            what = str(error).splitlines()[0]
+            hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
+            raise RunFolderError(
+                Problem(f"{place.name} does not fit this recipe: {what}", Place(str(folder)), hint)
+            ) from None
         report.go_on_from(progress.step)
         report.note(f"resuming after step {progress.step}")
     elif resume:
+        report.go_on_from(0)
         report.note("no checkpoint to resume from: beginning at step 1")
     if first:
         checkpoint.write_text(folder / "recipe.yaml", recipe.dump())
         checkpoint.write_json(folder / "run.json", {**facts, "status": "running"})
     # -- the loop
-    wrapped = accelerator.prepare_model(net) if accelerator.num_processes > 1 or accelerator.mixed_precision != "no" else net
+    wrapped = (
+        accelerator.prepare_model(net) if accelerator.num_processes > 1 or accelerator.mixed_precision != "no" else net
+    )
     if accelerator.scaler is not None:
         optimizer = accelerator.prepare_optimizer(optimizer)
     batches = data.batches(
-        train_rows, settings.batch_size, settings.micro_batch_size, settings.seed, steps, progress.step,
+        train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
+        progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
         loaded.device.type, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     log_every, eval_every, save_every = (
@@ -159,14 +170,15 @@ def _train(
             better = False
             if eval_rows and (step.number % eval_every == 0 or end):
                 better, progress = _evaluate(recipe, wrapped, eval_rows, accelerator, report, progress)
-            early = settings.early_stopping
-            stop = early is not None and progress.evaluations_without_better >= early.patience
+            stop = _out_of_patience(recipe, progress)
             if first and (step.number % save_every == 0 or better or end or stop):
                 checkpoint.save(folder, progress, lambda f: method.save(net, f, None, {}), optimizer, about)
                 checkpoint.rotate(folder, settings.keep, progress.best_step)
             accelerator.wait_for_everyone()
             if stop:
-                report.note(f"step {step.number}: the eval loss has not fallen for {progress.evaluations_without_better} evaluations: stopping")
+                report.note(
+                    f"step {step.number}: the eval loss has not fallen for {progress.evaluations_without_better} evaluations: stopping"
+                )
                 break
     # -- what is left
     if progress.best_step is not None and progress.best_step != progress.step:
@@ -188,7 +200,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     mixed = "no"
     if dtype is torch.float16:
         mixed = "fp16"  # small gradients need the scaler
-    elif recipe.method.type == "full" and recipe.model.dtype == "auto" and dtype is torch.bfloat16 and where.type == "cuda":
+    elif (
+        recipe.method.type == "full"
+        and recipe.model.dtype == "auto"
+        and dtype is torch.bfloat16
+        and where.type == "cuda"
+    ):
         mixed = "bf16"  # float32 weights, bf16 matrix products
     return Accelerator(mixed_precision=mixed, cpu=where.type == "cpu")
 
@@ -222,6 +239,11 @@ def _evaluate(
     if better:
         return True, replace(progress, best_loss=loss, best_step=progress.step, evaluations_without_better=0)
     return False, replace(progress, evaluations_without_better=progress.evaluations_without_better + 1)
+
+
+def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
+    early = recipe.train.early_stopping
+    return early is not None and progress.evaluations_without_better >= early.patience
 
 
 def _facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -259,7 +281,9 @@ def _tell_start(
     )
     counts = rows.counts
     changed = "".join(
-        f", {number:,} {what}" for number, what in ((counts.dropped, "dropped"), (counts.truncated, "truncated"), (counts.split, "split")) if number
+        f", {number:,} {what}"
+        for number, what in ((counts.dropped, "dropped"), (counts.truncated, "truncated"), (counts.split, "split"))
+        if number
     )
     report.note(
         f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained{changed})"

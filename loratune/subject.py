@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import decode, model, recipe
+from safetensors import SafetensorError
+
+from loratune import decode, model, nodes, recipe
 from loratune.errors import LoratuneError, ModelError, Place, Problem
 from loratune.recipe import Model, Recipe
 
@@ -50,14 +52,22 @@ def open_subject(name: str, base: str | None = None) -> Subject:
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
         status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
         raise ModelError(
-            Problem(f"this run is {status} and has no adapter yet", Place(name), "loratune train RECIPE --resume, or name a folder of its checkpoints")
+            Problem(
+                f"this run is {status} and has no adapter yet",
+                Place(name),
+                "loratune train RECIPE --resume, or name a folder of its checkpoints",
+            )
         )
     if base is not None and not known:
         original: Model | None = _model(base)
     else:
         original = known.model if known else None
     if folder.exists() and not (folder / "config.json").is_file() and folder.suffix != ".gguf":
-        raise ModelError(Problem("no adapter_config.json and no config.json here", Place(name), "name a run, adapter or model folder"))
+        raise ModelError(
+            Problem(
+                "no adapter_config.json and no config.json here", Place(name), "name a run, adapter or model folder"
+            )
+        )
     dtype = known.model.dtype if known else "auto"
     return Subject(name, _model(name, dtype), None, original, known)
 
@@ -97,11 +107,17 @@ def attach(net: Any, adapter: Path, name: str) -> Any:
         else:
             net = PeftModel.from_pretrained(net, str(adapter), adapter_name=name)
             missing = None
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(Problem(f"the adapter does not fit this base: {' '.join(lines[:2])}", Place(str(adapter)))) from None
+        raise ModelError(
+            Problem(f"the adapter does not fit this base: {' '.join(lines[:2])}", Place(str(adapter)))
+        ) from None
     if missing is not None and missing.unexpected_keys:
-        raise ModelError(Problem(f"the adapter has tensors this base has no place for: {missing.unexpected_keys[0]}", Place(str(adapter))))
+        raise ModelError(
+            Problem(
+                f"the adapter has tensors this base has no place for: {missing.unexpected_keys[0]}", Place(str(adapter))
+            )
+        )
     return net
 
 
@@ -118,7 +134,7 @@ def _recipe(folder: Path) -> Recipe | None:
         path = place / "recipe.yaml"
         if (place / "run.json").is_file() and path.is_file():
             try:
-                return decode.decode(Recipe, decode.parse(path.read_bytes(), str(path)))
+                return decode.decode(Recipe, nodes.parse(path.read_bytes(), str(path)))
             except LoratuneError:
                 return None
     return None

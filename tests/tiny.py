@@ -31,7 +31,11 @@ def tokenizer(
     backend.decoder = decoders.ByteLevel()
     names = list(dict.fromkeys([*special, eos, *([bos] if bos else [])]))
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, bos_token=bos, additional_special_tokens=names, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=eos,
+        bos_token=bos,
+        additional_special_tokens=names,
+        clean_up_tokenization_spaces=False,
     )
     made.chat_template = template
     return made
@@ -106,7 +110,11 @@ def write_recipe(folder: Path, base: Path, rows: int = 24, **sections: Any) -> P
         "output": "run",
     }
     for name, value in sections.items():
-        if isinstance(value, dict) and isinstance(recipe.get(name), dict) and value.get("type") in (None, recipe[name].get("type")):
+        if (
+            isinstance(value, dict)
+            and isinstance(recipe.get(name), dict)
+            and value.get("type") in (None, recipe[name].get("type"))
+        ):
             recipe[name] = {**recipe[name], **value}
         else:
             recipe[name] = value

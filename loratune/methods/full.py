@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratune.decode import Section
 from loratune.methods import saved
+from loratune.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,9 @@ class Full(Section):
         model.requires_grad_(True)
         return model
 
-    def state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def state(
+        self, model: PreTrainedModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor]:
         """Return the tensors that are written to disk, each shared one once."""
         seen: set[int] = set()
         state: dict[str, torch.Tensor] = {}

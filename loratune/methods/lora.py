@@ -9,14 +9,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune.decode import Section, as_tuple, listed
-from loratune.errors import ModelError, Problem
+from loratune.errors import ModelError, Problem, listed
 from loratune.methods import saved
+from loratune.section import Section, as_tuple
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class Lora(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
     target_modules: Annotated[
         str | tuple[str, ...],
-        PlainValidator(_targets),
+        BeforeValidator(_targets),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ] = Field(
         "all-linear",
@@ -57,8 +58,12 @@ class Lora(Section):
         "default",
         description="start of A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the training rows)",
     )
-    rank_pattern: dict[str, int] = Field({}, description="other ranks for some modules: name or pattern -> r")
-    alpha_pattern: dict[str, float] = Field({}, description="other scales for some modules: name or pattern -> lora_alpha")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(
+        {}, description="other ranks for some modules: name or pattern -> r"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="other scales for some modules: name or pattern -> lora_alpha"
+    )
     layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
         None, description="numbers of the layers that get matrices, from 0 (default: all)"
     )
@@ -89,7 +94,7 @@ class Lora(Section):
 
         self._check_names(model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
-        peft_model: PeftModel = get_peft_model(model, self._config())
+        peft_model: PeftModel = get_peft_model(model, self._config(model))
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
 
@@ -98,12 +103,14 @@ class Lora(Section):
             self._start_from_quantization_error(peft_model)
         return peft_model
 
-    def state(self, model: PeftModel) -> dict[str, torch.Tensor]:
-        """Return the tensors that are written to disk, under PEFT's names."""
+    def state(
+        self, model: PeftModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors that are written to disk, under PEFT's names; `initial` as in `save`."""
         from peft import get_peft_model_state_dict
 
         state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return state
+        return _minus_initial(state, initial) if initial else state
 
     def initial(self, model: PeftModel) -> dict[str, torch.Tensor]:
         """Return what the final save needs of the start: A and B, where they were taken out of the base."""
@@ -126,9 +133,8 @@ class Lora(Section):
         from safetensors.torch import save_file
 
         config = copy.deepcopy(model.peft_config["default"])
-        state = self.state(model)
+        state = self.state(model, initial)
         if initial:
-            state = _minus_initial(state, initial)
             grown = 2 * math.sqrt(0.5) if self.rslora else 2
             config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * grown
             config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
@@ -140,17 +146,29 @@ class Lora(Section):
         config.save_pretrained(folder)
 
     def load(self, model: PeftModel, folder: Path) -> None:
-        """Put tensors saved by `save` (in the precision of the training) back into the model."""
+        """Put tensors saved by `save` (in the precision of the training) back into the model.
+
+        Raises:
+            ValueError: when they are of another adapter.
+        """
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        state = load_file(folder / "adapter_model.safetensors")
+        other = state.keys() ^ self.state(model).keys()  # PEFT passes over them
+        if other:
+            raise ValueError(f"`{min(other)}` is only on one side")
+        set_peft_model_state_dict(model, state)
 
-    def _config(self) -> LoraConfig:
+    def _config(self, model: PreTrainedModel) -> LoraConfig:
         from peft import LoraConfig
 
         alpha = {k: int(v) if v == int(v) else v for k, v in {"": self.lora_alpha, **self.alpha_pattern}.items()}
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        if targets == "all-linear" and self.layers_to_transform is not None:
+            head = model.get_output_embeddings()  # PEFT wants names beside layers_to_transform
+            linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m) and m is not head}
+            targets = sorted(linear)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -188,23 +206,48 @@ class Lora(Section):
             for word in pattern:
                 if not any(re.match(rf"(.*\.)?({word})$", name) for name in names):
                     problems.append(_nothing(key, word, linear))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+            problems.append(
+                Problem(
+                    "`method.layers_to_transform` does not combine with a regular expression in `target_modules`",
+                    hint="write the layers into the expression",
+                )
+            )
         layers = model.config.get_text_config().num_hidden_layers
         for number in self.layers_to_transform or ():
             if not 0 <= number < layers:
-                problems.append(Problem(f"`method.layers_to_transform`: no layer {number}; they go from 0 to {layers - 1}"))
+                problems.append(
+                    Problem(f"`method.layers_to_transform`: no layer {number}; they go from 0 to {layers - 1}")
+                )
         rows = model.get_input_embeddings().weight.shape[0]
         for index in self.trainable_token_indices:
             if not 0 <= index < rows:
-                problems.append(Problem(f"`method.trainable_token_indices`: no token {index}; they go from 0 to {rows - 1}"))
+                problems.append(
+                    Problem(f"`method.trainable_token_indices`: no token {index}; they go from 0 to {rows - 1}")
+                )
         if problems:
             raise ModelError(problems)
 
     def _start_from_quantization_error(self, model: PeftModel) -> None:
         """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: LoftQ, arXiv:2310.08659, alg. 1."""
-        from peft import replace_lora_weights_loftq
+        import bitsandbytes as bnb
+        import torch
+        from peft.tuners.lora.bnb import Linear4bit
 
-        folder = Path(str(model.get_base_model().name_or_path))
-        replace_lora_weights_loftq(model, str(folder) if folder.is_dir() else None)
+        # not PEFT's replace_lora_weights_loftq: it needs a GPU, and leaves the scale s out
+        base = model.get_base_model()
+        on_disk = saved.Weights(str(base.config._name_or_path), base.base_model_prefix)
+        with torch.no_grad():
+            for name, module in base.named_modules():
+                if not isinstance(module, Linear4bit):
+                    continue
+                weight = module.get_base_layer().weight
+                rounded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+                lost = on_disk[f"{name}.weight"].to(rounded) - rounded  # (out, in)
+                u, sigma, v = torch.linalg.svd(lost, full_matrices=False)
+                r, root = module.r["default"], sigma.sqrt()
+                module.lora_A["default"].weight.copy_(root[:r, None] * v[:r])
+                module.lora_B["default"].weight.copy_(u[:, :r] * root[:r] / module.scaling["default"])
 
 
 def _is_linear(module: Any) -> bool:

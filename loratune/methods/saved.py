@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from loratune.errors import ModelError, Place, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,11 @@ def bytes_on_disk(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
     end = 0
     for name, tensor in sorted(state.items()):
         start, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES.get(str(dtype), "F32"), "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES.get(str(dtype), "F32"),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + (length + 7) // 8 * 8 + end
 
@@ -34,3 +41,40 @@ def cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[s
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
         for name, tensor in state.items()
     }
+
+
+class Weights:
+    """A base model's tensors as they are on disk, read one at a time.
+
+    Args:
+        name: local folder, or hub id of a model in the local cache.
+        prefix: of the module names that some files leave out, such as `model`.
+
+    Raises:
+        ModelError: when a tensor is asked for that is not there.
+    """
+
+    def __init__(self, name: str, prefix: str):
+        from huggingface_hub import snapshot_download
+        from safetensors import safe_open
+
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, local_files_only=True))
+        self._name, self._prefix = name, prefix
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stream:
+                self._files |= dict.fromkeys(stream.keys(), file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        for key in (name, name.removeprefix(f"{self._prefix}.")):
+            if key in self._files:
+                with safe_open(self._files[key], framework="pt") as stream:
+                    tensor: torch.Tensor = stream.get_tensor(key)
+                    return tensor
+        raise ModelError(
+            Problem(f"no tensor `{name}` in its safetensors files", Place(self._name), "use `init: default`")
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from loratune.decode import Section
+from loratune.section import Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,13 @@ class Sft(Section):
     """Learn to write the trained tokens: sum of -log p(token | everything before it) over their count."""
 
     type: Literal["sft"] = "sft"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="part (0-1) of each target spread over the whole vocabulary")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="part (0-1) of each target spread over the whole vocabulary"
+    )
     neftune: float = Field(
-        0.0, ge=0, description="noise on the embeddings while training: uniform within neftune / sqrt(tokens x width) (arXiv:2310.05914, alg. 1)"
+        0.0,
+        ge=0,
+        description="noise on the embeddings while training: uniform within neftune / sqrt(tokens x width) (arXiv:2310.05914, alg. 1)",
     )
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -87,7 +91,11 @@ class Sft(Section):
         right = (logits.argmax(dim=-1) == targets).float()
         row, _ = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         zeros = torch.zeros(len(batch["labels"]), device=losses.device)
-        return zeros.index_add(0, row, losses), zeros.index_add(0, row, right), zeros.index_add(0, row, torch.ones_like(losses))
+        return (
+            zeros.index_add(0, row, losses),
+            zeros.index_add(0, row, right),
+            zeros.index_add(0, row, torch.ones_like(losses)),
+        )
 
     def _predictions(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (trained tokens, vocabulary) and targets (trained tokens,); the head runs nowhere else."""
@@ -97,9 +105,7 @@ class Sft(Section):
         predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # (rows, tokens): position t predicts token t+1
         inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
         with _head_only_at(inner, predicts), self._noise(inner, batch["attention_mask"]):
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return logits, targets[targets != IGNORED]
 
     @contextmanager

@@ -1,0 +1,170 @@
+"""Rows as the model will see them: every token, the trained ones marked, with where each row came from."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratune import data, model, report
+from loratune.data import Rows
+from loratune.encode import Encoder, Row
+from loratune.errors import UsageError
+from loratune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind: their text, how many they are, whether they are trained or special."""
+
+    text: str
+    tokens: int
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row taken apart: number (from 1) among the rows kept, place, length and trained tokens, pieces in order."""
+
+    number: int
+    place: str
+    tokens: int
+    trained_tokens: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Some rows of a recipe, and counts over all of them."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    shown: tuple[Shown, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the inspection as JSON data."""
+        shown = [{**row.__dict__, "pieces": [piece.__dict__ for piece in row.pieces]} for row in self.shown]
+        return {**self.__dict__, "shown": shown}
+
+
+def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3) -> Inspection:
+    """Read and tokenize a recipe's training rows, as `train` does, and take some of them apart.
+
+    Args:
+        recipe: from `load_recipe`; its base model is asked for the tokenizer only.
+        row: number of the one row to show, from 1; None for the first `number`.
+        random: show `number` rows drawn with the recipe's seed instead of the first.
+        number: how many rows to show.
+
+    Raises:
+        UsageError: when there is no such row.
+        DataError: when the rows can't be used, as `train` would say.
+    """
+    model.quiet()
+    tokenizer = model.load_tokenizer(recipe.model)
+    encoder = Encoder(tokenizer)
+    with report.Report().counting("reading rows") as progress:
+        rows, _ = data.of(recipe, encoder, progress)
+    if row is not None:
+        if not 1 <= row <= len(rows):
+            raise UsageError(f"no row {row}: there are {len(rows):,}, counted from 1")
+        chosen: Sequence[int] = [row - 1]
+    elif random:
+        chosen = [int(i) for i in np.random.default_rng(recipe.train.seed).permutation(len(rows))[:number]]
+    else:
+        chosen = range(min(number, len(rows)))
+    shown = tuple(take_apart(rows, index, tokenizer, encoder) for index in chosen)
+    return Inspection(len(rows), rows.counts.tokens, rows.counts.trained_tokens, int(rows.lengths.max()), shown)
+
+
+def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Shown:
+    """Return one row with its tokens joined into pieces of one kind."""
+    row = rows[index]
+    pieces = tuple(
+        Piece(tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
+        for ids, trained, special in _runs(row, encoder)
+    )
+    return Shown(index + 1, str(row.place), len(row.ids), row.count(), pieces)
+
+
+def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
+    """Yield neighbouring tokens that are alike, so that letters of several tokens are decoded together."""
+    run: list[int] = []
+    kind = (False, False)
+    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+        now = (bool(trained), token in encoder.special)
+        if run and (now != kind or now[1]):
+            yield run, *kind
+            run = []
+        run.append(token)
+        kind = now
+    if run:
+        yield run, *kind
+
+
+def as_text(inspection: Inspection, colour: bool) -> str:
+    """Return the rows for a terminal: trained tokens in green, or in [[ ]] where there is no colour."""
+    lines = [
+        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} trained "
+        f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
+    ]
+    for row in inspection.shown:
+        lines += ["", f"row {row.number}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} trained", ""]
+        lines.append("".join(_coloured(piece) if colour else _bracketed(piece) for piece in _joined(row.pieces)))
+    return "\n".join(lines)
+
+
+def _joined(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Yield pieces with neighbours of one `trained` joined: what is special is seen by its spelling."""
+    text, tokens, trained = "", 0, False
+    for piece in pieces:
+        if tokens and piece.trained != trained:
+            yield Piece(text, tokens, trained, False)
+            text, tokens = "", 0
+        text, tokens, trained = text + piece.text, tokens + piece.tokens, piece.trained
+    if tokens:
+        yield Piece(text, tokens, trained, False)
+
+
+def _coloured(piece: Piece) -> str:
+    return f"\x1b[32;1m{piece.text}\x1b[0m" if piece.trained else f"\x1b[2m{piece.text}\x1b[0m"
+
+
+def _bracketed(piece: Piece) -> str:
+    return f"[[{piece.text}]]" if piece.trained else piece.text
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111; }}
+pre {{ font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f7f9;
+  padding: 1rem; border-radius: 8px; }}
+.t {{ background: #c9f2d0; }} .s {{ color: #6b21a8; font-size: 85%; }} .place {{ color: #555; font-size: 90%; }}
+</style></head><body><h1>{title}</h1>
+<p>{summary}. Trained tokens are <span class="t">marked</span>, <span class="s">special tokens</span> are violet.</p>
+{rows}</body></html>
+"""
+
+
+def as_html(inspection: Inspection, title: str) -> str:
+    """Return the rows as one page that needs nothing else."""
+    blocks = []
+    for row in inspection.shown:
+        body = "".join(
+            f'<span class="{" ".join(c for c, on in (("t", p.trained), ("s", p.special)) if on)}">{html.escape(p.text)}</span>'
+            for p in row.pieces
+        )
+        place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
+        blocks.append(f'<h2>row {row.number}</h2><p class="place">{place}</p><pre>{body}</pre>')
+    summary = (
+        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} of them trained, "
+        f"longest row {inspection.longest:,} tokens"
+    )
+    return _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(blocks))

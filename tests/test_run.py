@@ -1,0 +1,333 @@
+"""A training from recipe to run folder, on a tiny random base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loratune import checkpoint, data, loop, model, recipe, run
+from loratune.encode import Encoder, Row
+from loratune.errors import DataError, ModelError, Place, TrainingError
+from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from loratune.section import Section
+from tests import tiny
+from tests.conftest import Fit, logits
+
+HELD_OUT: dict[str, Any] = {"data": {"eval": "eval.jsonl"}}
+EVEN = {"batch_size": 24, "epochs": 4, "schedule": "constant", "warmup": 0}  # each step sees all rows
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_a_run_folder_has_everything_in_it(fit: Fit, base: Path):
+    done = fit(train={"epochs": 2, "save_every": 2}, **HELD_OUT)
+    names = {path.name for path in done.folder.iterdir()}
+    assert names == {
+        "MANIFEST.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
+        "loss.svg", "metrics.jsonl", "recipe.yaml", "run.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert sorted(path.name for path in (done.folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert checkpoint.verify(done.folder) is None, "the manifest covers what lies beside it"
+    facts = done.facts()
+    assert facts["status"] == "complete"
+    assert facts["steps"] == facts["step"] == done.run.steps == 6
+    assert facts["seed"] == 0
+    assert facts["processes"] == 1
+    assert facts["base"] == str(base)
+    assert facts["recipe_sha256"] == done.recipe.hash()
+    assert facts["train_loss"] == done.run.train_loss == done.column("loss")[-1]
+    assert facts["best_eval_loss"] == done.run.eval_loss == min(e["loss"] for e in done.events("eval"))
+    assert {"loratune", "python", "torch", "transformers", "peft", "safetensors"} <= facts["versions"].keys()
+    counts = facts["data"]["train"]
+    assert (counts["read"], counts["kept"], counts["dropped"], counts["rows"]) == (24, 24, 0, 24)
+    assert facts["data"]["eval"]["read"] == 6
+    assert recipe.load(done.folder / "recipe.yaml") == done.recipe
+    assert (done.folder / "loss.svg").read_text().startswith("<svg")
+    front = yaml.safe_load((done.folder / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == str(base)
+    assert front["library_name"] == "peft"
+
+
+def test_metrics_have_every_step(fit: Fit):
+    done = fit(rows=20, train={"epochs": 2}, **HELD_OUT)
+    assert [event["number"] for event in done.events()] == [1, 2, 3, 4, 5, 6]
+    assert sorted(event["rows"] for event in done.events()) == [4, 4, 8, 8, 8, 8]
+    counts = done.facts()["data"]["train"]
+    assert sum(done.column("tokens")) == 2 * counts["tokens"]
+    assert sum(done.column("trained_tokens")) == 2 * counts["trained_tokens"]
+    assert done.column("epoch")[2::3] == [1.0, 2.0]
+    assert [event["number"] for event in done.events("eval")] == [3, 6]
+    assert all(
+        event["trained_tokens"] == done.facts()["data"]["eval"]["trained_tokens"] for event in done.events("eval")
+    )
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_base(fit: Fit):
+    done = fit(rows=8)
+    tokens = AutoTokenizer.from_pretrained(done.folder)
+    assert tokens.get_chat_template() == tiny.tokenizer().get_chat_template()
+    assert tokens("a <|im_end|>").input_ids == tiny.tokenizer()("a <|im_end|>").input_ids
+
+
+def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatch: pytest.MonkeyPatch):
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr("loratune.loop.measure", lambda *_: (next(losses), 10))
+    done = fit(train={"eval_every": 1, "save_every": 1, "keep": 9}, **HELD_OUT)
+    final = load_file(done.folder / "adapter_model.safetensors")
+    of_step = {n: load_file(checkpoint.path_of(done.folder, n) / "adapter_model.safetensors") for n in (1, 2, 3)}
+    assert [n for n, state in of_step.items() if all(torch.equal(state[name], final[name]) for name in final)] == [2]
+    assert (done.run.eval_loss, done.facts()["saved_step"], done.run.steps) == (1.0, 2, 3)
+
+
+def test_the_eval_loss_is_that_of_transformers(fit: Fit):
+    done = fit(**HELD_OUT)
+    _, rows = data.of(done.recipe, Encoder(model.load_tokenizer(done.recipe.model)))
+    assert rows is not None
+    nats = count = 0.0
+    done.net.eval()
+    for index in range(len(rows)):
+        ids = torch.from_numpy(rows[index].ids).long()[None]
+        labels = torch.where(torch.from_numpy(rows[index].trained), ids[0], -100)[None]
+        with torch.no_grad():
+            nats += float(done.net(input_ids=ids, labels=labels).loss) * rows[index].count()
+        count += rows[index].count()
+    assert done.run.eval_loss == pytest.approx(nats / count, rel=1e-6)
+
+
+def test_two_runs_of_one_recipe_are_one(fit: Fit):
+    sections = {"method": {"type": "lora", "r": 4, "lora_dropout": 0.1}, "objective": {"type": "sft", "neftune": 5}}
+    one, other = fit("one", **sections), fit("other", **sections)
+    assert (one.folder / "adapter_model.safetensors").read_bytes() == (
+        other.folder / "adapter_model.safetensors"
+    ).read_bytes()
+    assert one.column("loss") == other.column("loss")
+    seeded = fit("seeded", train={"seed": 1}, **sections)
+    assert seeded.column("loss") != one.column("loss")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}]}, ":3"),
+        ({"text": "no chat"}, ":3"),
+        ({"messages": "none"}, ":3"),
+    ],
+    ids=["no answer", "no messages", "no list"],
+)
+def test_errors_in_the_rows_leave_no_run_folder(tmp_path: Path, base: Path, row: dict[str, Any], said: str):
+    path = tiny.write_recipe(tmp_path, base)
+    tiny.write_jsonl(tmp_path / "train.jsonl", [*tiny.chats(2), row])
+    with pytest.raises(DataError) as caught:
+        run.train(recipe.load(path))
+    assert f"train.jsonl{said}" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_cannot_be_loaded_leaves_no_run_folder(tmp_path: Path):
+    base = tiny.save(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ModelError, match="the model can't be loaded"):
+        run.train(recipe.load(tiny.write_recipe(tmp_path, base)))
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- precision and full fine-tuning
+
+
+def test_full_fine_tuning_gives_a_model_that_plain_transformers_loads(
+    fit: Fit, base: Path, prompts: list[torch.Tensor]
+):
+    done = fit(method={"type": "full"}, optimizer={"lr": 1e-3}, train=EVEN)
+    losses = done.column("loss")
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+    again = AutoModelForCausalLM.from_pretrained(done.folder, dtype="auto")
+    assert torch.equal(logits(again, prompts), logits(done.net, prompts))
+    untrained = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    moved = [
+        name
+        for name, parameter in again.named_parameters()
+        if not torch.equal(parameter, untrained.get_parameter(name))
+    ]
+    assert len(moved) == len(list(untrained.parameters())), "every weight is trained"
+    facts = done.facts()
+    assert facts["adapter_bytes_predicted"] == pytest.approx(facts["adapter_bytes"], rel=0.01)
+    assert not (done.folder / "adapter_config.json").exists()
+
+
+def test_full_fine_tuning_keeps_tied_embeddings_tied(fit: Fit, tmp_path: Path, prompts: list[torch.Tensor]):
+    done = fit(
+        on=tiny.save(tmp_path / "tied", tie_word_embeddings=True), method={"type": "full"}, optimizer={"lr": 1e-3}
+    )
+    again = AutoModelForCausalLM.from_pretrained(done.folder, dtype="auto")
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(logits(again, prompts), logits(done.net, prompts))
+
+
+def test_adapters_are_float32_on_a_bfloat16_base_and_saved_in_its_precision(fit: Fit):
+    done = fit(model={"dtype": "bfloat16"}, train=EVEN)
+    kinds = {name: parameter.dtype for name, parameter in done.net.named_parameters()}
+    assert {kind for name, kind in kinds.items() if ".lora_" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if ".lora_" not in name} == {torch.bfloat16}
+    assert done.column("loss")[-1] < done.column("loss")[0]
+    final = load_file(done.folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in final.values()} == {torch.bfloat16}
+    kept = load_file(checkpoint.path_of(done.folder, 4) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}, "a checkpoint loses nothing"
+    for name, tensor in final.items():
+        assert torch.equal(tensor, kept[name].to(torch.bfloat16))
+    facts = done.facts()
+    assert facts["dtype"] == "bfloat16"
+    assert facts["adapter_bytes_predicted"] == pytest.approx(facts["adapter_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", [{"type": "lora", "r": 4}, {"type": "full"}], ids=lambda m: m["type"])
+def test_checkpointed_activations_change_nothing(fit: Fit, method: dict[str, Any]):
+    none, all_ = (
+        fit(choice, method=method, optimizer={"lr": 1e-3}, train={**EVEN, "gradient_checkpointing": choice})
+        for choice in ("none", "all")
+    )
+    assert all_.net.is_gradient_checkpointing
+    assert not none.net.is_gradient_checkpointing
+    for name in ("loss", "grad_norm"):
+        assert all_.column(name) == pytest.approx(none.column(name), rel=1e-6)
+    assert all_.column("loss")[-1] < all_.column("loss")[0]
+
+
+# ---------------------------------------------------------------- objective
+
+
+@pytest.mark.parametrize("objective", [{"label_smoothing": 0.2}, {"neftune": 20.0}], ids=lambda o: next(iter(o)))
+def test_smoothing_and_noise_are_for_training_only(fit: Fit, objective: dict[str, float]):
+    # a rate this small leaves the model where it is, so that evaluations can be compared
+    sections = {**HELD_OUT, "optimizer": {"lr": 1e-12}}
+    plain = fit("plain", **sections)
+    changed = fit("changed", objective={"type": "sft", **objective}, **sections)
+    assert abs(changed.column("loss")[0] - plain.column("loss")[0]) > 1e-4
+    assert changed.run.eval_loss == pytest.approx(plain.run.eval_loss, rel=1e-7)
+
+
+# ---------------------------------------------------------------- what is not finite
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tiny.save(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][ord("z") - ord("!")] = float("nan")  # one letter is poison
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    path = tiny.write_recipe(tmp_path, base, train={"batch_size": 2, "max_grad_norm": 1.0})
+    rows = tiny.chats(8)
+    rows[5]["messages"][0]["content"] = "zzz"
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    loaded = recipe.load(path)
+    steps: list[Any] = []
+    record = run.Report.step
+    monkeypatch.setattr(run.Report, "step", lambda self, step: (steps.append(step), record(self, step)))
+    with pytest.raises(TrainingError) as caught:
+        run.train(loaded)
+    text = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert f"step {len(steps) + 1}: the loss is nan; stopped before the optimizer stepped" in text
+    assert "train.jsonl:6" in text
+    assert len([word for word in text.split() if "train.jsonl:" in word]) == 2, "the two rows of the step, no others"
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["status"] == "failed"
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+class Exploding(Section):
+    """An objective whose loss is finite and whose gradient is not."""
+
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        return {"attention_mask": torch.ones(1, 1)}
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        return 1
+
+    def total(self, net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (net.weight * 0).sqrt().sum()  # the root's slope at 0 is infinite, times 0
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
+    from accelerate import Accelerator
+
+    net = torch.nn.Linear(2, 1, bias=False)
+    before = net.weight.detach().clone()
+    optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
+    none: Any = None
+    rows = [Row(none, none, Place("rows.jsonl", n)) for n in range(1, 12)]
+    batch = data.Batch([rows], 1.0, 11)
+    with pytest.raises(TrainingError) as caught:
+        list(loop.steps(net, Exploding(), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, 41))
+    assert "step 42: the gradient is not finite; stopped before the optimizer stepped" in str(caught.value)
+    assert "rows.jsonl:8 and 3 more" in str(caught.value)
+    assert torch.equal(net.weight, before)
+
+
+def test_an_absurd_rate_ends_in_an_error_not_in_a_broken_adapter(fit: Fit, tmp_path: Path):
+    with pytest.raises(TrainingError, match="stopped before the optimizer stepped"):
+        fit(optimizer={"lr": 1e30}, train={"epochs": 3})
+    assert json.loads((tmp_path / "a" / "run" / "run.json").read_text())["status"] == "failed"
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"])
+def test_every_optimizer_learns(fit: Fit, name: str):
+    done = fit(optimizer={"type": name, "lr": 1e-2}, method={"type": "lora", "r": 64}, train=EVEN)
+    losses = done.column("loss")
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+    assert all(0 < value < 100 for value in done.column("grad_norm"))
+
+
+ALL = [AdamW, AdamW8bit, PagedAdamW32bit, PagedAdamW8bit, Adafactor]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_norms_biases_and_vectors_do_not_decay(kind: Any):
+    net = tiny.model(tiny.tokenizer(), attention_bias=True)
+    named = list(net.named_parameters())
+    optimizer = kind(lr=1e-3, weight_decay=0.1).build(named, "cpu")
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(named), "each parameter once"
+    for name, parameter in named:
+        assert decay[id(parameter)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+    assert {0.0, 0.1} == set(decay.values())
+
+
+@pytest.mark.parametrize("kind", ALL[:4], ids=lambda kind: kind.__name__)
+def test_loraplus_lets_b_learn_faster(kind: Any):
+    from loratune.methods import Lora
+
+    net = Lora(r=4, modules_to_save=("lm_head",)).apply(tiny.model(tiny.tokenizer()), lambda: [])
+    named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    optimizer = kind(lr=1e-3, weight_decay=0.1, loraplus_lr_ratio=16).build(named, "cpu")
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named:
+        assert rates[id(parameter)] == pytest.approx(1.6e-2 if ".lora_B." in name else 1e-3), name
+    assert all(group["lr"] == group["initial_lr"] for group in optimizer.param_groups)
+
+
+def test_loraplus_reaches_the_training(fit: Fit):
+    plain = fit("plain", train=EVEN, optimizer={"lr": 1e-3})
+    fast = fit("fast", train=EVEN, optimizer={"lr": 1e-3, "loraplus_lr_ratio": 16})
+    assert fast.column("loss")[0] == plain.column("loss")[0]
+    assert fast.column("loss")[-1] < plain.column("loss")[-1]
+    assert fast.column("lr") == plain.column("lr"), "the rate that is told is that of A"
+
+
+def test_decay_makes_the_adapter_shorter(fit: Fit):
+    plain = fit("plain", train=EVEN)
+    decayed = fit("decayed", train=EVEN, optimizer={"weight_decay": 1.0})
+    one, other = (load_file(done.folder / "adapter_model.safetensors") for done in (plain, decayed))
+    for name in one:
+        if "lora_A" in name:
+            assert other[name].norm() < one[name].norm(), name

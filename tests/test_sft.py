@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from loratune.encode import Row
+from loratune.errors import Place
+from loratune.objectives import Sft
+from tests import tiny
+
+TOKENS = tiny.tokenizer()
+
+
+def rows(lengths: list[int], seed: int = 0) -> list[Row]:
+    """Return random rows; about half of their tokens are trained, the first ones too."""
+    random = np.random.default_rng(seed)
+    return [
+        Row(random.integers(0, len(TOKENS), n).astype(np.int32), random.random(n) < 0.5, Place("made", i + 1))
+        for i, n in enumerate(lengths)
+    ]
+
+
+ROWS = rows([9, 3, 17, 12, 2])
+
+
+def llama(**changes: Any) -> Any:
+    return tiny.model(TOKENS, **changes).eval()
+
+
+def gemma2() -> Any:
+    """Return a model that caps its logits behind the head, and shares the head with the embedding."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+        attn_implementation="eager",
+        pad_token_id=0,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def adapted() -> Any:
+    net = get_peft_model(
+        llama(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return net.eval()
+
+
+MODELS = {"llama": llama, "tied": lambda: llama(tie_word_embeddings=True), "peft": adapted, "gemma2": gemma2}
+
+
+def by_hand(net: Any, row: Row) -> list[tuple[float, bool]]:
+    """Return (-log p, whether most probable) of each trained token, row by row from full logits in plain arithmetic."""
+    ids = torch.from_numpy(row.ids).long()
+    with torch.no_grad():
+        logits = net(input_ids=ids[None]).logits[0].double()
+    out = []
+    for position in range(1, len(ids)):
+        if row.trained[position]:
+            scores = logits[position - 1]
+            out.append((float(scores.logsumexp(0) - scores[ids[position]]), int(scores.argmax()) == int(ids[position])))
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_total_is_the_sum_of_cross_entropies(name: str) -> None:
+    net = MODELS[name]()
+    objective = Sft()
+    batch = objective.collate(ROWS)
+    wanted = [by_hand(net, row) for row in ROWS]
+    assert objective.count(batch) == sum(map(len, wanted)) == sum(row.count() for row in ROWS)
+    total = objective.total(net, batch)
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(sum(nats for row in wanted for nats, _ in row), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_of_each_row(name: str) -> None:
+    net = MODELS[name]()
+    objective = Sft()
+    batch = objective.collate(ROWS)
+    with torch.no_grad():
+        nats, right, count = objective.scores(net, batch)
+        total = objective.total(net, batch)
+    wanted = [by_hand(net, row) for row in ROWS]
+    assert nats.tolist() == pytest.approx([sum(n for n, _ in row) for row in wanted], rel=1e-5)
+    assert right.tolist() == [sum(r for _, r in row) for row in wanted]
+    assert count.tolist() == [len(row) for row in wanted]
+    assert nats.sum().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_the_cap_of_gemma2_matters_here() -> None:
+    """Else the tests above would pass with the head alone."""
+    net = gemma2()
+    hidden = net.model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state
+    assert not torch.allclose(net.lm_head(hidden), net(input_ids=torch.tensor([[1, 2, 3]])).logits, rtol=1e-2)
+
+
+def test_padding_and_order_dont_matter() -> None:
+    net, objective = llama(), Sft()
+    with torch.no_grad():
+        apart = sum(objective.total(net, objective.collate([row])).item() for row in ROWS)
+        for chosen in (ROWS, ROWS[::-1]):
+            assert objective.total(net, objective.collate(chosen)).item() == pytest.approx(apart, rel=1e-5)
+        padded = {
+            key: torch.nn.functional.pad(value, (0, 9), value=-100 if key == "labels" else 0)
+            for key, value in objective.collate(ROWS).items()
+        }
+        assert objective.total(net, padded).item() == pytest.approx(apart, rel=1e-5)
+
+
+def test_gradients_are_those_of_the_plain_loss() -> None:
+    net = llama()
+    objective = Sft()
+    objective.total(net, objective.collate(ROWS)).backward()
+    got = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    for row in ROWS:
+        ids = torch.from_numpy(row.ids).long()
+        labels = torch.where(torch.from_numpy(row.trained), ids, -100)[1:]
+        logits = net(input_ids=ids[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_sees_trained_positions_only(name: str) -> None:
+    net, objective = MODELS[name](), Sft()
+    seen: list[tuple[int, ...]] = []
+    net.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    batch = objective.collate(ROWS)
+    objective.total(net, batch)
+    objective.scores(net, batch)
+    assert seen == [(objective.count(batch), len(TOKENS))] * 2
+    net(input_ids=torch.tensor([[1, 2, 3]]))  # and nothing of it stays behind
+    assert seen[-1] == (1, 3, len(TOKENS))
+
+
+def test_collate() -> None:
+    made = Row(np.array([5, 6, 7], np.int32), np.array([True, False, True]), Place("made", 1))
+    short = Row(np.array([8, 9], np.int32), np.array([False, True]), Place("made", 2))
+    batch = {key: value.tolist() for key, value in Sft().collate([made, short]).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7], [8, 9, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, -100, 7], [-100, 9, -100]],
+    }
+
+
+def test_a_batch_that_teaches_nothing() -> None:
+    net, objective = llama(), Sft()
+    idle = Row(np.array([1, 2, 3], np.int32), np.zeros(3, bool), Place("made", 1))
+    batch = objective.collate([idle])
+    assert objective.count(batch) == 0
+    total = objective.total(net, batch)
+    assert total.item() == 0
+    total.backward()  # several processes wait for each other's gradients
+    assert all(not p.grad.any() for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_label_smoothing_is_torchs(smoothing: float) -> None:
+    """Loss = (1 - s) nll + s mean over the vocabulary of -log p; in training only."""
+    net, objective = llama(), Sft(label_smoothing=smoothing)
+    batch = objective.collate(ROWS)
+    wanted = 0.0
+    for row in ROWS:
+        logp = net(input_ids=torch.from_numpy(row.ids).long()[None]).logits[0].double().log_softmax(-1)
+        for position in range(1, len(row.ids)):
+            if row.trained[position]:
+                scores = -logp[position - 1]
+                wanted += ((1 - smoothing) * scores[int(row.ids[position])] + smoothing * scores.mean()).item()
+    assert objective.total(net, batch).item() == pytest.approx(Sft().total(net, batch).item())
+    net.train()
+    assert objective.total(net, batch).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def embedded(net: Any, objective: Sft, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the first layer gets, shape (rows, tokens, width)."""
+    seen = []
+    layer = net.get_submodule("model.layers.0")
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    objective.total(net, batch)
+    hook.remove()
+    return seen[0]
+
+
+def test_neftune_is_noise_within_its_bound_while_training() -> None:
+    net = llama()
+    batch = Sft().collate(ROWS)
+    clean = net.get_input_embeddings()(batch["input_ids"]).detach()
+    noisy = Sft(neftune=5.0)
+    assert torch.equal(embedded(net, noisy, batch), clean)  # evaluation mode
+    net.train()
+    assert torch.equal(embedded(net, Sft(), batch), clean)
+    torch.manual_seed(1)
+    noise = embedded(net, noisy, batch) - clean
+    for row, of in zip(ROWS, noise, strict=True):
+        bound = 5.0 / math.sqrt(len(row.ids) * 64)  # alpha / sqrt(L d), equation in algorithm 1
+        assert of.abs().max() <= bound * (1 + 1e-5)
+        assert of.abs().max() > 0.95 * bound
+        assert of[: len(row.ids)].std() == pytest.approx(bound / math.sqrt(3), rel=0.2)  # uniform
+    assert not torch.equal(embedded(net, noisy, batch) - clean, noise)
+    net.eval()
+    assert torch.equal(net.get_input_embeddings()(batch["input_ids"]), clean)  # no hook stays
