@@ -1,0 +1,64 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs; the second time it is quick.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+ON      = @echo "==> $(1)"
+
+.PHONY: help setup demo test test-slow check fix docs gpu-check clean
+
+help:
+	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
+	@echo "make test       all tests but the slow ones"
+	@echo "make check      format, lint, types, layers, fast tests"
+	@echo "make fix        format and mend what the linter can"
+	@echo "make test-slow  the tests that take minutes each"
+	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
+	@echo "make gpu-check  the tests that need a GPU"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(call ON,setting up $(VENV) (once; pinned packages from constraints.txt))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "loratune needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	@# torch first, by its exact version: a range would fetch the newest build with its CUDA packages
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python demo/demo.py
+
+test: $(READY)
+	$(call ON,tests (without the slow ones))
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(call ON,slow tests)
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+gpu-check: $(READY)
+	$(call ON,GPU tests)
+	@$(BIN)/python -m pytest -m gpu
+
+check: $(READY)
+	$(call ON,format)
+	@$(BIN)/ruff format --check --quiet
+	$(call ON,lint)
+	@$(BIN)/ruff check --quiet
+	$(call ON,types)
+	@$(BIN)/mypy
+	$(call ON,fast tests)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/oracle --ignore tests/test_recipes.py
+
+fix: $(READY)
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+docs: $(READY)
+	@$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) demo/data demo/runs

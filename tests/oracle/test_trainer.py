@@ -1,0 +1,135 @@
+"""The loop against transformers' Trainer with PEFT: the same losses and gradient norms, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from loratune import data, model
+from loratune.encode import Encoder
+from tests.conftest import Fit, Trained
+
+CLIP = 0.3
+
+
+def _columns(trained: Trained, tokenizer: object) -> dict[str, list[list[int]]]:
+    """Return the rows in the order in which our loop saw them, as Trainer wants them."""
+    rows, _ = data.of(trained.recipe, Encoder(tokenizer))
+    settings = trained.recipe.train
+    order = [
+        i
+        for batch in data.epoch_order(rows.lengths, rows.weights, settings.batch_size, settings.seed, 0)
+        for i in batch
+    ]
+    seen = [rows[int(i)] for i in order]
+    return {
+        "input_ids": [row.ids.tolist() for row in seen],
+        "attention_mask": [[1] * len(row.ids) for row in seen],
+        "labels": [np.where(row.trained, row.ids, -100).tolist() for row in seen],
+    }
+
+
+def _trainer(
+    trained: Trained, tokenizer: object, folder: Path
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Train the same with Trainer and PEFT; return its log and its adapter."""
+    recipe = trained.recipe
+    set_seed(recipe.train.seed)
+    net = recipe.method.apply(model.load(recipe.model).model, lambda: [])
+    net.config.use_cache = False
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.train.micro_batch_size,
+        gradient_accumulation_steps=recipe.train.batch_size // recipe.train.micro_batch_size,
+        num_train_epochs=1,
+        learning_rate=recipe.optimizer.lr,
+        weight_decay=recipe.optimizer.weight_decay,
+        optim="adamw_torch",
+        lr_scheduler_type="linear",
+        max_grad_norm=CLIP,
+        logging_steps=1,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=recipe.train.seed,
+    )
+    trainer = Trainer(
+        model=net,
+        args=arguments,
+        train_dataset=Dataset.from_dict(_columns(trained, tokenizer)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line], get_peft_model_state_dict(
+        net, save_embedding_layers=False
+    )
+
+
+def test_six_steps_are_those_of_transformers_trainer(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ours = fit(
+        rows=48,
+        optimizer={"lr": 5e-3, "weight_decay": 0.1},
+        train={
+            "batch_size": 8,
+            "micro_batch_size": 2,
+            "schedule": {"type": "linear"},
+            "warmup": 0,
+            "max_grad_norm": CLIP,
+        },
+    )
+    tokenizer = model.load_tokenizer(ours.recipe.model)
+    theirs, adapter = _trainer(ours, tokenizer, tmp_path / "trainer")
+    assert len(theirs) == len(ours.events()) == 6
+
+    lines, worst = [], 0.0
+    for mine, other in zip(ours.events(), theirs, strict=True):
+        pairs = {
+            name: (mine[name], other[there])
+            for name, there in (("loss", "loss"), ("grad_norm", "grad_norm"), ("lr", "learning_rate"))
+        }
+        lines.append(
+            f"step {mine['number']}  " + "  ".join(f"{name} {a:.9g} {b:.9g}" for name, (a, b) in pairs.items())
+        )
+        worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs.values()))
+    with capsys.disabled():
+        print("\nours and transformers.Trainer's:", *lines, f"largest relative difference {worst:.2e}", sep="\n")
+
+    assert min(ours.column("grad_norm")) > CLIP, "every step must be clipped, or clipping is not compared"
+    assert len(set(ours.column("lr"))) == 6, "the rate must move, or the schedule is not compared"
+    assert ours.column("loss")[-1] < ours.column("loss")[0]
+    assert worst < 1e-6
+    mine = ours.recipe.method.state(ours.net)
+    assert mine.keys() == adapter.keys()
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):
+    """A mean of the micro-batches' means is another number on these rows, by far more than what is allowed above."""
+    whole = fit("whole", rows=48, train={"batch_size": 8, "micro_batch_size": 2, "max_grad_norm": CLIP})
+    tokenizer = model.load_tokenizer(whole.recipe.model)
+    columns = _columns(whole, tokenizer)
+    counts = [sum(label != -100 for label in labels[1:]) for labels in columns["labels"][:8]]
+    micro = [sum(counts[i : i + 2]) for i in range(0, 8, 2)]
+    assert len(set(micro)) > 1, micro
+    loaded = model.load(whole.recipe.model).model.eval()
+    sums = []
+    for i in range(8):
+        with torch.no_grad():
+            out = loaded(input_ids=torch.tensor([columns["input_ids"][i]]), labels=torch.tensor([columns["labels"][i]]))
+        sums.append(float(out.loss) * counts[i])
+    right = sum(sums) / sum(counts)
+    wrong = sum(sum(sums[i : i + 2]) / sum(counts[i : i + 2]) for i in range(0, 8, 2)) / 4
+    assert whole.column("loss")[0] == pytest.approx(right, rel=1e-6)
+    assert abs(wrong / right - 1) > 1e-4
