@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.errors import (
     DataError,
+    Interrupted,
     LoratuneError,
     ModelError,
     RecipeError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataError",
+    "Interrupted",
     "LoratuneError",
     "ModelError",
     "Recipe",

@@ -17,16 +17,17 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
     """
     adapter = recipe.method.type == "lora"
     base = facts["base"]
-    front = [f"base_model: {json.dumps(base, ensure_ascii=False)}", "tags:", "- loratune"]
-    front += ["library_name: peft", "- lora"][:1] if adapter else ["library_name: transformers"]
-    front += ["pipeline_tag: text-generation"]
+    front = [f"base_model: {json.dumps(base, ensure_ascii=False)}"]
+    front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation", "tags:"]
+    front += ["- loratune", *(["- lora"] if adapter else [])]
     data = facts["data"]["train"]
+    held = f", {data['held_out']:,} held out" if data["held_out"] else ""
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
         f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{base}`, trained with loratune {facts['versions']['loratune']}.", "",
         "| | |", "|---|---|",
-        f"| rows | {data['kept']:,} kept of {data['read']:,} read |",
+        f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
         f"| trained tokens | {data['trained_tokens']:,} per epoch |",
         f"| steps | {facts['step']} of {recipe.train.batch_size} rows |",
         f"| method | {_method(recipe)} |",

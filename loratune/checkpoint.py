@@ -45,7 +45,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
             something else: what is no run is never overwritten.
     """
     status = read_json(folder / "run.json").get("status")
-    if status is None and not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if status is None and not resume and folder.exists() and not _is_bare(folder):
         raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
     if resume or overwrite:
         return
@@ -56,6 +56,11 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
         raise RunFolderError(
             Problem(f"a run that is {status} lies here", Place(str(folder)), "--resume it, or --overwrite it")
         )
+
+
+def _is_bare(folder: Path) -> bool:
+    """Return whether a folder is empty, or a run that was killed before it began."""
+    return folder.is_dir() and all(f.name == "checkpoints" and not any(f.iterdir()) for f in folder.iterdir())
 
 
 def make_run(folder: Path, resume: bool) -> None:
@@ -148,6 +153,22 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any]) -
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
+    """Commit the final files of a run beside its checkpoints, then move them into the run folder, the manifest last.
+
+    Raises:
+        StorageError: when anything can't be written.
+    """
+    staging = folder / "checkpoints" / "final"
+    commit(staging, write, about)
+    try:
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == "MANIFEST.json"):
+            file.replace(folder / file.name)
+        staging.rmdir()
+    except OSError as error:
+        raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
+
+
 def verify(folder: Path) -> str | None:
     """Return what is wrong with a committed folder, or None when every file is as it was written."""
     manifest = read_json(folder / "MANIFEST.json")
@@ -186,14 +207,15 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def save(
-    run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any, about: dict[str, Any]
-) -> Path:
-    """Commit a checkpoint: the model's trained tensors, optimizer, random states and progress."""
+    run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any,
+    random: list[dict[str, Any]], about: dict[str, Any],
+) -> Path:  # fmt: skip
+    """Commit a checkpoint: the model's trained tensors, optimizer, random state of each process, and progress."""
 
     def write(folder: Path) -> None:
         write_model(folder)
         _save_optimizer(optimizer, folder)
-        (folder / "state.json").write_text(json.dumps({"progress": progress.__dict__, "random": random_state()}))
+        (folder / "state.json").write_text(json.dumps({"progress": progress.__dict__, "random": random}))
 
     target = path_of(run, progress.step)
     commit(target, write, {"step": progress.step, **about})
@@ -215,10 +237,11 @@ def newest(run: Path) -> tuple[Path, Progress, list[str]] | None:
     return None
 
 
-def restore(folder: Path, optimizer: Any) -> None:
-    """Put optimizer and random states of a checkpoint back."""
+def restore(folder: Path, optimizer: Any, process: int) -> None:
+    """Put the optimizer's state and the random state of a process (from 0) back."""
     _load_optimizer(optimizer, folder)
-    set_random_state(read_json(folder / "state.json")["random"])
+    states = read_json(folder / "state.json")["random"]
+    set_random_state(states[process % len(states)])
 
 
 def rotate(run: Path, keep: int, best: int | None) -> None:

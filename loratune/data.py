@@ -21,13 +21,15 @@ AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens, padding included, of a mic
 
 @dataclass
 class Counts:
-    """What became of the rows that were read: read = kept + dropped, always."""
+    """What became of the rows that were read: read = kept + dropped + held out, always."""
 
     read: int = 0
     kept: int = 0
     dropped: int = 0
+    held_out: int = 0
     truncated: int = 0
     split: int = 0
+    by_turn: int = 0  # conversations that became one row per turn
     tokens: int = 0
     trained_tokens: int = 0
     first: list[str] = field(default_factory=list)  # places of the first rows that were dropped or cut
@@ -104,13 +106,17 @@ def load(
                 if raw.value is None:
                     raise RowError("", raw.problem)
                 example = data.format.read(raw.value)
-                row = encoder.encode(example, raw.place)
-                _check_trained(row)
+                encoded = encoder.rows(example, raw.place)
+                for row in encoded:
+                    _check_trained(row)
             except RowError as error:
                 problems.append(Problem(str(error), raw.place))
                 continue
-            pieces = [row] if len(row.ids) <= data.max_length else _fit(row, example, data, counts, long)
-            kept += [(piece, source.weight) for piece in pieces]
+            counts.by_turn += len(encoded) > 1
+            fitted = [[r] if len(r.ids) <= data.max_length else _fit(r, example, data, counts, long) for r in encoded]
+            counts.dropped += data.on_long != "error" and not any(fitted)
+            counts.truncated += any(fitted) and not all(fitted)  # some of its turns are lost
+            kept += [(piece, source.weight) for pieces in fitted for piece in pieces]
     if problems or long:
         raise _data_error(problems, long, counts.read, data.max_length)
     counts.kept = counts.read - counts.dropped
@@ -142,11 +148,17 @@ def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     Raises:
         DataError: when there are fewer than two rows.
     """
-    if len(train) < 2:
+    if len(set(train.places)) < 2:
         raise DataError("`data.eval_fraction` needs at least two rows", "give `data.eval`, or more rows")
-    number = min(max(1, round(fraction * len(train))), len(train) - 1)
-    order = np.random.default_rng([seed, 0xE7A1]).permutation(len(train))
-    return train.take(np.sort(order[number:])), train.take(np.sort(order[:number]))
+    # pieces of one row stay on one side, else the eval rows would not be new
+    names, whose = np.unique([str(place) for place in train.places], return_inverse=True)
+    number = min(max(1, round(fraction * len(names))), len(names) - 1)
+    chosen = np.random.default_rng([seed, 0xE7A1]).permutation(len(names))[:number]
+    held = np.isin(whose, chosen)
+    rest, out = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
+    rest.counts.kept, rest.counts.held_out = train.counts.kept - number, number
+    out.counts.read, out.counts.kept = number, number
+    return rest, out
 
 
 def _check_trained(row: Row) -> None:
@@ -170,7 +182,6 @@ def _fit(row: Row, example: Example, data: Data, counts: Counts, long: list[Prob
         return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]
     cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
     if data.on_long == "drop" or cut.count() == 0:
-        counts.dropped += 1
         counts.note(row.place, f"{length:,} tokens, dropped")
         return []
     counts.truncated += 1

@@ -42,6 +42,10 @@ class Row:
         return int(self.trained[1:].sum())
 
 
+class LaterTurnsChangeIt(RowError):
+    """A turn that the chat template renders differently once other messages follow it."""
+
+
 class Encoder:
     """Turns examples into rows for one tokenizer and its chat template.
 
@@ -90,6 +94,27 @@ class Encoder:
             self._mark(trained, ids, offsets, start, end, text)
         return Row(ids, trained, place)
 
+    def rows(self, example: Example, place: Place) -> list[Row]:
+        """Return an example as one row, or as one row per trained turn.
+
+        Templates of reasoning models leave thoughts out of all turns but the last, so one row can't show every turn as
+        it will be written. Then each turn is a row of its own, behind the very prompt a server renders for it.
+
+        Raises:
+            RowError: as `encode`.
+        """
+        try:
+            return [self.encode(example, place)]
+        except LaterTurnsChangeIt:
+            assert isinstance(example, Conversation)
+            turns = [index for index, trained in enumerate(example.trained) if trained]
+            return [
+                self.encode(
+                    Conversation(example.messages[: i + 1], tuple(j == i for j in range(i + 1)), example.tools), place
+                )
+                for i in turns
+            ]
+
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
         """Render messages with the generation prompt, as a server does before it lets the model answer."""
         return self._render(messages, tools, prompt=True)
@@ -103,6 +128,8 @@ class Encoder:
         if self.marks_turns:
             return self._marked(example)
         text = self._render(example.messages, example.tools)
+        if example.tools and text == self._render(example.messages, None):
+            raise RowError("tools", "are not shown by the chat template: the model would never see them")
         found: list[Span] = []
         for index, trained in enumerate(example.trained):
             if not trained:
@@ -111,11 +138,20 @@ class Encoder:
                 raise RowError("messages[0]", "is the assistant's: there is nothing it answers")
             before = self._render(example.messages[:index], example.tools, prompt=True)
             after = self._render(example.messages[: index + 1], example.tools)
-            if not (after.startswith(before) and text.startswith(after)):
+            if not after.startswith(before):
                 raise RowError(
                     f"messages[{index}]",
-                    "can't be masked: the chat template renders it differently when other messages follow or lead it",
+                    "can't be masked: the chat template does not put it behind the prompt it writes for an answer",
                 )
+            if not text.startswith(after):
+                raise LaterTurnsChangeIt(
+                    f"messages[{index}]", "can't be masked: the chat template renders it differently when others follow"
+                )
+            calls = example.messages[index].get("tool_calls", ())
+            if hidden := [
+                call["function"]["name"] for call in calls if call["function"]["name"] not in after[len(before) :]
+            ]:
+                raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
             found.append((len(before), len(after)))
         return text, found
 

@@ -9,7 +9,8 @@ LoratuneError                 1  unexpected
 ├── TrainingError             4  the training itself failed: a non-finite loss
 ├── StorageError              5  nothing could be written, or no valid checkpoint found
 ├── RunFolderError            6  the run folder is already finished or in use
-└── SafetyError               7  refused because it could run foreign code
+├── SafetyError               7  refused because it could run foreign code
+└── Interrupted         130, 143  a signal came; a checkpoint was saved first
 """
 
 from __future__ import annotations
@@ -125,6 +126,14 @@ class RunFolderError(LoratuneError):
     """The run folder holds a run that must not be overwritten."""
 
     exit_code = 6
+
+
+class Interrupted(LoratuneError):
+    """A signal asked the training to end; a checkpoint was saved first."""
+
+    def __init__(self, message: str, number: int, hint: str | None = None):
+        super().__init__(message, hint)
+        self.exit_code = 128 + number
 
 
 class SafetyError(LoratuneError):

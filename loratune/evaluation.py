@@ -112,7 +112,7 @@ def evaluate(
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
     for system, loaded in _systems(what):
-        tell.note(f"{system}: {len(rows):,} rows")
+        tell.note(f"measuring {system} on {len(rows):,} rows")
         per_row[system] = _losses(loaded.model, rows, loaded.device)
         if questions:
             with tell.counting(f"{system}: answering") as progress:

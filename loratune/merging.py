@@ -81,7 +81,7 @@ def merge(
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
     merged = _fold(loaded.model, what.adapter)
-    merged.to(wanted)
+    _round(merged, wanted)
     after = _logits(merged, prompts)
     difference = max(float((a - b).abs().max()) for a, b in zip(with_adapter, after, strict=True))
     relative = difference / max(float(a.abs().max()) for a in with_adapter)
@@ -97,6 +97,7 @@ def merge(
             f"the merged model is not base + adapter: {line}", "merge in float32, or allow more with --tolerance"
         )
     tell.note(line)
+    merged.to(wanted)
     _write(target, merged, loaded.tokenizer, wanted)
     return Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement)
 
@@ -127,6 +128,15 @@ def _fold(net: Any, adapter: Path) -> Any:
         return net.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(Problem(f"the adapter can't be merged: {error}", Place(str(adapter)))) from None
+
+
+@torch.no_grad()
+def _round(merged: Any, dtype: torch.dtype) -> None:
+    """Round weights to what the file will hold, still in float32: the comparison then sees the merge, not the
+    arithmetic of a shorter precision."""
+    for tensor in merged.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -151,7 +153,8 @@ def from_gguf(file: Path) -> Path:
         arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
         if "GgufConfig" in dir(transformers):  # newer releases keep the blocks packed unless told otherwise
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), **arguments)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar can't be switched off
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), **arguments)
         if "quantization_config" in model.config:
             del model.config.quantization_config
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -189,6 +189,9 @@ class Report:
         kept = [event for event in events if event["number"] <= step]
         for event in kept:
             (self.train if event["kind"] == "step" else self.evaluation).append((event["number"], event["loss"]))
+            if event["kind"] == "step":
+                self._seconds += event["seconds"]
+                self._tokens += event["tokens"]
         if self.active:
             self._metrics.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
 

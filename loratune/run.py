@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 import loratune
 from loratune import card, checkpoint, data, loop, model, plot
 from loratune.checkpoint import Progress
 from loratune.data import Rows
 from loratune.encode import Encoder
-from loratune.errors import LoratuneError, Place, Problem, RunFolderError, SetupError
+from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
@@ -65,133 +68,237 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
     model.quiet()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe)
-    first = accelerator.is_main_process
-    report = Report(active=first, metrics=folder / "metrics.jsonl")
-    if first:
+    report = Report(active=accelerator.is_main_process, metrics=folder / "metrics.jsonl")
+    if accelerator.is_main_process:
         checkpoint.check_free(folder, resume, overwrite)
     accelerator.wait_for_everyone()
     facts = _facts(recipe, accelerator)
-    status = "failed"
+    status, begun = "failed", False
     try:
-        run = _train(recipe, folder, accelerator, report, facts, resume)
+        job = _prepare(recipe, folder, accelerator, report, facts)
+        progress = _begin(job, resume)
+        begun = True  # from here on the run folder is this run's
+        progress = _loop(job, progress)
+        run = _finish(job, progress)
         status = "complete"
         return run
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         status = "interrupted"
         raise
     except torch.OutOfMemoryError:
         raise SetupError(
             f"out of memory on {facts['device']}",
-            "cheapest first: train.micro_batch_size: 1, train.gradient_checkpointing: all, model.quantization: nf4, a smaller data.max_length",
+            "cheapest first: train.micro_batch_size: 1, train.gradient_checkpointing: all, "
+            "model.quantization: nf4, a smaller data.max_length",
         ) from None
     finally:
-        if first and "steps" in facts:  # before that there is no run to speak of
+        if accelerator.is_main_process and begun:
             checkpoint.write_json(folder / "run.json", {**facts, "status": status})
 
 
-def _train(
-    recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any], resume: bool
-) -> Run:
-    method, settings, first = recipe.method, recipe.train, accelerator.is_main_process
-    # -- base model and rows
+@dataclass
+class _Job:
+    """Everything one training needs, joined once; `facts` grows into run.json."""
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    report: Report
+    facts: dict[str, Any]
+    tokenizer: Any
+    loaded: model.Loaded
+    net: Any
+    initial: dict[str, torch.Tensor]
+    optimizer: Any
+    train_rows: Rows
+    eval_rows: Rows | None
+    per_epoch: int
+    steps: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
+    """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
+    settings, where = recipe.train, accelerator.device
     tokenizer = model.load_tokenizer(recipe.model)
     with report.counting("reading rows") as counting:
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
-    loaded = model.load(recipe.model, full=method.type == "full", where=accelerator.device)
+    loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where)
     set_seed(settings.seed)
-    # -- what is trained
-    net = method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, accelerator.device))
-    checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, loaded.device)
-    initial = method.initial(net)
-    on_disk = saved.bytes_on_disk(method.state(net, initial), loaded.dtype)
-    optimizer = recipe.optimizer.build(_trainable(net), loaded.device.type)
-    # -- how long
+    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where))
+    checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
+    initial = recipe.method.initial(net)
+    on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
+    optimizer = recipe.optimizer.build(_trainable(net), where.type)
     per_epoch = -(-data.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    warmup = settings.warmup if isinstance(settings.warmup, int) else round(settings.warmup * steps)
     _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": _counts(train_rows), "eval": _counts(eval_rows) if eval_rows else None},
         steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
     )  # fmt: skip
-    # -- where it stands
-    if first:
-        checkpoint.make_run(folder, resume)
-    accelerator.wait_for_everyone()
+    return _Job(
+        recipe, folder, accelerator, report, facts, tokenizer, loaded, net, initial, optimizer,
+        train_rows, eval_rows, per_epoch, steps,
+    )  # fmt: skip
+
+
+def _begin(job: _Job, resume: bool) -> Progress:
+    """Make the run folder, or go on from its newest valid checkpoint; return where the run stands."""
+    if job.first:
+        checkpoint.make_run(job.folder, resume)
+    job.accelerator.wait_for_everyone()
+    set_seed(job.recipe.train.seed, device_specific=True)
     progress = Progress(0)
-    set_seed(settings.seed, device_specific=True)
-    if resume and (found := checkpoint.newest(folder)):
-        place, progress, bad = found
-        for line in bad:
-            report.problem(line)
-        try:
-            method.load(net, place)
-            checkpoint.restore(place, optimizer)
-        except (RuntimeError, ValueError, KeyError) as error:
-            what = str(error).splitlines()[0]
-            hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
-            raise RunFolderError(
-                Problem(f"{place.name} does not fit this recipe: {what}", Place(str(folder)), hint)
-            ) from None
-        report.go_on_from(progress.step)
-        report.note(f"resuming after step {progress.step}")
-    elif resume:
-        report.go_on_from(0)
-        report.note("no checkpoint to resume from: beginning at step 1")
-    if first:
-        checkpoint.write_text(folder / "recipe.yaml", recipe.dump())
-        checkpoint.write_json(folder / "run.json", {**facts, "status": "running"})
-    # -- the loop
-    wrapped = (
-        accelerator.prepare_model(net) if accelerator.num_processes > 1 or accelerator.mixed_precision != "no" else net
-    )
-    if accelerator.scaler is not None:
-        optimizer = accelerator.prepare_optimizer(optimizer)
+    if resume:
+        found = checkpoint.newest(job.folder)
+        if found is None:
+            job.report.note("no checkpoint to resume from: beginning at step 1")
+        else:
+            place, progress, bad = found
+            for line in bad:
+                job.report.problem(line)
+            _restore(job, place)
+            left = job.steps - progress.step
+            job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
+        job.report.go_on_from(progress.step)
+    if job.first:
+        checkpoint.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
+        checkpoint.write_text(job.folder / "recipe.yaml", job.recipe.dump())
+    return progress
+
+
+def _restore(job: _Job, place: Path) -> None:
+    try:
+        job.recipe.method.load(job.net, place)
+        checkpoint.restore(place, job.optimizer, job.accelerator.process_index)
+    except (RuntimeError, ValueError, KeyError) as error:
+        what = str(error).splitlines()[0]
+        hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
+        where = Place(str(job.folder))
+        raise RunFolderError(Problem(f"{place.name} does not fit this recipe: {what}", where, hint)) from None
+    if checkpoint.read_json(place / "MANIFEST.json").get("recipe") != job.recipe.hash():
+        job.report.problem(f"the recipe has changed since {place.name} was saved: going on with the new one")
+
+
+def _loop(job: _Job, progress: Progress) -> Progress:
+    """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
+    recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
+    schedule, steps = settings.schedule, job.steps
+    warmup = settings.warmup if isinstance(settings.warmup, int) else round(settings.warmup * steps)
+    several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
+    net = accelerator.prepare_model(job.net) if several else job.net
+    optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     batches = data.batches(
-        train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
+        job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
         progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-        loaded.device.type, accelerator.process_index, accelerator.num_processes,
+        job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     log_every, eval_every, save_every = (
-        _in_steps(cadence, per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
+        _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
-    last_loss = report.train[-1][1] if report.train else math.nan
-    about = {"recipe": recipe.hash(), "versions": facts["versions"]}
-    with report.training(progress.step, steps, log_every):
+    with report.training(progress.step, steps, log_every), _signals() as asked:
         for step in loop.steps(
-            wrapped, recipe.objective, batches, optimizer, lambda n: rate(settings.schedule, n, steps, warmup),
+            net, recipe.objective, batches, optimizer, lambda n: rate(schedule, n, steps, warmup),
             accelerator, settings.max_grad_norm, progress.step,
         ):  # fmt: skip
             report.step(step)
-            last_loss = step.loss
             progress = replace(progress, step=step.number)
-            end = step.number == steps
-            better = False
-            if eval_rows and (step.number % eval_every == 0 or end):
-                better, progress = _evaluate(recipe, wrapped, eval_rows, accelerator, report, progress)
-            stop = _out_of_patience(recipe, progress)
-            if first and (step.number % save_every == 0 or better or end or stop):
-                checkpoint.save(folder, progress, lambda f: method.save(net, f, None, {}), optimizer, about)
-                checkpoint.rotate(folder, settings.keep, progress.best_step)
-            accelerator.wait_for_everyone()
-            if stop:
-                report.note(
-                    f"step {step.number}: the eval loss has not fallen for {progress.evaluations_without_better} evaluations: stopping"
+            end, better = step.number == steps, False
+            if job.eval_rows and (step.number % eval_every == 0 or end):
+                better, progress = _evaluate(job, net, job.eval_rows, progress)
+            stop, signalled = _out_of_patience(recipe, progress), _any_process(accelerator, asked)
+            if step.number % save_every == 0 or better or end or stop or signalled:
+                _save(job, progress)
+            if signalled and not end:
+                name = signal.Signals(signalled).name
+                raise Interrupted(
+                    f"{name}: stopped after step {step.number}, a checkpoint is saved", signalled, "go on with --resume"
                 )
+            if stop:
+                times = progress.evaluations_without_better
+                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
                 break
-    # -- what is left
+    return progress
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one of a kind acts at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody listen
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any_process(accelerator: Accelerator, asked: list[int]) -> int:
+    """Return the signal that came to any of the processes, or 0: all must stop at the same step."""
+    number = max(asked, default=0)
+    if accelerator.num_processes > 1:
+        number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    return number
+
+
+def _save(job: _Job, progress: Progress) -> None:
+    """Commit a checkpoint; every process gives its random state, the first one writes."""
+    random = gather_object([checkpoint.random_state()])
+    if job.first:
+        about = {"recipe": job.recipe.hash(), "versions": job.facts["versions"]}
+        method = job.recipe.method
+        checkpoint.save(job.folder, progress, lambda f: method.save(job.net, f, None, {}), job.optimizer, random, about)
+        checkpoint.rotate(job.folder, job.recipe.train.keep, progress.best_step)
+    job.accelerator.wait_for_everyone()
+
+
+def _finish(job: _Job, progress: Progress) -> Run:
+    """Write the adapter (or model) of the best step, tokenizer, loss curve and card into the run folder."""
+    recipe, folder, report, facts = job.recipe, job.folder, job.report, job.facts
     if progress.best_step is not None and progress.best_step != progress.step:
-        method.load(net, checkpoint.path_of(folder, progress.best_step))
-        report.note(f"the saved {method.type} is that of step {progress.best_step}, where the eval loss was lowest")
+        recipe.method.load(job.net, checkpoint.path_of(folder, progress.best_step))
+        report.note(
+            f"the saved {_product(recipe)} is that of step {progress.best_step}, where the eval loss was lowest"
+        )
+    last_loss = report.train[-1][1] if report.train else math.nan
     facts.update(
         step=progress.step, saved_step=progress.best_step or progress.step, train_loss=last_loss,
         best_eval_loss=progress.best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
     )  # fmt: skip
-    if first:
-        _finish(recipe, folder, net, tokenizer, loaded.dtype, initial, report, facts)
-    accelerator.wait_for_everyone()
+    if job.first:
+
+        def write(target: Path) -> None:
+            recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
+            job.tokenizer.save_pretrained(target)
+
+        checkpoint.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
+        title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
+        checkpoint.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
+        checkpoint.write_text(folder / "README.md", card.write(recipe, facts))
+        facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report.note(
+            f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
+            f"{_product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
+        )
+    job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
+
+
+def _product(recipe: Recipe) -> str:
+    return "adapter" if recipe.method.type == "lora" else "model"
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -226,16 +333,15 @@ def _in_steps(cadence: int | float, per_epoch: int) -> int:
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
 
 
-def _evaluate(
-    recipe: Recipe, net: Any, rows: Rows, accelerator: Accelerator, report: Report, progress: Progress
-) -> tuple[bool, Progress]:
+def _evaluate(job: _Job, net: Any, rows: Rows, progress: Progress) -> tuple[bool, Progress]:
+    """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
     began = time.perf_counter()
-    parts = data.in_length_order(rows, recipe.train.micro_batch_size, accelerator.device.type)
-    loss, count = loop.measure(net, recipe.objective, parts, accelerator)
-    early = recipe.train.early_stopping
+    parts = data.in_length_order(rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
+    loss, count = loop.measure(net, job.recipe.objective, parts, job.accelerator)
+    early = job.recipe.train.early_stopping
     margin = early.min_delta if early else 0.0
     better = progress.best_loss is None or loss < progress.best_loss - margin
-    report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
+    job.report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
     if better:
         return True, replace(progress, best_loss=loss, best_step=progress.step, evaluations_without_better=0)
     return False, replace(progress, evaluations_without_better=progress.evaluations_without_better + 1)
@@ -289,44 +395,18 @@ def _tell_start(
         f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained{changed})"
         + (f", {len(held_out):,} held out" if held_out else "")
     )
+    if counts.by_turn:
+        report.note(
+            f"         {counts.by_turn:,} conversations are trained turn by turn: the template changes earlier turns"
+        )
     for line in counts.first:
         report.problem(f"         {line}")
     trainable, total = model.count_parameters(net)
-    what = "adapter" if recipe.method.type == "lora" else "model"
     report.note(
         f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained ({100 * trainable / total:.2f} %), "
-        f"{what} of {size(on_disk)} on disk"
+        f"{_product(recipe)} of {size(on_disk)} on disk"
     )
     report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
     for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
         if note:
             report.note(f"note     {note}")
-
-
-def _finish(
-    recipe: Recipe, folder: Path, net: Any, tokenizer: Any, dtype: torch.dtype, initial: dict[str, torch.Tensor],
-    report: Report, facts: dict[str, Any],
-) -> None:  # fmt: skip
-    """Write the adapter (or model), tokenizer, loss curve and card into the run folder."""
-    staging = folder / "checkpoints" / "final"
-
-    def write(target: Path) -> None:
-        recipe.method.save(net, target, dtype, initial)
-        tokenizer.save_pretrained(target)
-
-    checkpoint.commit(staging, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
-    try:
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == "MANIFEST.json"):
-            file.replace(folder / file.name)
-        staging.rmdir()
-    except OSError as error:
-        raise LoratuneError(f"{folder}: can't be written: {error.strerror}") from None
-    title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
-    checkpoint.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
-    checkpoint.write_text(folder / "README.md", card.write(recipe, facts))
-    weights = [f.stat().st_size for f in folder.glob("*.safetensors")]
-    facts["adapter_bytes"] = sum(weights)
-    report.note(
-        f"done     {facts['step']} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-        f"{size(sum(weights))} in {folder}"
-    )

@@ -68,9 +68,9 @@ def fit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     nets: list[Any] = []
     finish = run._finish
 
-    def spy(recipe_: Any, folder: Path, net: Any, *rest: Any) -> None:
-        nets.append(net)
-        finish(recipe_, folder, net, *rest)
+    def spy(job: Any, progress: Any) -> Any:
+        nets.append(job.net)
+        return finish(job, progress)
 
     monkeypatch.setattr(run, "_finish", spy)
 

@@ -204,6 +204,15 @@ def test_hold_out(number: int, fraction: float, held: int) -> None:
         assert [p.line for p in data.hold_out(rows, fraction, seed=4)[1].places] != chosen
 
 
+def test_pieces_of_one_row_are_held_out_together() -> None:
+    rows = made([5] * 12)
+    rows.places = [Place("book.txt", 1 + index // 3) for index in range(12)]  # four rows in three pieces each
+    train, test = data.hold_out(rows, 0.25, seed=1)
+    assert (len(train), len(test)) == (9, 3)
+    assert not set(train.places) & set(test.places)
+    assert (train.counts.held_out, test.counts.kept) == (1, 1)
+
+
 def test_hold_out_needs_two_rows() -> None:
     with pytest.raises(DataError, match="needs at least two rows"):
         data.hold_out(made([5]), 0.5, 0)

@@ -14,6 +14,8 @@ from tests.templates import FAMILIES, Family
 
 HERE = Place("rows.jsonl", 1)
 
+PLACE = Place("rows.jsonl", 1)
+
 
 def encode(encoder: Encoder, row: dict[str, Any]) -> Row:
     return encoder.encode(Chat().read(row), HERE)
@@ -136,17 +138,35 @@ def refused(template: str | None, *messages: tuple[str, str]) -> str:
 TURN = (("user", "a"), ("assistant", "b"))
 
 
-def test_a_template_that_changes_earlier_answers_is_refused() -> None:
-    thought = ("assistant", "<think>hm</think>b")
-    message = refused(templates.REASONING, ("user", "a"), thought, *TURN)
-    assert message == (
-        "`messages[1]` can't be masked: the chat template renders it differently when other messages follow or lead it"
-    )
-    encoder = Encoder(tiny.tokenizer(templates.REASONING))  # the last answer alone is whole
-    row = encode(
-        encoder, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought[1]}]}
-    )
-    assert trained_turns(encoder, row) == ["<think>hm</think>b<|im_end|>"]
+def test_a_template_that_changes_earlier_answers_gives_a_row_per_turn() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>hm</think>b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "<think>so</think>d"},
+    ]
+    encoder = Encoder(tiny.tokenizer(templates.REASONING))
+    example = Chat().read({"messages": messages})
+    with pytest.raises(RowError, match="renders it differently when others follow"):
+        encoder.encode(example, PLACE)
+    first, second = encoder.rows(example, PLACE)
+    assert trained_turns(encoder, first) == ["<think>hm</think>b<|im_end|>"]
+    assert trained_turns(encoder, second) == ["<think>so</think>d<|im_end|>"]
+    # before each answer stands what a server would render, so without the earlier thought
+    for row, served in ((first, messages[:1]), (second, messages[:3])):
+        assert decoded(encoder, row.ids).startswith(encoder.prompt(served))
+    assert "hm" not in decoded(encoder, second.ids)
+
+
+def test_tools_and_calls_the_template_does_not_show_are_refused() -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    tool = {"type": "function", "function": {"name": "clock", "description": "tells the time"}}
+    turns = [{"role": "user", "content": "time?"}, {"role": "assistant", "tool_calls": [call]}]
+    encoder = Encoder(tiny.tokenizer(tiny.CHATML))
+    with pytest.raises(RowError, match="`tools` are not shown by the chat template"):
+        encode(encoder, {"messages": turns, "tools": [tool]})
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown by the chat template: `clock`"):
+        encode(encoder, {"messages": turns})
 
 
 @pytest.mark.parametrize(

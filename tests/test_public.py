@@ -14,6 +14,7 @@ import loratune
 
 PUBLIC = [
     "DataError",
+    "Interrupted",
     "LoratuneError",
     "ModelError",
     "Recipe",

@@ -1,0 +1,42 @@
+"""A signal ends a run after a checkpoint, with its own exit code, and the run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.Signals) -> None:
+    recipe = tiny.write_recipe(tmp_path, base, train={"epochs": 100_000, "save_every": 1_000_000, "log_every": 1})
+    command = [sys.executable, "-m", "loratune", "train", str(recipe)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 128 + number
+    last = told.strip().splitlines()[-2:]
+    step = len(metrics.read_text().splitlines())
+    assert last == [f"{number.name}: stopped after step {step}, a checkpoint is saved", "  go on with --resume"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "MANIFEST.json").exists()
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    again = subprocess.run(
+        [*command, "--resume", "--set", f"train.epochs={(step + 3) / 3}"], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"resuming after step {step}" in again.stderr
+    assert "the recipe has changed" in again.stderr
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
