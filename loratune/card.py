@@ -25,7 +25,8 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
-        f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{base}`, trained with loratune {facts['versions']['loratune']}.", "",
+        f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{base}`, "
+        f"trained with loratune {facts['versions']['loratune']}.", "",
         "| | |", "|---|---|",
         f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
         f"| trained tokens | {data['trained_tokens']:,} per epoch |",
@@ -57,7 +58,7 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")',
         "```",
         "",
-        "`recipe.yaml` is the whole recipe as it was run, `run.json` the versions and counts, `metrics.jsonl` every step.",
+        "`recipe.yaml` is the whole recipe as it was run, `run.json` versions and counts, `metrics.jsonl` every step.",
         "",
     ]
     return "\n".join(lines)
@@ -69,7 +70,8 @@ def _method(recipe: Recipe) -> str:
     if method.type == "full":
         return "full fine-tuning"
     kind = "DoRA" if method.dora else "LoRA"
-    return f"{kind} r {method.r}, lora_alpha {method.lora_alpha:g}, {'rsLoRA, ' if method.rslora else ''}start {method.init}{base}"
+    scale = f"lora_alpha {method.lora_alpha:g}{', rsLoRA' if method.rslora else ''}"
+    return f"{kind} r {method.r}, {scale}, start {method.init}{base}"
 
 
 def _number(value: float | None) -> str:

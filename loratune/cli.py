@@ -112,6 +112,30 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
 
 
 @app.command()
+def inspect(
+    recipe: RecipePath,
+    set_: Set = [],  # noqa: B006
+    row: Annotated[int | None, typer.Option("--row", min=1, help="show this row only, counted from 1", show_default=False)] = None,
+    random: Annotated[bool, typer.Option("--random", help="show rows drawn with the recipe's seed, not the first")] = False,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="how many rows to show")] = 3,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write a page that needs nothing else", show_default=False)] = None,
+) -> None:  # fmt: skip
+    """Show rows as the model will see them: trained tokens marked, special tokens visible."""
+    import loratune
+    from loratune import checkpoint, inspecting
+
+    shown = inspecting.inspect(loratune.load_recipe(recipe, set_), row=row, random=random, number=number)
+    if html is not None:
+        checkpoint.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
+        typer.echo(str(html))
+    elif as_json:
+        typer.echo(json.dumps(shown.as_json(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(inspecting.as_text(shown, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors (yaml-language-server)."""
     from loratune import recipe

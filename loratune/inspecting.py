@@ -158,8 +158,7 @@ def as_html(inspection: Inspection, title: str) -> str:
     blocks = []
     for row in inspection.shown:
         body = "".join(
-            f'<span class="{" ".join(c for c, on in (("t", p.trained), ("s", p.special)) if on)}">{html.escape(p.text)}</span>'
-            for p in row.pieces
+            f'<span class="{"t " * p.trained}{"s" * p.special}">{html.escape(p.text)}</span>' for p in row.pieces
         )
         place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
         blocks.append(f'<h2>row {row.number}</h2><p class="place">{place}</p><pre>{body}</pre>')

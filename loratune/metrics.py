@@ -32,7 +32,7 @@ def contains(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Return the harmonic mean (0-1) of precision and recall over normalized words. Source: arXiv:1606.05250, sec. 6.1."""
+    """Return the harmonic mean (0-1) of precision and recall over words. Source: arXiv:1606.05250, sec. 6.1."""
     given, wanted = normalized(answer).split(), normalized(reference).split()
     if not given or not wanted:
         return float(given == wanted)

@@ -263,7 +263,8 @@ def _mend_4bit_on_cpu(model: Any, where: torch.device) -> None:
     wrong = [f"{name} ({m.in_features})" for name, m in layers.items() if m.in_features % m.weight.blocksize]
     if wrong and computes_in_bf16(where):
         raise ModelError(
-            f"4-bit weights come out wrong on this CPU in layers whose inputs are no multiple of 64: {', '.join(wrong[:4])}",
+            "4-bit weights come out wrong on this CPU in layers whose inputs are no multiple of 64: "
+            + ", ".join(wrong[:4]),
             "leave `model.quantization` out, or use a GPU",
         )
 

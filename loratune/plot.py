@@ -71,7 +71,8 @@ def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) ->
     for index, (label, colour, there) in enumerate((("train", TRAIN, finite), ("eval", EVAL, shown))):
         if there:
             parts.append(
-                f'<line x1="{legend + 75 * index}" y1="18" x2="{legend + 75 * index + 20}" y2="18" stroke="{colour}" stroke-width="3"/>'
+                f'<line x1="{legend + 75 * index}" y1="18" x2="{legend + 75 * index + 20}" y2="18" '
+                f'stroke="{colour}" stroke-width="3"/>'
             )
             parts.append(f'<text x="{legend + 75 * index + 26}" y="22" fill="#111">{label}</text>')
     return "\n".join([*parts, "</svg>", ""])
@@ -89,7 +90,8 @@ def smoothed(points: Sequence[Point], keep: float = 0.9) -> list[Point]:
 
 def _line(points: Sequence[str], colour: str, width: float, opacity: float) -> str:
     joined = " ".join(points)
-    return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+    stroke = f'stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"'
+    return f'<polyline points="{joined}" fill="none" {stroke}/>'
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -389,7 +390,7 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         update={
             "model": recipe.model.model_copy(update={"base": base}),
             "data": recipe.data.model_copy(update=data),
-            "output": str(output),
+            "output": os.path.normpath(output),
         }
     )
 

@@ -106,7 +106,8 @@ class Report:
             yield
             return
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(), TextColumn("left"),
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(),
+            TextColumn("left"),
             console=self.console,
         )  # fmt: skip
         self._bar.add_task("steps", total=steps, completed=done)

@@ -403,7 +403,8 @@ def _tell_start(
         report.problem(f"         {line}")
     trainable, total = model.count_parameters(net)
     report.note(
-        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained ({100 * trainable / total:.2f} %), "
+        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %), "
         f"{_product(recipe)} of {size(on_disk)} on disk"
     )
     report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")

@@ -47,7 +47,7 @@ class Cosine(Section):
 
 
 class WarmupStableDecay(Section):
-    """The full rate, then a straight line down at the end. Source: Hu et al. 2024 (MiniCPM), arXiv:2404.06395, sec. 4."""
+    """The full rate, then a straight line down at the end. Source: Hu et al. 2024, arXiv:2404.06395, sec. 4."""
 
     type: Literal["wsd"] = "wsd"
     decay: float = Field(0.2, gt=0, le=1, description="part (0-1) of the steps over which the rate falls")

@@ -86,6 +86,7 @@ def as_tuple(value: Any) -> Any:
 
 
 def metadata_of(annotation: Any) -> tuple[Any, ...]:
+    """Return what stands behind the type in an Annotated."""
     return annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
 
 
@@ -101,6 +102,7 @@ def sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def tag_of(section: type[Section]) -> str | None:
+    """Return the word in a section's `type`, or None where it has none."""
     info = section.model_fields.get("type")
     if info is None or typing.get_origin(info.annotation) is not Literal:
         return None
@@ -108,6 +110,7 @@ def tag_of(section: type[Section]) -> str | None:
 
 
 def members_of(annotation: Any) -> list[tuple[str, type[Section]]]:
+    """Return the sections of a union with their `type` words."""
     return [(tag, section) for section in sections_in(annotation) if (tag := tag_of(section)) is not None]
 
 

@@ -76,7 +76,7 @@ def chats(number: int, seed: int = 0) -> list[dict[str, Any]]:
     import random
 
     rng = random.Random(seed)
-    words = "the a red blue cat dog runs sees house tree one two three".split()
+    words = ["the", "a", "red", "blue", "cat", "dog", "runs", "sees", "house", "tree", "one", "two", "three"]
 
     def say(most: int) -> str:
         return " ".join(rng.choice(words) for _ in range(rng.randint(1, most)))

@@ -1,6 +1,7 @@
 """LoRA and its variants through PEFT: low-rank matrices beside frozen weights.
 
-Source: Hu et al. 2021, arXiv:2106.09685; QLoRA is the same over a quantized base (Dettmers et al. 2023, arXiv:2305.14314).
+Source: Hu et al. 2021, arXiv:2106.09685; QLoRA is the same over a quantized base (Dettmers et al. 2023,
+arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Lora(Section):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ] = Field(
         "all-linear",
-        description="where A and B stand: `all-linear` (every linear layer but the head), a list of names, or a regular expression over full names",
+        description="where A and B stand: `all-linear` (every linear layer but the head), a list of names, "
+        "or a regular expression over full names",
     )
     rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r): stable for high ranks (arXiv:2312.03732)")
     dora: bool = Field(False, description="train the norm of each weight column apart (DoRA, arXiv:2402.09353)")
     init: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
-        description="start of A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the training rows)",
+        description="start of A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), "
+        "olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the "
+        "training rows)",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(
         {}, description="other ranks for some modules: name or pattern -> r"
@@ -229,7 +233,7 @@ class Lora(Section):
             raise ModelError(problems)
 
     def _start_from_quantization_error(self, model: PeftModel) -> None:
-        """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: LoftQ, arXiv:2310.08659, alg. 1."""
+        """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: arXiv:2310.08659, alg. 1."""
         import bitsandbytes as bnb
         import torch
         from peft.tuners.lora.bnb import Linear4bit

@@ -37,7 +37,8 @@ class Sft(Section):
     neftune: float = Field(
         0.0,
         ge=0,
-        description="noise on the embeddings while training: uniform within neftune / sqrt(tokens x width) (arXiv:2310.05914, alg. 1)",
+        description="noise on the embeddings while training: uniform within neftune / sqrt(tokens x width) "
+        "(arXiv:2310.05914, alg. 1)",
     )
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Adafactor(Section):
-    """Adafactor: row and column means instead of one square per weight. Source: Shazeer & Stern 2018, arXiv:1804.04235."""
+    """Row and column means instead of one square per weight. Source: Shazeer & Stern 2018, arXiv:1804.04235."""
 
     type: Literal["adafactor"] = "adafactor"
     lr: float = Field(

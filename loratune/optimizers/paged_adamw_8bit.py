@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class PagedAdamW8bit(AdamFields):
-    """AdamW with 8-bit states that move to main memory when the GPU is full. Source: QLoRA, arXiv:2305.14314, sec. 3."""
+    """AdamW with 8-bit states that move to main memory when the GPU is full. Source: arXiv:2305.14314, sec. 3."""
 
     type: Literal["paged_adamw_8bit"] = "paged_adamw_8bit"
 

@@ -1,0 +1,75 @@
+"""`loratune inspect`: rows as the model sees them, for a terminal, a program and a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loratune import inspecting, recipe
+from loratune.cli import app
+from loratune.errors import UsageError
+from tests import tiny
+
+
+@pytest.fixture
+def path(tmp_path: Path, base: Path) -> Path:
+    written = tiny.write_recipe(tmp_path, base)
+    rows = tiny.chats(5)
+    rows[1]["messages"] = [{"role": "user", "content": "<b> & ü?"}, {"role": "assistant", "content": "naïve 🦜"}]
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    return written
+
+
+def test_trained_text_is_marked_and_nothing_is_lost(path: Path) -> None:
+    shown = inspecting.inspect(recipe.load(path), row=2).shown[0]
+    text = "<|im_start|>user\n<b> & ü?<|im_end|>\n<|im_start|>assistant\nnaïve 🦜<|im_end|>\n"
+    assert "".join(piece.text for piece in shown.pieces) == text
+    assert "".join(piece.text for piece in shown.pieces if piece.trained) == "naïve 🦜<|im_end|>"
+    assert [p.text for p in shown.pieces if p.special] == ["<|im_start|>", "<|im_end|>"] * 2
+    assert (shown.number, shown.place) == (2, f"{path.parent / 'train.jsonl'}:2")
+    assert shown.tokens == sum(piece.tokens for piece in shown.pieces)
+    assert shown.trained_tokens == sum(piece.tokens for piece in shown.pieces if piece.trained)
+
+
+def test_brackets_without_colour_and_green_with_it(path: Path) -> None:
+    found = inspecting.inspect(recipe.load(path), row=2)
+    assert "assistant\n[[naïve 🦜<|im_end|>]]\n" in inspecting.as_text(found, colour=False)
+    assert "\x1b[32;1mnaïve 🦜<|im_end|>\x1b[0m" in inspecting.as_text(found, colour=True)
+
+
+def test_which_rows(path: Path) -> None:
+    loaded = recipe.load(path)
+    assert [row.number for row in inspecting.inspect(loaded, number=2).shown] == [1, 2]
+    drawn = [row.number for row in inspecting.inspect(loaded, random=True, number=4).shown]
+    assert drawn == [row.number for row in inspecting.inspect(loaded, random=True, number=4).shown]
+    assert len(set(drawn)) == 4
+    assert drawn != [1, 2, 3, 4]
+    with pytest.raises(UsageError, match="no row 6: there are 5, counted from 1"):
+        inspecting.inspect(loaded, row=6)
+
+
+def test_page_shows_the_row_and_escapes_it(path: Path) -> None:
+    page = inspecting.as_html(inspecting.inspect(recipe.load(path), row=2), "a <title>")
+    assert "<b>" not in page
+    body = re.search("<pre>(.*)</pre>", page, re.DOTALL)
+    assert body is not None
+    assert "<|im_start|>user\n<b> & ü?" in unescape(re.sub("<[^>]*>", "", body[1]))
+    assert 'class="t ">naïve 🦜' in page
+    assert "http" not in page
+
+
+def test_command(path: Path, tmp_path: Path) -> None:
+    out = CliRunner().invoke(app, ["inspect", str(path), "--row", "2", "--json"])
+    found = json.loads(out.stdout)
+    assert found["rows"] == 5
+    assert found["shown"][0]["number"] == 2
+    plain = CliRunner().invoke(app, ["inspect", str(path)])
+    assert plain.stdout.count("\nrow ") == 3
+    page = CliRunner().invoke(app, ["inspect", str(path), "--html", str(tmp_path / "page.html")])
+    assert page.stdout.strip() == str(tmp_path / "page.html")
+    assert "row 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
