@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from loratune import decode, nodes
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
+from loratune.foreign import FOREIGN
 from loratune.formats import Chat, Format
 from loratune.methods import Lora, Method
 from loratune.nodes import Tree
@@ -177,60 +178,6 @@ class Recipe(Section):
     def hash(self) -> str:
         """Return a sha256 (hex) over everything in the recipe."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-# What people coming from other tools type, and what says the same here.
-FOREIGN = {
-    "base_model": "write `model.base`",
-    "model_name_or_path": "write `model.base`",
-    "load_in_4bit": "write `model.quantization: nf4`",
-    "load_in_8bit": "write `model.quantization: int8`",
-    "bf16": "write `model.dtype: bfloat16`, or leave it out: it is the default where the device has it",
-    "fp16": "write `model.dtype: float16`",
-    "torch_dtype": "write `model.dtype`",
-    "attn_implementation": "write `model.attention`",
-    "flash_attention": "write `model.attention: flash_attention_2`",
-    "adapter": "write `method: lora`",
-    "lora_r": "write `method.r`",
-    "rank": "write `method.r`",
-    "lora_rank": "write `method.r`",
-    "alpha": "write `method.lora_alpha`",
-    "dropout": "write `method.lora_dropout`",
-    "lora_target_modules": "write `method.target_modules`",
-    "lora_target_linear": "write `method.target_modules: all-linear`",
-    "use_dora": "write `method.dora: true`",
-    "use_rslora": "write `method.rslora: true`",
-    "datasets": "write `data.train`",
-    "dataset": "write `data.train`",
-    "path": "write `data.train`",
-    "dataset_path": "write `data.train`",
-    "val": "write `data.eval`",
-    "validation": "write `data.eval`",
-    "val_set_size": "write `data.eval_fraction`",
-    "sequence_len": "write `data.max_length`",
-    "max_seq_length": "write `data.max_length`",
-    "cutoff_len": "write `data.max_length`",
-    "learning_rate": "write `optimizer.lr`",
-    "betas": "write `optimizer.beta1` and `optimizer.beta2`",
-    "lr_scheduler": "write `train.schedule`",
-    "lr_scheduler_type": "write `train.schedule`",
-    "warmup_steps": "write `train.warmup`: a whole number is steps",
-    "warmup_ratio": "write `train.warmup`: a fraction is that part of all steps",
-    "num_epochs": "write `train.epochs`",
-    "num_train_epochs": "write `train.epochs`",
-    "per_device_train_batch_size": "write `train.micro_batch_size`; `train.batch_size` is the rows of one step",
-    "gradient_accumulation_steps": "write `train.batch_size`, the rows of one step; what fits in memory is found",
-    "gradient_clipping": "write `train.max_grad_norm`",
-    "logging_steps": "write `train.log_every`",
-    "eval_steps": "write `train.eval_every`",
-    "save_steps": "write `train.save_every`",
-    "save_total_limit": "write `train.keep`",
-    "output_dir": "write `output`",
-    "train_on_inputs": "leave it out: only the assistant's words are trained; for all of a text use `format: text`",
-    "trust_remote_code": "a recipe cannot run code",
-    "hub_token": "a recipe has no place for a secret: `hf auth login` stores it",
-    "hf_token": "a recipe has no place for a secret: `hf auth login` stores it",
-}
 
 
 def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:

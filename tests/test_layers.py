@@ -30,7 +30,7 @@ LEVELS = (
     ),
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
-    ("decode", "nodes", "section"),
+    ("decode", "nodes", "section", "foreign"),
     ("errors",),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other
