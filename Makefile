@@ -33,7 +33,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(call ON,tests (without the slow ones))
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(call ON,slow tests)
@@ -51,7 +51,7 @@ check: $(READY)
 	$(call ON,types)
 	@$(BIN)/mypy
 	$(call ON,fast tests)
-	@$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/oracle --ignore tests/test_recipes.py
+	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu" --ignore tests/oracle --ignore tests/test_recipes.py
 
 fix: $(READY)
 	@$(BIN)/ruff format

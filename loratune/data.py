@@ -1,43 +1,22 @@
-"""The data of a run: read, tokenized, counted, ordered and cut into batches."""
+"""The rows of a run: read, tokenized, each accounted for, and kept in flat arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from loratune import rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place, Problem
-from loratune.formats import Example, Plain, RowError
+from loratune.formats import Auto, Example, Plain, RowError
+from loratune.ledger import Counts, Fate, Ledger
 from loratune.recipe import Data, Recipe, Source
 
-WINDOW = 16  # batches whose rows are sorted by length together
-AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens, padding included, of a micro-batch of `auto`
-
-
-@dataclass
-class Counts:
-    """What became of the rows that were read: read = kept + dropped + held out, always."""
-
-    read: int = 0
-    kept: int = 0
-    dropped: int = 0
-    held_out: int = 0
-    truncated: int = 0
-    split: int = 0
-    by_turn: int = 0  # conversations that became one row per turn
-    tokens: int = 0
-    trained_tokens: int = 0
-    first: list[str] = field(default_factory=list)  # places of the first rows that were dropped or cut
-
-    def note(self, place: Place, what: str) -> None:
-        """Remember the place of a row that was not kept whole."""
-        if len(self.first) < 5:
-            self.first.append(f"{place}: {what}")
+SHOWN = 5  # rows named in an error
 
 
 @dataclass
@@ -49,6 +28,9 @@ class Rows:
         starts: where each row begins, and the end of the last, shape (rows + 1,).
         places: where each row came from.
         weights: how often each row is seen per epoch, shape (rows,).
+        contents: a number for what each row says: rows that were read from the same words have the same, and so have
+            the pieces of one row; shape (rows,).
+        ledger: what became of every row read.
     """
 
     ids: np.ndarray
@@ -56,7 +38,10 @@ class Rows:
     starts: np.ndarray
     places: list[Place]
     weights: np.ndarray
+    contents: np.ndarray
     counts: Counts
+    ledger: Ledger
+    formats: dict[str, int]  # rows read as each format
 
     def __len__(self) -> int:
         return len(self.places)
@@ -72,7 +57,15 @@ class Rows:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """Return some of the rows as a set of its own."""
-        return _pack([(self[int(i)], float(self.weights[int(i)])) for i in indices], replace(self.counts))
+        kept = [_Kept(self[int(i)], float(self.weights[int(i)]), int(self.contents[int(i)])) for i in indices]
+        return pack(kept, replace(self.counts), self.ledger, self.formats)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    row: Row
+    weight: float
+    content: int
 
 
 def load(
@@ -80,65 +73,90 @@ def load(
     data: Data,
     encoder: Encoder,
     progress: Callable[[int], None] = lambda count: None,
+    name: str = "train",
 ) -> Rows:
-    """Read and tokenize all rows of some sources.
+    """Read and tokenize all rows of some sources, and account for each.
 
     Args:
         sources: where the rows come from.
-        data: format, longest row and what happens to a longer one.
+        data: format, longest row, and what happens to rows that are too long, bad or said twice.
         encoder: of the base model's tokenizer.
         progress: called now and then with the number of rows read so far.
+        name: of the set, for the ledger.
 
     Raises:
-        DataError: naming the first rows that can't be read, have no trained token, or are too long under
-            `on_long: error`; or when there are no rows at all.
+        DataError: naming the first rows that can't be used, or when more are lost than `max_lost` allows, or when there
+            are no rows at all.
     """
-    counts = Counts()
-    kept: list[tuple[Row, float]] = []
+    ledger = Ledger(name)
+    kept: list[_Kept] = []
     problems: list[Problem] = []
     long: list[Problem] = []
+    seen: set[int] = set()
+    formats: dict[str, int] = {}
     for source in sources:
-        for raw in rows.read(source):
-            counts.read += 1
-            if counts.read % 256 == 0:
-                progress(counts.read)
+        for number, raw in enumerate(rows.read(source)):
+            if number == source.max_rows:
+                break
+            if ledger.counts.read and ledger.counts.read % 256 == 0:
+                progress(ledger.counts.read)
             try:
-                if raw.value is None:
-                    raise RowError("", raw.problem)
-                example = data.format.read(raw.value)
+                example = _example(raw, data, formats)
                 encoded = encoder.rows(example, raw.place)
                 for row in encoded:
                     _check_trained(row)
             except RowError as error:
-                problems.append(Problem(str(error), raw.place))
+                if data.on_bad_row == "error":
+                    problems.append(Problem(str(error), raw.place))
+                ledger.add(raw.place, "skipped" if data.on_bad_row == "skip" else "refused", reason=str(error))
                 continue
-            counts.by_turn += len(encoded) > 1
-            fitted = [[r] if len(r.ids) <= data.max_length else _fit(r, example, data, counts, long) for r in encoded]
-            counts.dropped += data.on_long != "error" and not any(fitted)
-            counts.truncated += any(fitted) and not all(fitted)  # some of its turns are lost
-            kept += [(piece, source.weight) for pieces in fitted for piece in pieces]
-    if problems or long:
-        raise _data_error(problems, long, counts.read, data.max_length)
-    counts.kept = counts.read - counts.dropped
+            tokens = sum(len(row.ids) for row in encoded)
+            content = _content(encoded)
+            again = content in seen
+            seen.add(content)
+            ledger.counts.duplicates += again
+            if again and data.duplicates == "drop":
+                ledger.add(raw.place, "duplicate", tokens, tokens, "says what an earlier row said")
+                continue
+            fate, pieces = _fit(encoded, example, data)
+            length = max(len(row.ids) for row in encoded)
+            told = _TOLD.get(fate)
+            reason = f"{length:,} tokens, {told.format(data.max_length)}" if told else ""
+            if fate == "refused":
+                long.append(Problem(reason, raw.place))
+            ledger.add(raw.place, fate, tokens, tokens - sum(len(piece.ids) for piece in pieces), reason)
+            kept += [_Kept(piece, source.weight, content) for piece in pieces]
+    _check_losses(ledger.counts, problems, long, data)
     if not kept:
         where = ", ".join(source.path for source in sources)
-        raise DataError(Problem(f"no rows left: {counts.read} read, {counts.dropped} dropped", Place(where)))
-    return _pack(kept, counts)
+        raise DataError(Problem(f"no rows left: {ledger.counts.read} read, {ledger.counts.lost} lost", Place(where)))
+    return pack(kept, ledger.counts, ledger, formats)
 
 
 def of(
     recipe: Recipe, encoder: Encoder, progress: Callable[[int], None] = lambda count: None
 ) -> tuple[Rows, Rows | None]:
-    """Return a recipe's rows to train on and those held out (or None); see `load`."""
+    """Return a recipe's rows to train on and those held out (or None); see `load`.
+
+    Raises:
+        DataError: also when a row stands in both and the recipe doesn't allow it.
+    """
     section = recipe.data
     found = load(section.train, section, encoder, progress)
     if section.eval_fraction is not None:
         return hold_out(found, section.eval_fraction, recipe.train.seed)
-    return found, load(section.eval, section, encoder, progress) if section.eval else None
+    if section.eval is None:
+        return found, None
+    held_out = load(section.eval, section, encoder, progress, name="eval")
+    if section.overlap == "error":
+        _check_apart(found, held_out)
+    return found, held_out
 
 
 def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split off a part of the rows for evaluation; the choice depends on the seed only.
+
+    Pieces of one row and rows that say the same stay on one side, else the eval rows would not be new.
 
     Args:
         train: all rows.
@@ -146,19 +164,56 @@ def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
         seed: of the recipe.
 
     Raises:
-        DataError: when there are fewer than two rows.
+        DataError: when there are fewer than two different rows.
     """
-    if len(set(train.places)) < 2:
+    _, first, whose = np.unique(train.contents, return_index=True, return_inverse=True)
+    whose = np.argsort(np.argsort(first))[whose]  # numbered in the order they were read
+    groups = len(first)
+    if groups < 2:
         raise DataError("`data.eval_fraction` needs at least two rows", "give `data.eval`, or more rows")
-    # pieces of one row stay on one side, else the eval rows would not be new
-    names, whose = np.unique([str(place) for place in train.places], return_inverse=True)
-    number = min(max(1, round(fraction * len(names))), len(names) - 1)
-    chosen = np.random.default_rng([seed, 0xE7A1]).permutation(len(names))[:number]
-    held = np.isin(whose, chosen)
+    number = min(max(1, round(fraction * groups)), groups - 1)
+    held = np.isin(whose, np.random.default_rng([seed, 0xE7A1]).permutation(groups)[:number])
     rest, out = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
-    rest.counts.kept, rest.counts.held_out = train.counts.kept - number, number
-    out.counts.read, out.counts.kept = number, number
+    moved = len(set(out.places))
+    rest.counts.kept, rest.counts.held_out = train.counts.kept - moved, moved
+    out.counts = Counts(read=moved, kept=moved, tokens=out.counts.tokens, trained_tokens=out.counts.trained_tokens)
     return rest, out
+
+
+def pack(kept: Sequence[_Kept], counts: Counts, ledger: Ledger, formats: dict[str, int]) -> Rows:
+    """Return rows as flat arrays, their tokens counted."""
+    lengths = np.array([len(one.row.ids) for one in kept], dtype=np.int64)
+    counts.tokens = int(lengths.sum())
+    counts.trained_tokens = sum(one.row.count() for one in kept)
+    return Rows(
+        ids=np.concatenate([one.row.ids for one in kept]),
+        trained=np.concatenate([one.row.trained for one in kept]),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        places=[one.row.place for one in kept],
+        weights=np.array([one.weight for one in kept]),
+        contents=np.array([one.content for one in kept], dtype=np.int64),
+        counts=counts,
+        ledger=ledger,
+        formats=formats,
+    )
+
+
+def _example(raw: rows.RawRow, data: Data, formats: dict[str, int]) -> Example:
+    if raw.value is None:
+        raise RowError("", raw.problem)
+    chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
+    example = chosen.read(raw.value)
+    formats[chosen.type] = formats.get(chosen.type, 0) + 1
+    return example
+
+
+def _content(encoded: Sequence[Row]) -> int:
+    """Return a 63-bit number for the tokens of a row and which of them are trained."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in encoded:
+        digest.update(row.ids.tobytes())
+        digest.update(row.trained.tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def _check_trained(row: Row) -> None:
@@ -166,162 +221,73 @@ def _check_trained(row: Row) -> None:
         raise RowError("", "has no trained token: nothing would be learned from it")
 
 
-def _fit(row: Row, example: Example, data: Data, counts: Counts, long: list[Problem]) -> list[Row]:
-    """Return what is left of a row that is longer than `max_length`, and count it."""
-    length = len(row.ids)
+# what is told of a row that was not kept whole
+_TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "cut to {:,}", "split": "split"}
+
+
+def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
+    """Return what becomes of a row (one, or one per turn) under `max_length`, and what is left of it."""
+    if all(len(row.ids) <= data.max_length for row in encoded):
+        return ("kept" if len(encoded) == 1 else "by turn"), list(encoded)
     if data.on_long == "error":
-        long.append(Problem(f"{length:,} tokens, {data.max_length:,} fit", row.place))
-        return []
+        return "refused", []
     if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
-        counts.split += 1
-        counts.note(row.place, f"{length:,} tokens, split")
-        number = -(
-            -length // data.max_length
-        )  # pieces, about equally long: a last one of one token would teach nothing
-        cuts = [length * piece // number for piece in range(number + 1)]
-        return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]
-    cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
-    if data.on_long == "drop" or cut.count() == 0:
-        counts.note(row.place, f"{length:,} tokens, dropped")
-        return []
-    counts.truncated += 1
-    counts.note(row.place, f"{length:,} tokens, cut to {data.max_length:,}")
-    return [cut]
+        return "split", _split(encoded[0], data.max_length)
+    left = []
+    for row in encoded:
+        cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
+        if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
+            left.append(cut)
+    return ("cut" if left else "dropped"), left
 
 
-def _data_error(problems: list[Problem], long: list[Problem], read: int, max_length: int) -> DataError:
-    shown = problems[:5]
-    if len(problems) > 5:
-        shown.append(Problem(f"and {len(problems) - 5:,} more of {read:,} rows can't be used"))
-    shown += long[:5]
+def _split(row: Row, max_length: int) -> list[Row]:
+    """Cut a row into pieces of about one length: a last one of one token would teach nothing."""
+    number = -(-len(row.ids) // max_length)
+    cuts = [len(row.ids) * piece // number for piece in range(number + 1)]
+    return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]
+
+
+def _check_losses(counts: Counts, problems: list[Problem], long: list[Problem], data: Data) -> None:
+    shown = problems[:SHOWN]
+    if len(problems) > SHOWN:
+        shown.append(Problem(f"and {len(problems) - SHOWN:,} more of {counts.read:,} rows can't be used"))
+    shown += long[:SHOWN]
     if long:
         shown.append(
             Problem(
-                f"{len(long):,} of {read:,} rows are longer than `data.max_length` ({max_length:,} tokens)",
+                f"{len(long):,} of {counts.read:,} rows are longer than `data.max_length` ({data.max_length:,} tokens)",
                 hint="raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
             )
         )
-    return DataError(shown)
+    if not shown and counts.lost > data.max_lost * counts.read:
+        part = counts.lost / counts.read
+        shown = [Problem(line) for line in counts.first] + [
+            Problem(
+                f"{counts.lost:,} of {counts.read:,} rows would be lost ({part:.1%}); "
+                f"`data.max_lost` allows {data.max_lost:.1%}",
+                hint=f"mend them, raise data.max_length, or accept it with data.max_lost: {min(1, part + 0.005):.2g}",
+            )
+        ]
+    if shown:
+        raise DataError(shown)
 
 
-def _pack(kept: list[tuple[Row, float]], counts: Counts) -> Rows:
-    lengths = np.array([len(row.ids) for row, _ in kept], dtype=np.int64)
-    packed = Rows(
-        ids=np.concatenate([row.ids for row, _ in kept]),
-        trained=np.concatenate([row.trained for row, _ in kept]),
-        starts=np.concatenate([[0], np.cumsum(lengths)]),
-        places=[row.place for row, _ in kept],
-        weights=np.array([weight for _, weight in kept]),
-        counts=counts,
+def _check_apart(train: Rows, held_out: Rows) -> None:
+    both = np.isin(held_out.contents, train.contents)
+    if not both.any():
+        return
+    where = {int(content): place for content, place in zip(train.contents, train.places, strict=True)}
+    first = np.flatnonzero(both)[:SHOWN]
+    shown = [
+        Problem(f"stands in the training rows too: {where[int(held_out.contents[i])]}", held_out.places[i])
+        for i in first
+    ]
+    number = len({str(held_out.places[i]) for i in np.flatnonzero(both)})
+    shown.append(
+        Problem(
+            f"{number:,} of {held_out.counts.read:,} eval rows are trained on: the eval loss would flatter",
+            hint="take them out of one of the two, or set data.overlap: allow",
+        )
     )
-    counts.tokens = int(lengths.sum())
-    counts.trained_tokens = sum(row.count() for row, _ in kept)
-    return packed
-
-
-# ---------------------------------------------------------------- order and batches
-
-
-def rows_per_epoch(weights: np.ndarray) -> int:
-    """Return how many rows one epoch shows, each row counted as often as its weight says."""
-    return sum(_shown(weight, count) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
-
-
-def _shown(weight: float, count: int) -> int:
-    """Return how often an epoch shows the rows of a weight, all together: at least once, however small the weight."""
-    return max(1, int(weight * count + 0.5))
-
-
-def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the batches of one epoch: a pure function of the data, the seed and the epoch.
-
-    Rows are shuffled, then sorted by length within windows of 16 batches, so that a batch pads little; then the batches
-    are shuffled. A weight of 2.5 shows a row twice, and every other row of its source a third time.
-
-    Args:
-        lengths: of each row in tokens, shape (rows,).
-        weights: how often each row is seen per epoch, shape (rows,).
-        batch_size: rows per batch; the last may be smaller.
-        seed: of the recipe.
-        epoch: number of the epoch, from 0.
-
-    Returns:
-        Row numbers of each batch, longest row first.
-    """
-    random = np.random.default_rng([seed, epoch])
-    drawn = []
-    for weight in np.unique(weights):
-        members = np.flatnonzero(weights == weight)
-        whole, rest = divmod(_shown(weight, len(members)), len(members))
-        drawn += [members] * whole + [random.permutation(members)[:rest]]
-    order = random.permutation(np.concatenate(drawn))
-    window = WINDOW * batch_size
-    batches = []
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        batches += [part[cut : cut + batch_size] for cut in range(0, len(part), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one step, cut into micro-batches.
-
-    Attributes:
-        micro: rows of each micro-batch of this process, longest first.
-        epoch: how many epochs will have been seen after this step.
-        rows: number of rows over all processes.
-    """
-
-    micro: list[list[Row]]
-    epoch: float
-    rows: int
-
-
-def batches(
-    data: Rows,
-    batch_size: int,
-    micro_batch_size: int | str,
-    seed: int,
-    steps: int,
-    start: int = 0,
-    device: str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[Batch]:
-    """Yield the batches of a run from step `start` (from 0) to step `steps`.
-
-    The batches don't depend on `micro_batch_size`, `rank` or `world`: each process gets its part of the same rows.
-    """
-    per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
-    epoch, order = -1, []
-    for step in range(start, steps):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = epoch_order(data.lengths, data.weights, batch_size, seed, epoch)
-        chosen = order[step % per_epoch]
-        mine = [data[int(i)] for i in chosen[rank::world]]
-        if not mine:  # fewer rows than processes: this one repeats a row and learns nothing from it
-            row = data[int(chosen[0])]
-            mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
-        yield Batch(split(mine, micro_batch_size, AUTO_TOKENS[device]), (step + 1) / per_epoch, len(chosen))
-
-
-def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
-    """Cut rows (longest first) into micro-batches of so many rows, or for `auto` of so many tokens with padding."""
-    if isinstance(micro_batch_size, int):
-        return [chosen[cut : cut + micro_batch_size] for cut in range(0, len(chosen), micro_batch_size)]
-    parts: list[list[Row]] = []
-    while chosen:
-        fits = max(1, tokens // len(chosen[0].ids))
-        parts.append(chosen[:fits])
-        chosen = chosen[fits:]
-    return parts
-
-
-def in_length_order(data: Rows, micro_batch_size: int | str, device: str) -> list[list[Row]]:
-    """Return all rows once, in micro-batches of similar length: for an evaluation."""
-    order = np.argsort(-data.lengths, kind="stable")
-    size: Any = micro_batch_size
-    return split([data[int(i)] for i in order], size, AUTO_TOKENS[device])
+    raise DataError(shown)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loratune.errors import ModelError, Place
+from loratune.errors import ModelError, Place, Problem
 from loratune.formats import Conversation, Example, Plain, RowError
+from loratune.templates import TEMPLATES
 
 Span = tuple[int, int]  # characters: [start, end)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -40,6 +42,32 @@ class Row:
     def count(self) -> int:
         """Return the number of tokens that can be trained: the first of a row has nothing before it."""
         return int(self.trained[1:].sum())
+
+
+def with_template(tokenizer: Any, choice: str | None) -> Any:
+    """Give a tokenizer the chat template a recipe names (None: it keeps its own); it is saved with the tokenizer.
+
+    Args:
+        tokenizer: of the base model.
+        choice: one of `TEMPLATES`, or the path of a file.
+
+    Raises:
+        ModelError: when the file can't be read, or ChatML is asked of a tokenizer that has no token to end its turns.
+    """
+    if choice is None:
+        return tokenizer
+    if choice in TEMPLATES:
+        if choice == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
+            hint = "`chat_template: alpaca` ends turns with the end of text, which every base model has"
+            raise ModelError("`data.chat_template: chatml`: this tokenizer has no token `<|im_end|>`", hint)
+        begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[choice]
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
+    return tokenizer
 
 
 class LaterTurnsChangeIt(RowError):
@@ -89,7 +117,7 @@ class Encoder:
         text, spans = self.spans(example)
         ids, offsets = self._tokens(text, [start for start, _ in spans])
         self._check_bos(ids)
-        trained = np.zeros(len(ids), dtype=bool)
+        trained = np.full(len(ids), example.whole)
         for start, end in spans:
             self._mark(trained, ids, offsets, start, end, text)
         return Row(ids, trained, place)
@@ -110,7 +138,8 @@ class Encoder:
             turns = [index for index, trained in enumerate(example.trained) if trained]
             return [
                 self.encode(
-                    Conversation(example.messages[: i + 1], tuple(j == i for j in range(i + 1)), example.tools), place
+                    replace(example, messages=example.messages[: i + 1], trained=tuple(j == i for j in range(i + 1))),
+                    place,
                 )
                 for i in turns
             ]
@@ -127,6 +156,9 @@ class Encoder:
         """
         if self.marks_turns:
             return self._marked(example)
+        return self._by_prefix(example)
+
+    def _by_prefix(self, example: Conversation) -> tuple[str, list[Span]]:
         text = self._render(example.messages, example.tools)
         if example.tools and text == self._render(example.messages, None):
             raise RowError("tools", "are not shown by the chat template: the model would never see them")
@@ -169,11 +201,22 @@ class Encoder:
         except Exception as error:  # a template is code from elsewhere: it can raise anything
             raise _refused(error) from None
         spans = [(start, end) for start, end in marks[0] if end > start]
-        if len(spans) != sum(example.trained):
-            raise RowError(
-                "", f"the chat template marks {len(spans)} turns as generated, the row has {sum(example.trained)}"
-            )
-        return texts[0], spans
+        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+        if len(spans) != len(turns):
+            raise RowError("", f"the chat template marks {len(spans)} turns as generated, the row has {len(turns)}")
+        self._cross_check(example, texts[0], spans, turns)
+        return texts[0], [span for span, index in zip(spans, turns, strict=True) if example.trained[index]]
+
+    def _cross_check(self, example: Conversation, text: str, spans: list[Span], turns: list[int]) -> None:
+        """Hold a template's own marks against the prefix difference, where that gives an answer."""
+        every = replace(example, trained=tuple(index in turns for index in range(len(example.messages))))
+        try:
+            _, derived = self._by_prefix(every)
+        except RowError:
+            return
+        for index, (start, end), (first, last) in zip(turns, spans, derived, strict=True):
+            if text[first:start].strip() or not first <= start <= end <= last:
+                raise RowError(f"messages[{index}]", "is marked by the chat template elsewhere than it is rendered")
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, prompt: bool = False

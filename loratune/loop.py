@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from loratune.data import Batch
+from loratune.batches import Batch
 from loratune.encode import Row
 from loratune.errors import TrainingError
 

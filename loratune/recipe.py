@@ -17,13 +17,14 @@ from pydantic_core import PydanticCustomError
 from loratune import decode, nodes
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.foreign import FOREIGN
-from loratune.formats import Chat, Format
+from loratune.formats import Auto, Format
 from loratune.methods import Lora, Method
 from loratune.nodes import Tree
 from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
 from loratune.section import BareWord, Cadence, Section, Share, as_tuple
+from loratune.templates import TEMPLATES
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -85,6 +86,7 @@ class Source(Section):
     subset: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    max_rows: int | None = Field(None, ge=1, description="read the first rows only")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row"
     )
@@ -113,11 +115,27 @@ class Data(Section):
     eval_fraction: float | None = Field(
         None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`"
     )
-    format: Format = Field(Chat(), description="how a row is read")
+    format: Format = Field(Auto(), description="how a row is read; auto: recognised from its columns, and told")
+    chat_template: str | None = Field(
+        None,
+        description="template of a base model that has none: a file, or one of chatml, alpaca; saved with the adapter",
+    )
     max_length: int = Field(2048, ge=2, description="longest row in tokens")
     on_long: Literal["error", "drop", "truncate", "split"] = Field(
         "error",
         description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="what happens to a row that can't be read or has nothing to train"
+    )
+    max_lost: float = Field(
+        0.01, ge=0, le=1, description="part (0-1) of the rows that may be dropped or skipped before that is an error"
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="what happens to a row that says exactly what an earlier one said; they are counted"
+    )
+    overlap: Literal["error", "allow"] = Field(
+        "error", description="whether a row may stand in both the training and the eval rows"
     )
 
 
@@ -318,7 +336,7 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
 def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:
     """Return the recipe with local paths absolute; append a problem for each that leads nowhere."""
     base = _base(recipe.model.base, folder, tree.place("model", "base"), problems)
-    data = {}
+    data: dict[str, Any] = {}
     for key in ("train", "eval"):
         sources: tuple[Source, ...] | None = recipe.data.train if key == "train" else recipe.data.eval
         if sources is None:
@@ -328,6 +346,8 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
             source.model_copy(update={"path": _data_path(source.path, folder, place, problems)})
             for source, place in zip(sources, places, strict=True)
         )
+    if recipe.data.chat_template not in (None, *TEMPLATES):
+        data["chat_template"] = _template(str(recipe.data.chat_template), folder, tree, problems)
     output, there = _find(recipe.output, folder)
     if (there and not output.is_dir()) or "\0" in recipe.output:
         problems.append(
@@ -364,6 +384,14 @@ def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str
     if looks_local or not _HUB_ID.fullmatch(base):
         problems.append(Problem(f"no model at `{shorten(base)}`", place, _looked_for(path)))
     return base
+
+
+def _template(value: str, folder: Path, tree: Tree, problems: list[Problem]) -> str:
+    path, there = _find(value, folder)
+    if not there or not path.is_file():
+        hint = f"{_looked_for(path)}; named ones: {listed(list(TEMPLATES))}"
+        problems.append(Problem(f"no chat template at `{shorten(value)}`", tree.place("data", "chat_template"), hint))
+    return os.path.normpath(path)
 
 
 def _data_path(value: str, folder: Path, place: Place, problems: list[Problem]) -> str:

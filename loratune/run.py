@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 import loratune
-from loratune import card, checkpoint, data, loop, model, plot
+from loratune import batches, card, checkpoint, data, loop, model, plot
 from loratune.checkpoint import Progress
 from loratune.data import Rows
-from loratune.encode import Encoder
+from loratune.encode import Encoder, with_template
 from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError
 from loratune.methods import saved
 from loratune.recipe import Recipe
@@ -124,7 +124,7 @@ class _Job:
 def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = with_template(model.load_tokenizer(recipe.model), recipe.data.chat_template)
     with report.counting("reading rows") as counting:
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where)
@@ -134,7 +134,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     initial = recipe.method.initial(net)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(_trainable(net), where.type)
-    per_epoch = -(-data.rows_per_epoch(train_rows.weights) // settings.batch_size)
+    per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
     _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
     facts.update(
@@ -170,6 +170,10 @@ def _begin(job: _Job, resume: bool) -> Progress:
     if job.first:
         checkpoint.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
         checkpoint.write_text(job.folder / "recipe.yaml", job.recipe.dump())
+        ledger = job.folder / "ledger.jsonl"
+        ledger.unlink(missing_ok=True)
+        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
+            rows.ledger.append_to(ledger)
     return progress
 
 
@@ -194,7 +198,7 @@ def _loop(job: _Job, progress: Progress) -> Progress:
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
     net = accelerator.prepare_model(job.net) if several else job.net
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
-    batches = data.batches(
+    order = batches.batches(
         job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
         progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
         job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
@@ -204,7 +208,7 @@ def _loop(job: _Job, progress: Progress) -> Progress:
     )
     with report.training(progress.step, steps, log_every), _signals() as asked:
         for step in loop.steps(
-            net, recipe.objective, batches, optimizer, lambda n: rate(schedule, n, steps, warmup),
+            net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
             accelerator, settings.max_grad_norm, progress.step,
         ):  # fmt: skip
             report.step(step)
@@ -324,7 +328,9 @@ def _trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
     settings = recipe.train
-    for batch in data.batches(rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, device.type):
+    for batch in batches.batches(
+        rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, device.type
+    ):
         for part in batch.micro:
             yield {key: value.to(device) for key, value in recipe.objective.collate(part).items()}
 
@@ -336,7 +342,7 @@ def _in_steps(cadence: int | float, per_epoch: int) -> int:
 def _evaluate(job: _Job, net: Any, rows: Rows, progress: Progress) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
     began = time.perf_counter()
-    parts = data.in_length_order(rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
+    parts = batches.in_length_order(rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
     loss, count = loop.measure(net, job.recipe.objective, parts, job.accelerator)
     early = job.recipe.train.early_stopping
     margin = early.min_delta if early else 0.0
@@ -371,7 +377,27 @@ def _facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _counts(rows: Rows) -> dict[str, Any]:
-    return {**rows.counts.__dict__, "rows": len(rows)}
+    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
+
+
+def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
+    """Yield what a person must know about the training rows beside their number."""
+    counts = rows.counts
+    if recipe.data.format.type == "auto":
+        yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
+    changed = {
+        "dropped, too long": counts.dropped,
+        "skipped, not usable": counts.skipped,
+        "cut": counts.truncated,
+        "split": counts.split,
+        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
+        "dropped, said before": counts.deduplicated,
+    }
+    if any(changed.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
+        yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
+    if counts.duplicates > counts.deduplicated:
+        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
 
 
 def _tell_start(
@@ -386,19 +412,12 @@ def _tell_start(
         f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
     )
     counts = rows.counts
-    changed = "".join(
-        f", {number:,} {what}"
-        for number, what in ((counts.dropped, "dropped"), (counts.truncated, "truncated"), (counts.split, "split"))
-        if number
-    )
     report.note(
-        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained{changed})"
+        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
         + (f", {len(held_out):,} held out" if held_out else "")
     )
-    if counts.by_turn:
-        report.note(
-            f"         {counts.by_turn:,} conversations are trained turn by turn: the template changes earlier turns"
-        )
+    for line in _about_rows(recipe, rows):
+        report.note(f"         {line}")
     for line in counts.first:
         report.problem(f"         {line}")
     trainable, total = model.count_parameters(net)

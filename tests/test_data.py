@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import data
+from loratune import batches, data, recipe
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place
 from loratune.formats import Chat, Completion, Text
+from loratune.ledger import Ledger
 from loratune.recipe import Data, Source
 from tests import tiny
 
@@ -23,6 +25,7 @@ END = ENCODER.tokenizer.eos_token_id
 def load(folder: Path, rows: list[dict[str, Any]], weight: float = 1, **section: Any) -> Rows:
     path = tiny.write_jsonl(folder / "rows.jsonl", rows)
     source = Source(path=str(path), weight=weight)
+    section.setdefault("max_lost", 1.0)
     return data.load([source], Data(train=(source,), **section), ENCODER)
 
 
@@ -43,8 +46,8 @@ def made(lengths: np.ndarray | list[int], weights: list[float] | None = None) ->
     kept = []
     for index, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         row = Row(np.full(length, index, np.int32), np.ones(length, bool), Place("made", index + 1))
-        kept.append((row, weight))
-    return data._pack(kept, data.Counts(read=len(kept), kept=len(kept)))
+        kept.append(data._Kept(row, weight, index))
+    return data.pack(kept, data.Counts(read=len(kept), kept=len(kept)), Ledger("made"), {})
 
 
 # ---------------------------------------------------------------- reading
@@ -171,8 +174,8 @@ def test_read_is_kept_and_dropped(tmp_path: Path, on_long: str, format_: Any) ->
 
 def test_no_rows_left_is_an_error(tmp_path: Path) -> None:
     message = refused(tmp_path, texts(20, 30), max_length=10, format=Text(), on_long="drop")
-    assert message == "rows.jsonl: no rows left: 2 read, 2 dropped"
-    assert refused(tmp_path, []) == "rows.jsonl: no rows left: 0 read, 0 dropped"
+    assert message == "rows.jsonl: no rows left: 2 read, 2 lost"
+    assert refused(tmp_path, []) == "rows.jsonl: no rows left: 0 read, 0 lost"
 
 
 def test_progress_and_weights_of_several_sources(tmp_path: Path) -> None:
@@ -207,6 +210,7 @@ def test_hold_out(number: int, fraction: float, held: int) -> None:
 def test_pieces_of_one_row_are_held_out_together() -> None:
     rows = made([5] * 12)
     rows.places = [Place("book.txt", 1 + index // 3) for index in range(12)]  # four rows in three pieces each
+    rows.contents = np.arange(12) // 3
     train, test = data.hold_out(rows, 0.25, seed=1)
     assert (len(train), len(test)) == (9, 3)
     assert not set(train.places) & set(test.places)
@@ -229,20 +233,20 @@ def plain(batches: list[np.ndarray]) -> list[list[int]]:
 
 
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
-    once = plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2))
+    once = plain(batches.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2))
     np.random.seed(5)
-    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2)) == once
-    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=3)) != once
-    assert plain(data.epoch_order(LENGTHS, ONES, 8, seed=2, epoch=2)) != once
+    assert plain(batches.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=2)) == once
+    assert plain(batches.epoch_order(LENGTHS, ONES, 8, seed=1, epoch=3)) != once
+    assert plain(batches.epoch_order(LENGTHS, ONES, 8, seed=2, epoch=2)) != once
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 5000])
 def test_every_row_once_per_epoch(batch_size: int) -> None:
-    batches = data.epoch_order(LENGTHS, ONES, batch_size, 0, 0)
-    assert sorted(np.concatenate(batches)) == list(range(1000))
-    assert len(batches) == -(-1000 // batch_size)
-    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
-    for batch in batches:
+    found = batches.epoch_order(LENGTHS, ONES, batch_size, 0, 0)
+    assert sorted(np.concatenate(found)) == list(range(1000))
+    assert len(found) == -(-1000 // batch_size)
+    assert sorted(map(len, found))[1:] == [batch_size] * (len(found) - 1)
+    for batch in found:
         assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(batch))
 
 
@@ -251,14 +255,14 @@ def test_rows_are_seen_as_often_as_their_weight_says() -> None:
     epochs = 40
     seen = np.zeros(600, int)
     for epoch in range(epochs):
-        shown = Counter(np.concatenate(data.epoch_order(LENGTHS[:600], weights, 16, 0, epoch)).tolist())
+        shown = Counter(np.concatenate(batches.epoch_order(LENGTHS[:600], weights, 16, 0, epoch)).tolist())
         per_epoch = np.array([shown[i] for i in range(600)])
         assert per_epoch[:200].sum() == 100
         assert set(per_epoch[:200]) == {0, 1}
         assert (per_epoch[200:500] == 1).all()
         assert per_epoch[500:].sum() == 250
         assert set(per_epoch[500:]) == {2, 3}
-        assert per_epoch.sum() == data.rows_per_epoch(weights) == 650
+        assert per_epoch.sum() == batches.rows_per_epoch(weights) == 650
         seen += per_epoch
     assert (
         abs(seen / epochs - weights) < 0.45
@@ -267,8 +271,8 @@ def test_rows_are_seen_as_often_as_their_weight_says() -> None:
 
 def test_a_source_of_small_weight_is_still_seen() -> None:
     weights = np.array([0.1, 0.1])
-    assert data.rows_per_epoch(weights) == 1
-    assert [len(batch) for batch in data.epoch_order(np.array([3, 3]), weights, 4, 0, 0)] == [1]
+    assert batches.rows_per_epoch(weights) == 1
+    assert [len(batch) for batch in batches.epoch_order(np.array([3, 3]), weights, 4, 0, 0)] == [1]
 
 
 def test_batches_pad_little() -> None:
@@ -278,18 +282,18 @@ def test_batches_pad_little() -> None:
     shuffled = np.random.default_rng(1).permutation(1000)
     random = padding([shuffled[i : i + 8] for i in range(0, 1000, 8)])
     assert random > 0.4
-    assert padding(data.epoch_order(LENGTHS, ONES, 8, 0, 0)) < random / 3
+    assert padding(batches.epoch_order(LENGTHS, ONES, 8, 0, 0)) < random / 3
 
 
-def numbers(batch: data.Batch) -> list[int]:
+def numbers(batch: batches.Batch) -> list[int]:
     return [int(row.ids[0]) for part in batch.micro for row in part]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_processes_share_a_batch(world: int) -> None:
     rows = made(LENGTHS[:50])
-    one = list(data.batches(rows, 8, 8, 0, 20))
-    parts = [list(data.batches(rows, 8, 2, 0, 20, rank=rank, world=world)) for rank in range(world)]
+    one = list(batches.batches(rows, 8, 8, 0, 20))
+    parts = [list(batches.batches(rows, 8, 2, 0, 20, rank=rank, world=world)) for rank in range(world)]
     for step, batch in enumerate(one):
         shares = [part[step] for part in parts]
         learned = [n for share in shares for n in numbers_learned(share)]
@@ -298,25 +302,25 @@ def test_processes_share_a_batch(world: int) -> None:
         assert {(share.rows, share.epoch) for share in shares} == {(batch.rows, batch.epoch)}
 
 
-def numbers_learned(batch: data.Batch) -> list[int]:
+def numbers_learned(batch: batches.Batch) -> list[int]:
     return [int(row.ids[0]) for part in batch.micro for row in part if row.count()]
 
 
 @pytest.mark.parametrize("micro", [1, 3, "auto"])
 def test_micro_batches_dont_change_a_batch(micro: int | str) -> None:
     rows = made(LENGTHS[:50])
-    straight = [numbers(batch) for batch in data.batches(rows, 8, 8, 0, 20)]
-    assert [numbers(batch) for batch in data.batches(rows, 8, micro, 0, 20)] == straight
+    straight = [numbers(batch) for batch in batches.batches(rows, 8, 8, 0, 20)]
+    assert [numbers(batch) for batch in batches.batches(rows, 8, micro, 0, 20)] == straight
     if isinstance(micro, int):
-        assert all(len(p) <= micro for b in data.batches(rows, 8, micro, 0, 20) for p in b.micro)
+        assert all(len(p) <= micro for b in batches.batches(rows, 8, micro, 0, 20) for p in b.micro)
 
 
 def test_a_resumed_run_sees_the_same_batches() -> None:
     rows = made(LENGTHS[:50], [1.0] * 30 + [2.5] * 20)
-    straight = [(numbers(b), b.epoch) for b in data.batches(rows, 8, 2, 5, 40)]
+    straight = [(numbers(b), b.epoch) for b in batches.batches(rows, 8, 2, 5, 40)]
     assert len(straight) == 40
     for start in (0, 1, 7, 10, 11, 39, 40):
-        assert [(numbers(b), b.epoch) for b in data.batches(rows, 8, 2, 5, 40, start)] == straight[start:]
+        assert [(numbers(b), b.epoch) for b in batches.batches(rows, 8, 2, 5, 40, start)] == straight[start:]
     assert straight[9][1] == 1.0  # 30 + 50 rows are 10 steps of 8
     assert sorted(n for batch, _ in straight[:10] for n in batch) == sorted(
         [*range(30), *[*range(30, 50)] * 2, *extra(straight)]
@@ -335,7 +339,7 @@ def extra(straight: list[tuple[list[int], float]]) -> list[int]:
 def test_micro_batches_of_so_many_tokens(budget: int) -> None:
     rows = made(LENGTHS[:100])
     longest_first = sorted((rows[i] for i in range(100)), key=lambda row: -len(row.ids))
-    parts = data.split(longest_first, "auto", budget)
+    parts = batches.split(longest_first, "auto", budget)
     assert [row for part in parts for row in part] == longest_first
     for part, after in zip(parts, [*parts[1:], None], strict=True):
         longest = len(part[0].ids)
@@ -346,8 +350,111 @@ def test_micro_batches_of_so_many_tokens(budget: int) -> None:
 
 def test_an_evaluation_sees_every_row_once() -> None:
     rows = made(LENGTHS[:60])
-    parts = data.in_length_order(rows, "auto", "cpu")
+    parts = batches.in_length_order(rows, "auto", "cpu")
     seen = [int(row.ids[0]) for part in parts for row in part]
     assert sorted(seen) == list(range(60))
     assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(seen))
-    assert [len(part) for part in data.in_length_order(rows, 25, "cpu")] == [25, 25, 10]
+    assert [len(part) for part in batches.in_length_order(rows, 25, "cpu")] == [25, 25, 10]
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def lines(rows: Rows, folder: Path) -> list[dict[str, Any]]:
+    rows.ledger.append_to(folder / "ledger.jsonl")
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_row_read_has_its_line(tmp_path: Path) -> None:
+    raw = [*texts(5, 11), {"tex": "bad"}, *texts(7), {"text": "aaaa"}, *texts(40)]
+    rows = load(tmp_path, raw, max_length=10, format=Text(), on_long="drop", on_bad_row="skip", duplicates="drop")
+    found = lines(rows, tmp_path)
+    assert [line["fate"] for line in found] == ["kept", "dropped", "skipped", "kept", "duplicate", "dropped"]
+    assert [line["place"].rpartition(":")[2] for line in found] == list("123456")
+    assert [line.get("lost", 0) for line in found] == [0, 11, 0, 0, 5, 40]
+    counts = rows.counts
+    assert (counts.read, counts.kept, counts.dropped, counts.skipped, counts.deduplicated) == (6, 2, 2, 1, 1)
+    assert counts.lost_tokens == 56
+    assert all("reason" in line for line in found if line["fate"] != "kept")
+
+
+def test_more_lost_than_allowed_is_an_error(tmp_path: Path) -> None:
+    raw = [*texts(*[5 + i % 3 for i in range(98)]), *texts(11, 12)]
+    refusal = refused(tmp_path, raw, max_length=10, format=Text(), on_long="drop", max_lost=0.01)
+    assert refusal == "\n".join(
+        [
+            "rows.jsonl:99: 11 tokens, dropped",
+            "rows.jsonl:100: 12 tokens, dropped",
+            "2 of 100 rows would be lost (2.0%); `data.max_lost` allows 1.0%",
+            "  mend them, raise data.max_length, or accept it with data.max_lost: 0.025",
+        ]
+    )
+    kept = load(tmp_path, raw, max_length=10, format=Text(), on_long="drop", max_lost=0.02)
+    assert len(kept) == 98
+
+
+def test_three_hundred_of_a_thousand(tmp_path: Path) -> None:
+    """Rows whose prompt alone fills the length: an error that counts them, or exactly so many dropped."""
+    raw = [{"prompt": "p" * (99 if i % 10 < 3 else 20), "completion": f"answer {i}"} for i in range(1000)]
+    refusal = refused(tmp_path, raw, max_length=100, format=Completion()).splitlines()
+    assert len(refusal) == 7
+    assert refusal[0].startswith("rows.jsonl:1: ")
+    assert refusal[5] == "300 of 1,000 rows are longer than `data.max_length` (100 tokens)"
+    rows = load(tmp_path, raw, max_length=100, format=Completion(), on_long="drop")
+    assert (rows.counts.dropped, rows.counts.kept) == (300, 700)
+    assert rows.counts.trained_tokens == sum(len(f"answer {i}") + 1 for i in range(1000) if i % 10 >= 3)
+
+
+def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "train.jsonl", texts(5, 6, 7))
+    tiny.write_jsonl(tmp_path / "eval.jsonl", [*texts(9), {"text": "b" * 5}])
+    base = {"model": {"base": "some/model"}, "output": "run"}
+    section = {"train": "train.jsonl", "eval": "eval.jsonl", "format": "text"}
+
+    def loaded(**more: str) -> recipe.Recipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps({**base, "data": {**section, **more}}), encoding="utf-8")
+        return recipe.load(path)
+
+    with pytest.raises(DataError) as caught:
+        data.of(loaded(), ENCODER)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == "\n".join(
+        [
+            "eval.jsonl:2: stands in the training rows too: train.jsonl:2",
+            "1 of 2 eval rows are trained on: the eval loss would flatter",
+            "  take them out of one of the two, or set data.overlap: allow",
+        ]
+    )
+    assert len(data.of(loaded(overlap="allow"), ENCODER)[1] or []) == 2
+
+
+def test_twins_are_held_out_together(tmp_path: Path) -> None:
+    rows = load(tmp_path, texts(*range(4, 14)) * 2, format=Text())
+    assert rows.counts.duplicates == 10
+    for seed in range(20):
+        train, test = data.hold_out(rows, 0.2, seed)
+        assert not set(train.contents) & set(test.contents)
+        assert (train.counts.held_out, test.counts.read) == (4, 4)
+        assert train.counts.read == train.counts.kept + train.counts.held_out
+
+
+def test_only_the_first_rows_of_a_source(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", texts(5, 6, 7, 8))
+    source = Source(path=str(path), max_rows=3)
+    rows = data.load([source], Data(train=(source,), format=Text()), ENCODER)
+    assert rows.lengths.tolist() == [5, 6, 7]
+    assert rows.counts.read == 3
+
+
+def test_formats_are_recognised_row_by_row(tmp_path: Path) -> None:
+    raw = [*tiny.chats(3), {"prompt": "a", "completion": "b"}, {"instruction": "do", "output": "done"}, *texts(4)]
+    rows = load(tmp_path, raw)
+    assert rows.formats == {"chat": 3, "completion": 1, "instruction": 1, "text": 1}
+    refusal = refused(tmp_path, [{"chosen": "a", "rejected": "b"}, {"text": "a", "label": 1}, {"x": 1}])
+    assert refusal == "\n".join(
+        [
+            "rows.jsonl:1: `chosen` and `rejected` are preference pairs, and `objective: sft` has no use for them",
+            "rows.jsonl:2: `label` makes these rows of a classifier; for plain text say `format: text`",
+            "rows.jsonl:3: no format has these columns (`x`); say which with `data.format`",
+        ]
+    )

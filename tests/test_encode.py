@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loratune.encode import Encoder, Row
+from loratune.encode import Encoder, Row, with_template
 from loratune.errors import ModelError, Place
 from loratune.formats import Chat, Completion, Conversation, RowError, Text
 from tests import templates, tiny
@@ -347,7 +348,7 @@ def test_weird_messages_never_end_in_a_traceback() -> None:
     roles = ["user", "assistant", "system", "tool"]
     encoders = [Encoder(family.tokenizer()) for family in FAMILIES if "-" not in family.name]
     good = bad = 0
-    for _ in range(400):
+    for _ in range(600):
         messages: list[Any] = []
         for _ in range(rng.randint(0, 3)):
             message: dict[Any, Any] = {"role": rng.choice(roles), "content": "hello"}
@@ -369,3 +370,60 @@ def test_a_conversation_may_leave_turns_untrained() -> None:
     messages = tuple({"role": r, "content": c} for r, c in (*TURN, ("user", "c"), ("assistant", "d")))
     row = encoder.encode(Conversation(messages, (False, False, False, True)), HERE)
     assert trained_turns(encoder, row) == ["d<|im_end|>"]
+
+
+def test_everything_is_trained_where_the_recipe_says_so() -> None:
+    encoder = Encoder(tiny.tokenizer())
+    row = encoder.encode(Chat(train_on="all").read({"messages": TURNS}), PLACE)
+    assert row.trained.all()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("chatml", "generation")], ids=lambda f: f.name)
+def test_only_the_last_turn(family: Family) -> None:
+    encoder = Encoder(family.tokenizer())
+    row = encoder.encode(Chat(train_on="last").read({"messages": TURNS}), PLACE)
+    assert [turn[:2] for turn in trained_turns(encoder, row)] == ["d<"]
+
+
+def test_marks_that_stand_elsewhere_than_the_answer_are_refused() -> None:
+    wrong = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'user' %}{% generation %}"
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(RowError, match=r"`messages\[1\]` is marked by the chat template elsewhere"):
+        encode(Encoder(tiny.tokenizer(wrong)), {"messages": TURNS})
+
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+# ---------------------------------------------------------------- templates for bases that have none
+
+
+def test_a_named_template_serves_a_base_without_one() -> None:
+    tokens = with_template(tiny.tokenizer(None, special=(), bos="<s>", eos="</s>"), "alpaca")
+    encoder = Encoder(tokens)
+    row = encode(encoder, {"messages": TURNS})
+    assert trained_turns(encoder, row) == ["b</s>", "d</s>"]
+    assert encoder.prompt(TURNS[:1]) == "### Instruction:\na\n\n### Response:\n"
+    assert Encoder(with_template(tiny.tokenizer(None), "chatml")).prompt(TURNS[:1]).endswith("assistant\n")
+
+
+def test_chatml_needs_its_end_token() -> None:
+    with pytest.raises(ModelError, match=r"this tokenizer has no token `<\|im_end\|>`"):
+        with_template(tiny.tokenizer(None, special=(), eos="</s>"), "chatml")
+
+
+def test_a_template_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(tiny.CHATML.replace("user", "user"), encoding="utf-8")
+    tokens = with_template(tiny.tokenizer(None), str(file))
+    assert tokens.chat_template == tiny.CHATML
+    tokens.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHATML

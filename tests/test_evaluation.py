@@ -209,11 +209,13 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     rows = str(tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}]))
     assert failing(UsageError, base) == "no rows to evaluate on\n  name them with --data"
     assert failing(DataError, run, data="none.jsonl") == "no data at `none.jsonl`"
-    assert failing(DataError, run, data=rows) == f"{rows}:1: `messages` is missing; the row's columns: `text`"
+    assert failing(DataError, run, data=rows, format="chat") == (
+        f"{rows}:1: `messages` is missing; the row's columns: `text`"
+    )
     (tmp_path / "x.bin").touch()
     assert "x.bin: unknown kind of file" in failing(DataError, run, data=str(tmp_path / "x.bin"))
     assert failing(UsageError, run, data=rows, format="chats") == (
-        "unknown format `chats`; known: `chat`, `instruction`, `completion`, `text`\n  did you mean `chat`?"
+        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`\n  did you mean `chat`?"
     )
     assert failing(UsageError, run, regex="(").startswith("--regex `(` is no regular expression: ")
     (tmp_path / "empty").mkdir()

@@ -200,3 +200,47 @@ def test_every_format_is_named_by_its_type() -> None:
     adapter = TypeAdapter(Format)
     for name, kind in (("chat", Chat), ("instruction", Instruction), ("completion", Completion), ("text", Text)):
         assert type(adapter.validate_python({"type": name})) is kind
+
+
+# ---------------------------------------------------------------- which turns are trained
+
+TALK = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def test_train_on_says_which_turns() -> None:
+    assert Chat().read({"messages": TALK}).trained == (False, False, True, False, True)
+    assert Chat(train_on="last").read({"messages": TALK}).trained == (False, False, False, False, True)
+    assert Chat(train_on="all").read({"messages": TALK}).whole
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+def test_a_message_can_leave_itself_out(mark: dict[str, Any]) -> None:
+    messages = [*TALK[:2], {**TALK[2], **mark}, *TALK[3:]]
+    example = Chat().read({"messages": messages})
+    assert example.trained == (False, False, False, False, True)
+    assert all("train" not in message and "weight" not in message for message in example.messages)
+    with pytest.raises(RowError, match="leaves a message out"):
+        Chat(train_on="all").read({"messages": messages})
+    with pytest.raises(RowError, match="no message that is to be trained"):
+        Chat().read({"messages": messages[:3]})
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ({"train": "no"}, "`messages[2].train` must be true or false"),
+        ({"train": 1}, "`messages[2].train` must be true or false"),
+        ({"weight": 0.5}, "`messages[2].weight` must be 0 or 1"),
+        ({"weight": True}, "`messages[2].weight` must be 0 or 1"),
+    ],
+)
+def test_other_marks_are_refused(mark: dict[str, Any], said: str) -> None:
+    with pytest.raises(RowError) as caught:
+        Chat().read({"messages": [*TALK[:2], {**TALK[2], **mark}]})
+    assert str(caught.value) == said

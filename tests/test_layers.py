@@ -21,7 +21,9 @@ LEVELS = (
         "card",
         "plot",
         "loop",
+        "batches",
         "data",
+        "ledger",
         "encode",
         "rows",
         "model",
@@ -30,7 +32,7 @@ LEVELS = (
     ),
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
-    ("decode", "nodes", "section", "foreign"),
+    ("decode", "nodes", "section", "foreign", "templates"),
     ("errors",),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other

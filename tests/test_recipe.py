@@ -31,8 +31,10 @@ DEFAULTS: dict[str, Any] = {
         "trainable_token_indices": [], "bias": "none",
     },
     "data": {
-        "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "weight": 1.0}],
-        "eval": None, "eval_fraction": None, "format": {"type": "chat"}, "max_length": 2048, "on_long": "error",
+        "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "max_rows": None, "weight": 1.0}],
+        "eval": None, "eval_fraction": None, "format": {"type": "auto"}, "chat_template": None,
+        "max_length": 2048, "on_long": "error", "on_bad_row": "error", "max_lost": 0.01, "duplicates": "keep",
+        "overlap": "error",
     },
     "objective": {"type": "sft", "label_smoothing": 0.0, "neftune": 0.0},
     "optimizer": {"type": "adamw", "lr": 2e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "loraplus_lr_ratio": None},
@@ -69,7 +71,6 @@ def test_defaults() -> None:
         ("train.schedule", "linear", {"type": "linear", "floor": 0.0}),
         ("train.schedule", "cosine", {"type": "cosine", "floor": 0.0}),
         ("train.schedule", "wsd", {"type": "wsd", "decay": 0.2, "floor": 0.0}),
-        ("data.format", "chat", {"type": "chat"}),
         (
             "data.format",
             "instruction",

@@ -73,11 +73,14 @@ def _write_rows(path: Path, kind: str, tools: bool = False) -> None:
         (path / "short.txt").write_text("a blue dog sees a tree.")
         tiny.write_jsonl(path / "more.jsonl", [{"text": f"one two {i}"} for i in range(20)])
         return
-    rows: list[dict[str, Any]] = [*tiny.chats(20)]
+    which = path.name  # no row may stand in two files
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": which}, *row["messages"][1:]]} for row in tiny.chats(20)
+    ]
     if kind == "instruction":
-        rows = [{"instruction": "say", "input": "red" * (i % 2), "output": f"cat {i}"} for i in range(20)]
+        rows = [{"instruction": "say", "input": "red" * (i % 2), "output": f"{which} {i}"} for i in range(20)]
     elif tools:
-        rows = [{"tools": [TOOL], "messages": CALL}] * 20
+        rows = [{"tools": [TOOL], "messages": [{"role": "user", "content": which}, *CALL[1:]]}] * 20
     tiny.write_jsonl(path, rows)
 
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune import checkpoint, data, loop, model, recipe, run
+from loratune import batches, checkpoint, data, loop, model, recipe, run
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
@@ -32,6 +32,7 @@ def test_a_run_folder_has_everything_in_it(fit: Fit, base: Path):
     names = {path.name for path in done.folder.iterdir()}
     assert names == {
         "MANIFEST.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
+        "ledger.jsonl",
         "loss.svg", "metrics.jsonl", "recipe.yaml", "run.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert sorted(path.name for path in (done.folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
@@ -123,7 +124,7 @@ def test_two_runs_of_one_recipe_are_one(fit: Fit):
     ids=["no answer", "no messages", "no list"],
 )
 def test_errors_in_the_rows_leave_no_run_folder(tmp_path: Path, base: Path, row: dict[str, Any], said: str):
-    path = tiny.write_recipe(tmp_path, base)
+    path = tiny.write_recipe(tmp_path, base, data={"format": "chat"})
     tiny.write_jsonl(tmp_path / "train.jsonl", [*tiny.chats(2), row])
     with pytest.raises(DataError) as caught:
         run.train(recipe.load(path))
@@ -263,7 +264,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
     optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
     none: Any = None
     rows = [Row(none, none, Place("rows.jsonl", n)) for n in range(1, 12)]
-    batch = data.Batch([rows], 1.0, 11)
+    batch = batches.Batch([rows], 1.0, 11)
     with pytest.raises(TrainingError) as caught:
         list(loop.steps(net, Exploding(), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, 41))
     assert "step 42: the gradient is not finite; stopped before the optimizer stepped" in str(caught.value)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from loratune.formats.auto import Auto
 from loratune.formats.base import Conversation, Example, Plain, RowError
 from loratune.formats.chat import Chat
 from loratune.formats.completion import Completion
@@ -14,7 +15,7 @@ from loratune.formats.text import Text
 from loratune.section import BareWord
 
 Format = Annotated[
-    Chat | Instruction | Completion | Text,
+    Auto | Chat | Instruction | Completion | Text,
     Field(discriminator="type"),
     BareWord(
         {
@@ -27,4 +28,15 @@ Format = Annotated[
     ),
 ]
 
-__all__ = ["Chat", "Completion", "Conversation", "Example", "Format", "Instruction", "Plain", "RowError", "Text"]
+__all__ = [
+    "Auto",
+    "Chat",
+    "Completion",
+    "Conversation",
+    "Example",
+    "Format",
+    "Instruction",
+    "Plain",
+    "RowError",
+    "Text",
+]

@@ -23,11 +23,13 @@ class Conversation:
         messages: as the template gets them: `role`, `content` and whatever else the row gave.
         trained: one flag per message; True where the model is to learn the message.
         tools: JSON schemas of the functions the assistant may call, or None.
+        whole: every token is trained, whoever says it.
     """
 
     messages: tuple[dict[str, Any], ...]
     trained: tuple[bool, ...]
     tools: tuple[dict[str, Any], ...] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)

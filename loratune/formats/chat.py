@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import Field
+
 from loratune.errors import listed
 from loratune.formats.base import Conversation, RowError, column, named, parsed
 from loratune.section import Section
@@ -29,6 +31,11 @@ class Chat(Section):
     """Rows with `messages` (role, content) or `conversations` (from, value); the assistant's turns are trained."""
 
     type: Literal["chat"] = "chat"
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="which turns are trained: the assistant's, its last only, or everything anybody says; "
+        "`train: false` (or `weight: 0`) in a message leaves that one out",
+    )
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
         """Return the row's conversation.
@@ -43,10 +50,29 @@ class Chat(Section):
                 name, f"must be a list of messages, given {named(turns) if turns != [] else 'an empty list'}"
             )
         messages = tuple(_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns))
-        trained = tuple(message["role"] == "assistant" for message in messages)
-        if not any(trained):
+        assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not assistant:
             raise RowError(name, "has no message of the assistant: there is nothing to learn")
-        return Conversation(messages, trained, tools(row.get("tools")))
+        wanted = assistant[-1:] if self.train_on == "last" else assistant
+        asked = [_is_trained(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
+        trained = tuple(index in wanted and asked[index] for index in range(len(messages)))
+        if not any(trained):
+            raise RowError(name, "has no message that is to be trained: there is nothing to learn")
+        if self.train_on == "all" and not all(asked):
+            raise RowError(name, "leaves a message out, and `train_on: all` trains every one")
+        return Conversation(messages, trained, tools(row.get("tools")), whole=self.train_on == "all")
+
+
+def _is_trained(turn: Mapping[str, Any], name: str) -> bool:
+    """Return what `train` (true or false) or `weight` (0 or 1) of a message says; without them it is trained."""
+    for key, allowed in (("train", (True, False)), ("weight", (0, 1))):
+        value = turn.get(key)
+        if value is not None:
+            if value not in allowed or (key == "train") != isinstance(value, bool):
+                raise RowError(f"{name}.{key}", f"must be {'true or false' if key == 'train' else '0 or 1'}")
+            if not value:
+                return False
+    return True
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:
@@ -62,7 +88,7 @@ def _message(turn: Any, name: str) -> dict[str, Any]:
     if role not in _ROLES:
         given = f"`{role}`" if isinstance(role, str) else named(role)
         raise RowError(f"{name}.role", f"must be one of {listed(_ROLES)}, given {given}")
-    message = {key: value for key, value in turn.items() if value is not None}
+    message = {key: value for key, value in turn.items() if value is not None and key not in ("train", "weight")}
     message["content"] = _content(turn, name)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{name}.tool_calls")

@@ -135,7 +135,7 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
 
 def _start_loss(done: Trained, net: Any) -> float:
     """Return the loss of a model on the rows of a run's first step."""
-    from loratune import data, loop
+    from loratune import batches, data, loop
     from loratune.encode import Encoder
 
     rows, _ = data.of(done.recipe, Encoder(model.load_tokenizer(done.recipe.model)))
@@ -146,7 +146,7 @@ def _start_loss(done: Trained, net: Any) -> float:
         def unwrap_model(self, net: Any) -> Any:
             return net
 
-    return loop.measure(net, done.recipe.objective, data.in_length_order(rows, 8, "cpu"), Alone())[0]
+    return loop.measure(net, done.recipe.objective, batches.in_length_order(rows, 8, "cpu"), Alone())[0]
 
 
 STARTS: dict[str, dict[str, Any]] = {

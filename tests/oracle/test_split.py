@@ -50,18 +50,18 @@ def test_micro_batches_of_one_three_and_auto_are_one_of_eight(
 
 
 def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from loratune import data
+    from loratune import batches
 
     whole = fit("whole", train={**TRAIN, "micro_batch_size": 8})
     sizes = []
-    split = data.split
+    split = batches.split
 
     def spy(chosen: Any, micro_batch_size: Any, tokens: int) -> Any:
         sizes.append([len(part) for part in split(chosen, micro_batch_size, tokens)])
         return split(chosen, micro_batch_size, tokens)
 
-    monkeypatch.setitem(data.AUTO_TOKENS, "cpu", 300)
-    monkeypatch.setattr(data, "split", spy)
+    monkeypatch.setitem(batches.AUTO_TOKENS, "cpu", 300)
+    monkeypatch.setattr(batches, "split", spy)
     parts = fit("parts", train={**TRAIN, "micro_batch_size": "auto"})
     assert all(len(of) > 1 for of in sizes)
     assert len({size for of in sizes for size in of}) > 1, "uneven micro-batches are the point"

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from loratune import data, model
+from loratune import batches, data, model
 from loratune.encode import Encoder
 from tests.conftest import Fit, Trained
 
@@ -25,7 +25,7 @@ def _columns(trained: Trained, tokenizer: object) -> dict[str, list[list[int]]]:
     settings = trained.recipe.train
     order = [
         i
-        for batch in data.epoch_order(rows.lengths, rows.weights, settings.batch_size, settings.seed, 0)
+        for batch in batches.epoch_order(rows.lengths, rows.weights, settings.batch_size, settings.seed, 0)
         for i in batch
     ]
     seen = [rows[int(i)] for i in order]

@@ -1,0 +1,120 @@
+"""The order of rows and how they are cut into batches: pure functions of the data, the seed and the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loratune.data import Rows
+from loratune.encode import Row
+
+WINDOW = 16  # batches whose rows are sorted by length together
+AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens, padding included, of a micro-batch of `auto`
+
+
+def rows_per_epoch(weights: np.ndarray) -> int:
+    """Return how many rows one epoch shows, each row counted as often as its weight says."""
+    return sum(_shown(weight, count) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
+
+
+def _shown(weight: float, count: int) -> int:
+    """Return how often an epoch shows the rows of a weight, all together: at least once, however small the weight."""
+    return max(1, int(weight * count + 0.5))
+
+
+def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the batches of one epoch: a pure function of the data, the seed and the epoch.
+
+    Rows are shuffled, then sorted by length within windows of 16 batches, so that a batch pads little; then the batches
+    are shuffled. A weight of 2.5 shows a row twice, and every other row of its source a third time.
+
+    Args:
+        lengths: of each row in tokens, shape (rows,).
+        weights: how often each row is seen per epoch, shape (rows,).
+        batch_size: rows per batch; the last may be smaller.
+        seed: of the recipe.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        Row numbers of each batch, longest row first.
+    """
+    random = np.random.default_rng([seed, epoch])
+    drawn = []
+    for weight in np.unique(weights):
+        members = np.flatnonzero(weights == weight)
+        whole, rest = divmod(_shown(weight, len(members)), len(members))
+        drawn += [members] * whole + [random.permutation(members)[:rest]]
+    order = random.permutation(np.concatenate(drawn))
+    window = WINDOW * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches += [part[cut : cut + batch_size] for cut in range(0, len(part), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, cut into micro-batches.
+
+    Attributes:
+        micro: rows of each micro-batch of this process, longest first.
+        epoch: how many epochs will have been seen after this step.
+        rows: number of rows over all processes.
+    """
+
+    micro: list[list[Row]]
+    epoch: float
+    rows: int
+
+
+def batches(
+    data: Rows,
+    batch_size: int,
+    micro_batch_size: int | str,
+    seed: int,
+    steps: int,
+    start: int = 0,
+    device: str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Yield the batches of a run from step `start` (from 0) to step `steps`.
+
+    The batches don't depend on `micro_batch_size`, `rank` or `world`: each process gets its part of the same rows.
+    """
+    per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
+    epoch, order = -1, []
+    for step in range(start, steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(data.lengths, data.weights, batch_size, seed, epoch)
+        chosen = order[step % per_epoch]
+        mine = [data[int(i)] for i in chosen[rank::world]]
+        if not mine:  # fewer rows than processes: this one repeats a row and learns nothing from it
+            row = data[int(chosen[0])]
+            mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
+        yield Batch(split(mine, micro_batch_size, AUTO_TOKENS[device]), (step + 1) / per_epoch, len(chosen))
+
+
+def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
+    """Cut rows (longest first) into micro-batches of so many rows, or for `auto` of so many tokens with padding."""
+    if isinstance(micro_batch_size, int):
+        return [chosen[cut : cut + micro_batch_size] for cut in range(0, len(chosen), micro_batch_size)]
+    parts: list[list[Row]] = []
+    while chosen:
+        fits = max(1, tokens // len(chosen[0].ids))
+        parts.append(chosen[:fits])
+        chosen = chosen[fits:]
+    return parts
+
+
+def in_length_order(data: Rows, micro_batch_size: int | str, device: str) -> list[list[Row]]:
+    """Return all rows once, in micro-batches of similar length: for an evaluation."""
+    order = np.argsort(-data.lengths, kind="stable")
+    size: Any = micro_batch_size
+    return split([data[int(i)] for i in order], size, AUTO_TOKENS[device])
