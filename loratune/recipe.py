@@ -171,9 +171,9 @@ class Train(Section):
         "auto",
         description="compute activations twice to save memory: all or none layers; auto: all on a GPU, none on a CPU",
     )
-    log_every: Cadence = Field(10, description="steps, or part of an epoch, between two printed lines")
-    eval_every: Cadence = Field(1.0, description="steps, or part of an epoch, between two evaluations")
-    save_every: Cadence = Field(1.0, description="steps, or part of an epoch, between two checkpoints")
+    log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
+    eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")
+    save_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept: the newest, and always the best")
     early_stopping: EarlyStopping | None = Field(None, description="stop when the eval loss no longer falls")
 

@@ -129,7 +129,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where)
     set_seed(settings.seed)
-    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where))
+    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
     initial = recipe.method.initial(net)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)

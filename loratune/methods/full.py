@@ -20,7 +20,12 @@ class Full(Section):
 
     type: Literal["full"] = "full"
 
-    def apply(self, model: PreTrainedModel, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> PreTrainedModel:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        batches: Callable[[], Iterable[Mapping[str, Any]]],
+        revision: str | None = None,
+    ) -> PreTrainedModel:
         """Make every parameter trainable and return the model."""
         model.requires_grad_(True)
         return model

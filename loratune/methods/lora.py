@@ -84,12 +84,18 @@ class Lora(Section):
         """Whether the start moves a part of the base into A and B, so that the base itself is changed in memory."""
         return self.init in ("pissa", "olora")
 
-    def apply(self, model: PreTrainedModel, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> PeftModel:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        batches: Callable[[], Iterable[Mapping[str, Any]]],
+        revision: str | None = None,
+    ) -> PeftModel:
         """Freeze the base and put A and B beside the target modules.
 
         Args:
             model: the base model, quantized or not.
             batches: gives some batches of the training rows; asked only by `init: eva`.
+            revision: of the base, written into the adapter.
 
         Raises:
             ModelError: when a target matches no module of this model, or a token id is not in its vocabulary.
@@ -98,7 +104,7 @@ class Lora(Section):
 
         self._check_names(model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
-        peft_model: PeftModel = get_peft_model(model, self._config(model))
+        peft_model: PeftModel = get_peft_model(model, self._config(model), revision=revision)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
 
