@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import DataError, Place, Problem, listed
-from loratune.formats.base import why_no_json
+from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
 
 
@@ -105,16 +105,46 @@ def _utf8(raw: bytes, name: str) -> str:
 
 
 def _json_line(line: bytes, place: Place) -> RawRow:
+    keys = _Keys()
     try:
-        value = json.loads(line.decode("utf-8"))  # given bytes, it would guess at UTF-16
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=keys)  # given bytes, it would guess at UTF-16
     except UnicodeDecodeError:
         return RawRow(place, None, "not UTF-8")
     except (ValueError, RecursionError) as error:
         return RawRow(place, None, f"no JSON: {why_no_json(error)}")
-    return _object(value, place)
+    return _object(value, place, keys)
 
 
-def _object(value: Any, place: Place) -> RawRow:
+class _Keys:
+    """Reads JSON objects, and remembers those that name a key twice: `json` keeps the last of the two in silence."""
+
+    def __init__(self) -> None:
+        self._twice: list[tuple[dict[str, Any], str]] = []  # with the objects, so that no other takes their id
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if (key := key_twice(pairs)) is not None:
+            self._twice.append((value, key))
+        return value
+
+    def twice(self, value: Any) -> str | None:
+        """Return a key that stands twice in an object of a row, or None."""
+        if not self._twice:
+            return None
+        known = {id(one): key for one, key in self._twice}
+        left = [value]
+        while left:
+            one = left.pop()
+            if id(one) in known:
+                return known[id(one)]
+            if isinstance(one, dict | list):
+                left += one.values() if isinstance(one, dict) else one
+        return None
+
+
+def _object(value: Any, place: Place, keys: _Keys) -> RawRow:
+    if (key := keys.twice(value)) is not None:
+        return RawRow(place, None, f"`{key}` is given twice in one object")
     if not isinstance(value, dict):
         return RawRow(place, None, 'a row must be a JSON object, such as {"messages": [...]}')
     return RawRow(place, value)
@@ -122,8 +152,9 @@ def _object(value: Any, place: Place) -> RawRow:
 
 def _json(raw: bytes, name: str) -> Iterator[RawRow]:
     text = _utf8(raw, name)
+    keys = _Keys()
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=keys)
     except (ValueError, RecursionError) as error:
         place = Place(name, error.lineno if isinstance(error, json.JSONDecodeError) else 0)
         hint = "a file with one JSON object per line ends in .jsonl"
@@ -131,7 +162,7 @@ def _json(raw: bytes, name: str) -> Iterator[RawRow]:
     if not isinstance(values, list):
         raise DataError(Problem("a .json file must hold a list of objects", Place(name)))
     for number, value in enumerate(values, 1):
-        yield _object(value, Place(f"{name} row {number}"))
+        yield _object(value, Place(f"{name} row {number}"), keys)
 
 
 def _csv(text: str, name: str) -> Iterator[RawRow]:

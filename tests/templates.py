@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loratune.encode import with_template
+from loratune.templates import ALPACA
 from tests import tiny
 
 CHATML = tiny.CHATML
@@ -94,6 +97,99 @@ REASONING = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# As Qwen 3 publishes it: thoughts stay with the answers to the last question only, `enable_thinking: false` puts an
+# empty thought into the prompt.
+QWEN3 = (
+    "{%- if tools %}{{- '<|im_start|>system\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}"
+    "{{- '# Tools\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}"
+    "{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}{{- '\n</tools><|im_end|>\n' }}"
+    "{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages | length - 1) %}"
+    "{%- for message in messages[::-1] %}{%- set index = (messages | length - 1) - loop.index0 %}"
+    "{%- if ns.multi_step_tool and message.role == 'user' and not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}"
+    "{%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set content = message.content %}"
+    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}"
+    "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}"
+    "{%- elif message.role == 'assistant' %}"
+    "{%- if message.reasoning_content is string %}{%- set reasoning = message.reasoning_content %}"
+    "{%- else %}{%- set reasoning = '' %}{%- if '</think>' in content %}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{%- endif %}"
+    "{%- if loop.index0 > ns.last_query_index and (loop.last or reasoning) %}"
+    "{{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}"
+    "{%- for call in message.tool_calls or [] %}{%- if (loop.first and content) or not loop.first %}{{- '\n' }}{%- endif %}"
+    "{{- '<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}"
+    "{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- elif message.role == 'tool' %}"
+    "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\n<tool_response>\n' + content + '\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+QWEN3_NO_THINKING = "{%- set enable_thinking = false %}" + QWEN3
+
+# In the style of DeepSeek R1: an answer that others follow is written without what stands before `</think>`.
+DEEPSEEK = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% else %}{% set content = message['content'] %}"
+    "{% if not loop.last and '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+# As R1's distilled models publish it: no answer keeps its thoughts, though the prompt opens one.
+DEEPSEEK_R1 = DEEPSEEK.replace("not loop.last and ", "").replace(
+    "{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\n' }}"
+)
+
+COMMAND_R = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0]['content'] + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<|START_OF_TURN_TOKEN|>' + ('<|USER_TOKEN|>' if message['role'] == 'user' else '<|CHATBOT_TOKEN|>') }}"
+    "{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+
+# In the style of gpt-oss: channels, `<|return|>` behind the last answer and `<|end|>` behind those before, thoughts of
+# earlier answers left out, one call a message.
+HARMONY = (
+    "{{- '<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n\n"
+    "# Valid channels: analysis, commentary, final.<|end|>' }}"
+    "{%- if messages[0].role in ('system', 'developer') %}{%- set rules = messages[0].content %}{%- set turns = messages[1:] %}"
+    "{%- else %}{%- set rules = '' %}{%- set turns = messages %}{%- endif %}"
+    "{%- if rules or tools %}{{- '<|start|>developer<|message|>' }}"
+    "{%- if rules %}{{- '# Instructions\n\n' + rules + '\n\n' }}{%- endif %}"
+    "{%- if tools %}{{- '# Tools\n\n## functions\n\nnamespace functions {\n' }}"
+    "{%- for tool in tools %}{{- 'type ' + tool.function.name + ' = () => any;\n' }}{%- endfor %}{{- '}' }}{%- endif %}"
+    "{{- '<|end|>' }}{%- endif %}"
+    "{%- set called = namespace(name=none) %}"
+    "{%- for message in turns %}"
+    "{%- if message.role == 'assistant' and message.tool_calls %}"
+    "{%- set later = namespace(final=false) %}{%- for next in turns[loop.index:] %}"
+    "{%- if next.role == 'assistant' and not next.tool_calls %}{%- set later.final = true %}{%- endif %}{%- endfor %}"
+    "{%- set thought = message.thinking or message.content %}"
+    "{%- if thought and not later.final %}{{- '<|start|>assistant<|channel|>analysis<|message|>' + thought + '<|end|>' }}{%- endif %}"
+    "{%- set call = message.tool_calls[0].function %}{%- set called.name = call.name %}"
+    "{{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}{{- call.arguments | tojson }}{{- '<|call|>' }}"
+    "{%- elif message.role == 'assistant' and loop.last and not add_generation_prompt %}"
+    "{%- if message.thinking %}{{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}{%- endif %}"
+    "{{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}"
+    "{%- elif message.role == 'assistant' %}{{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'tool' %}"
+    "{{- '<|start|>functions.' + called.name + ' to=assistant<|channel|>commentary<|message|>' + message.content | tojson + '<|end|>' }}"
+    "{%- else %}{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
+)
+
 WITHOUT_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -116,6 +212,10 @@ class Family:
         end: token that ends an answer.
         bos: token every conversation begins with, or None.
         system: whether there may be a system message.
+        turn: what is to be trained for a message, end token and all, where its text alone doesn't tell.
+        chats: makes its chats, where they are of a special kind.
+        by_turn: whether the template renders an answer differently once others follow.
+        refused: whether a chat can't be masked with certainty.
     """
 
     name: str
@@ -125,10 +225,22 @@ class Family:
     answer: Callable[[str], str] = _same
     bos: str | None = None
     system: bool = True
+    turn: Callable[[dict[str, Any]], str] | None = None
+    chats: Callable[[int, int], list[dict[str, Any]]] | None = None
+    by_turn: bool = False
+    refused: Callable[[dict[str, Any]], bool] = lambda row: False
+
+    def trained(self, message: dict[str, Any]) -> str:
+        """Return what is to be trained for a message of the assistant."""
+        return self.turn(message) if self.turn else self.answer(message["content"]) + self.end
+
+    def rows(self, number: int, seed: int) -> list[dict[str, Any]]:
+        """Return chats as this family has them."""
+        return self.chats(number, seed) if self.chats else chats(number, seed, self.system)
 
 
 def bytelevel(
-    template: str, special: Sequence[str], eos: str, bos: str | None = None
+    template: str | None, special: Sequence[str], eos: str, bos: str | None = None
 ) -> Callable[[], PreTrainedTokenizerFast]:
     """Return a maker of a tokenizer with one token per byte."""
     return lambda: tiny.tokenizer(template, special, bos, eos)
@@ -143,7 +255,7 @@ _TEXT = [
 
 
 def trained_bpe(
-    template: str, special: Sequence[str], eos: str, bos: str | None = None, rstrip: bool = False
+    template: str | None, special: Sequence[str], eos: str, bos: str | None = None, rstrip: bool = False
 ) -> Callable[[], PreTrainedTokenizerFast]:
     """Return a maker of a byte-level BPE with merges over white space, NFC, and a post-processor that trims offsets.
 
@@ -177,7 +289,7 @@ def trained_bpe(
 
 
 def metaspace(
-    template: str, special: Sequence[str], eos: str, bos: str | None = None, scheme: str = "always"
+    template: str | None, special: Sequence[str], eos: str, bos: str | None = None, scheme: str = "always"
 ) -> Callable[[], PreTrainedTokenizerFast]:
     """Return a maker of a tokenizer in the manner of sentencepiece: a word begins with `▁`, unknown characters are bytes.
 
@@ -211,7 +323,7 @@ def metaspace(
     return make
 
 
-def _fast(backend: Tokenizer, template: str, eos: str, bos: str | None) -> PreTrainedTokenizerFast:
+def _fast(backend: Tokenizer, template: str | None, eos: str, bos: str | None) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=eos, bos_token=bos, clean_up_tokenization_spaces=False
     )
@@ -231,6 +343,105 @@ def _nfc(text: str) -> str:
 
     return unicodedata.normalize("NFC", text)
 
+
+def _calls(message: dict[str, Any]) -> list[tuple[str, str]]:
+    functions = [call["function"] for call in message.get("tool_calls", [])]
+    return [(function["name"], json.dumps(function["arguments"], ensure_ascii=False)) for function in functions]
+
+
+def _qwen3(message: dict[str, Any], thinking: bool = True) -> str:
+    content, thought = message["content"] or "", message.get("reasoning_content")
+    if thought is None:
+        head, found, tail = content.rpartition("</think>")
+        thought, content = (head.split("<think>")[-1].strip("\n"), tail.lstrip("\n")) if found else ("", content)
+    calls = "\n".join(
+        f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>' for name, given in _calls(message)
+    )
+    said = content.lstrip("\n") + ("\n" if content and calls else "") + calls + "<|im_end|>"
+    return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + said if thinking else said
+
+
+def _harmony(message: dict[str, Any]) -> str:
+    thought = message.get("thinking") or (message["content"] if message.get("tool_calls") else "")
+    said = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+    for name, given in _calls(message):
+        return f"{said} to=functions.{name}<|channel|>commentary json<|message|>{given}<|call|>"
+    return f"{said}<|channel|>final<|message|>{message['content']}<|return|>"
+
+
+def _thinks_before_a_call(row: dict[str, Any]) -> bool:
+    """Whether gpt-oss takes a thought out of the prompt once the answer is there: it can't be masked behind that."""
+    return any(message.get("tool_calls") and message.get("thinking") for message in row["messages"])
+
+
+def thoughtful(key: str | None = None, tools: bool = True, calls: int = 2) -> Callable[..., list[dict[str, Any]]]:
+    """Return a maker of chats of one to four questions, with thoughts and calls of tools before the answers.
+
+    Args:
+        key: where a thought stands in a message; None: in its text, between `<think>` and `</think>`.
+        tools: whether tools are called.
+        calls: most calls in a message.
+    """
+
+    def make(number: int, seed: int) -> list[dict[str, Any]]:
+        rng = random.Random(seed)
+
+        def say(words: str, **more: Any) -> dict[str, Any]:
+            message = {"role": "assistant", "content": words, **more}
+            if rng.random() < 0.6:
+                thought = text(rng)
+                if key:
+                    message[key] = thought
+                else:
+                    message["content"] = f"<think>\n{thought}\n</think>\n\n{words}"
+            return message
+
+        def call() -> dict[str, Any]:
+            given = {"city": text(rng), "days": rng.randint(1, 9)} if rng.random() < 0.8 else {}
+            return {"type": "function", "function": {"name": rng.choice(["weather", "clock"]), "arguments": given}}
+
+        rows = []
+        for _ in range(number):
+            row: dict[str, Any] = {"messages": []}
+            messages = row["messages"]
+            if rng.random() < 0.4:
+                messages.append({"role": "system", "content": text(rng)})
+            equipped = tools and rng.random() < 0.6
+            if equipped:
+                row["tools"] = [{"type": "function", "function": {"name": n}} for n in ("weather", "clock")]
+            for _ in range(rng.randint(1, 4)):
+                messages.append({"role": "user", "content": text(rng)})
+                for _ in range(rng.randint(0, 2) if equipped else 0):
+                    wanted = [call() for _ in range(rng.randint(1, calls))]
+                    messages.append(say("" if key or rng.random() < 0.6 else text(rng), tool_calls=wanted))
+                    messages += [{"role": "tool", "content": text(rng)} for _ in wanted]
+                messages.append(say(text(rng)))
+            rows.append(row)
+        return rows
+
+    return make
+
+
+def unthinking(number: int, seed: int) -> list[dict[str, Any]]:
+    """Return chats with calls of tools and without thoughts."""
+    rows = thoughtful("thought")(number, seed)
+    for row in rows:
+        for message in row["messages"]:
+            message.pop("thought", None)
+    return rows
+
+
+def based(make: Callable[[], PreTrainedTokenizerFast], choice: str) -> Callable[[], PreTrainedTokenizerFast]:
+    """Return a maker of a tokenizer without a template, given one by name."""
+    return lambda: with_template(make(), choice)
+
+
+_THINK = (*_IM, "<|endoftext|>")
+_SEEK = ("<｜User｜>", "<｜Assistant｜>")
+_SEEK_B, _SEEK_E = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+_COMMAND = tuple(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "SYSTEM", "USER", "CHATBOT"))
+_HARMONY = tuple(f"<|{name}|>" for name in ("start", "end", "message", "channel", "call", "return"))
+_TURN_END = "<|END_OF_TURN_TOKEN|>"
 
 FAMILIES = [
     Family("chatml", CHATML, bytelevel(CHATML, _IM, "<|im_end|>"), "<|im_end|>"),
@@ -264,7 +475,88 @@ FAMILIES = [
     ),
     Family("generation", GENERATION, bytelevel(GENERATION, _IM, "<|im_end|>"), "<|im_end|>"),
     Family("generation-bpe", GENERATION, trained_bpe(GENERATION, _IM, "<|im_end|>"), "<|im_end|>", _nfc),
+    Family(
+        "qwen3",
+        QWEN3,
+        bytelevel(QWEN3, _THINK, "<|im_end|>"),
+        "<|im_end|>",
+        turn=_qwen3,
+        chats=thoughtful(),
+        by_turn=True,
+    ),
+    Family(
+        "qwen3-bpe",
+        QWEN3,
+        trained_bpe(QWEN3, _THINK, "<|im_end|>"),
+        "<|im_end|>",
+        turn=lambda m: _nfc(_qwen3(m)),
+        chats=thoughtful("reasoning_content"),
+        by_turn=True,
+    ),
+    Family(
+        "deepseek",
+        DEEPSEEK,
+        bytelevel(DEEPSEEK, _SEEK, _SEEK_E, _SEEK_B),
+        _SEEK_E,
+        bos=_SEEK_B,
+        chats=thoughtful(tools=False),
+        by_turn=True,
+    ),
+    Family(
+        "deepseek-bpe",
+        DEEPSEEK,
+        trained_bpe(DEEPSEEK, _SEEK, _SEEK_E, _SEEK_B),
+        _SEEK_E,
+        _nfc,
+        bos=_SEEK_B,
+        chats=thoughtful(tools=False),
+        by_turn=True,
+    ),
+    Family("command-r", COMMAND_R, bytelevel(COMMAND_R, _COMMAND, _TURN_END, "<B>"), _TURN_END, str.strip, "<B>"),
+    Family(
+        "command-r-bpe",
+        COMMAND_R,
+        trained_bpe(COMMAND_R, _COMMAND, _TURN_END, "<B>"),
+        _TURN_END,
+        lambda t: _nfc(t.strip()),
+        "<B>",
+    ),
+    Family(
+        "gpt-oss",
+        HARMONY,
+        bytelevel(HARMONY, _HARMONY, "<|return|>", "<|startoftext|>"),
+        "<|return|>",
+        turn=_harmony,
+        chats=thoughtful("thinking", calls=1),
+        by_turn=True,
+        refused=_thinks_before_a_call,
+    ),
+    Family(
+        "gpt-oss-bpe",
+        HARMONY,
+        trained_bpe(HARMONY, _HARMONY, "<|return|>"),
+        "<|return|>",
+        turn=lambda m: _nfc(_harmony(m)),
+        chats=thoughtful("thinking", calls=1),
+        by_turn=True,
+        refused=_thinks_before_a_call,
+    ),
+    Family("base-chatml", CHATML, based(bytelevel(None, _IM, "</s>", "<s>"), "chatml"), "<|im_end|>"),
+    Family("base-chatml-bpe", CHATML, based(trained_bpe(None, _IM, _E, _B), "chatml"), "<|im_end|>", _nfc, bos=_B),
+    Family("base-alpaca", ALPACA, based(bytelevel(None, (), "</s>"), "alpaca"), "</s>"),
+    Family("base-alpaca-bpe", ALPACA, based(trained_bpe(None, (), _E, _B), "alpaca"), _E, _nfc, bos=_B),
+    Family("base-alpaca-metaspace", ALPACA, based(metaspace(None, (), "</s>", "<s>"), "alpaca"), "</s>"),
 ]
+# the prompt holds an empty thought, so an answer that thinks can't stand behind it
+NO_THINKING = Family(
+    "qwen3, thinking off",
+    QWEN3_NO_THINKING,
+    bytelevel(QWEN3_NO_THINKING, _THINK, "<|im_end|>"),
+    "<|im_end|>",
+    turn=lambda m: _qwen3(m, thinking=False),
+    chats=unthinking,
+    by_turn=True,
+)
 
 _PIECES = [
     "the cat sat on the mat",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -458,3 +459,132 @@ def test_formats_are_recognised_row_by_row(tmp_path: Path) -> None:
             "rows.jsonl:3: no format has these columns (`x`); say which with `data.format`",
         ]
     )
+
+
+# ---------------------------------------------------------------- damaged files
+
+GOOD: list[dict[str, Any]] = [
+    {"text": "the cat"},
+    {"prompt": "one", "completion": "two"},
+    {"instruction": "say", "output": "hello"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ä 😀"}]},
+    {"text": "nul \x00 as an escape"},
+]
+ON_LINES = {  # what is done to a line, and whether it is still a row
+    "bad JSON": False,
+    "byte order mark": False,
+    "bad UTF-8": False,
+    "NUL": False,
+    "missing key": False,
+    "null": False,
+    "wrong type": False,
+    "very long line": True,
+    "empty line": None,
+    "duplicate key": False,
+}
+ON_FILES = ("empty file", "byte order mark", "CRLF", "type change late in the file")
+
+
+def damaged(rng: random.Random, value: dict[str, Any], defect: str) -> bytes:
+    """Return a line with a defect."""
+    line = json.dumps(value, ensure_ascii=False).encode()
+    last = list(value)[-1]
+    if defect == "bad JSON":
+        return rng.choice([line[:-1], line + b"}", line.replace(b":", b"", 1), b"[" * 3000, b"nope", b'"text"', b"{]"])
+    if defect == "byte order mark":
+        return b"\xef\xbb\xbf" + line
+    if defect == "bad UTF-8":
+        return line.replace(b'"}', rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80"]) + b'"}', 1)
+    if defect == "NUL":
+        return rng.choice([line.replace(b'": "', b'": "\x00', 1), b"\x00" * 9, line + b"\x00"])
+    if defect == "missing key":
+        return json.dumps({key: value[key] for key in value if key != last}).encode()
+    if defect == "null":
+        return json.dumps({**value, last: None}).encode()
+    if defect == "wrong type":
+        return json.dumps({**value, last: rng.choice([5, 1.5, True, {"a": 1}, [1], [None], [[]], {}])}).encode()
+    if defect == "very long line":
+        return json.dumps({"text": "long " * rng.choice([100, 100, 5000])}).encode()
+    if defect == "empty line":
+        return rng.choice([b"", b"  ", b"\t", b"\x0b"])
+    assert defect == "duplicate key"
+    return line.replace(b"{", b'{"%s": "first", ' % last.encode(), 1)
+
+
+def damaged_file(rng: random.Random) -> tuple[bytes, dict[int, bool]]:
+    """Return a file with defects, and for the number of each line that is not empty whether it holds a row."""
+    on_file = {defect for defect in ON_FILES if rng.random() < (0.03 if defect == "empty file" else 0.25)}
+    if "empty file" in on_file:
+        return rng.choice([b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n\r\n"]), {}
+    lines, wanted = [], {}
+    number = rng.randint(1, 12)
+    for at in range(1, number + 1):
+        value = rng.choice(GOOD)
+        state: bool | None = True
+        line = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode()
+        if "type change late in the file" in on_file and at > 0.7 * number:
+            line, state = damaged(rng, value, "wrong type"), False
+        elif rng.random() < 0.4:
+            defect = rng.choice(list(ON_LINES))
+            line, state = damaged(rng, value, defect), ON_LINES[defect]
+            if defect == "byte order mark" and at == 1:
+                state = "byte order mark" not in on_file  # one is no part of the data
+        lines.append(line)
+        if state is not None:
+            wanted[at] = state
+    end = b"\r\n" if "CRLF" in on_file else b"\n"
+    content = end.join(lines) + (end if rng.random() < 0.7 else b"")
+    return (b"\xef\xbb\xbf" if "byte order mark" in on_file else b"") + content, wanted
+
+
+@pytest.mark.parametrize("number", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_files_are_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Rows or a DataError, and for every line that holds something a line in the ledger."""
+    ledgers: list[Ledger] = []
+    monkeypatch.setattr(data, "Ledger", lambda name: ledgers.append(Ledger(name)) or ledgers[-1])
+    rng = random.Random(11)
+    path, book = tmp_path / "a.jsonl", tmp_path / "ledger.jsonl"
+    source = Source(path=str(path))
+    sections = [
+        Data(train=(source,), max_length=100, max_lost=1.0, on_bad_row="skip", on_long=on_long, duplicates=duplicates)
+        for on_long in ("error", "drop", "truncate")
+        for duplicates in ("keep", "drop")
+    ] + [Data(train=(source,), max_length=100, max_lost=1.0, on_bad_row="skip", on_long="split", format=Text())]
+    fates: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
+    for _ in range(number):
+        content, wanted = damaged_file(rng)
+        path.write_bytes(content)
+        section = rng.choice(sections)
+        ledgers.clear()
+        try:
+            rows = data.load([source], section, ENCODER)
+        except DataError:
+            counts = ledgers[0].counts
+            assert counts.kept == 0 or counts.refused
+            ends["DataError"] += 1
+        else:
+            assert rows.counts.refused == 0
+            counts = rows.counts
+            ends["Rows"] += 1
+            if len(set(rows.contents.tolist())) > 1 and rng.random() < 0.3:
+                rest, out = data.hold_out(rows, 0.3, seed=1)
+                counts = rest.counts
+                assert out.counts.read == out.counts.kept == counts.held_out > 0
+                ends["held out"] += 1
+        assert counts.read == (
+            counts.kept + counts.dropped + counts.skipped + counts.deduplicated + counts.refused + counts.held_out
+        )
+        book.unlink(missing_ok=True)
+        ledgers[0].append_to(book)
+        found = [json.loads(line) for line in book.read_text(encoding="utf-8").splitlines()]
+        assert len(ledgers) == 1
+        assert len(found) == counts.read
+        assert [int(line["place"].rpartition(":")[2]) for line in found] == list(wanted)
+        fates.update(line["fate"] for line in found)
+        if section.format.type != "auto":  # of the good rows only those of plain text are
+            continue
+        assert [line["fate"] != "skipped" for line in found] == list(wanted.values())
+    print(f"\n{number:,} files: {dict(ends)}; rows: {dict(fates)}")
+    assert set(fates) == {"kept", "skipped", "dropped", "duplicate", "refused", "cut", "split"}
+    assert min(*fates.values(), *ends.values()) > number / 50

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +54,141 @@ def straddles(encoder: Encoder, text: str, spans: list[tuple[int, int]]) -> bool
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_exactly_the_answers_and_their_ends_are_trained(family: Family) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, templates.NO_THINKING], ids=lambda family: family.name)
+def test_exactly_the_answers_and_their_ends_are_trained(family: Family, table: list[str]) -> None:
+    """Every trained run of tokens is a turn as the template writes it, behind the prompt a server renders for it."""
     tokens = family.tokenizer()
     encoder = Encoder(tokens)
-    whole = 0
-    for raw in templates.chats(200, seed=7, system=family.system):
+    begin = tokens.convert_tokens_to_ids(family.bos) if family.bos else None
+    whole = turns = right = made = refused = 0
+    raws = family.rows(200, seed=7)
+    for raw in raws:
         example = Chat().read(raw)
-        row = encoder.encode(example, HERE)
-        said = [m["content"] for m in raw["messages"] if m["role"] == "assistant"]
-        assert trained_turns(encoder, row) == [family.answer(text) + family.end for text in said]
-        rendered = tokens.apply_chat_template(raw["messages"], tokenize=False)
-        text, spans = encoder.spans(example)
-        assert text == rendered
-        if not straddles(encoder, text, spans):
-            whole += 1
-            assert row.ids.tolist() == tokens(rendered, add_special_tokens=False).input_ids
-        if family.bos:
-            assert row.ids.tolist().count(tokens.convert_tokens_to_ids(family.bos)) == 1
-            assert row.ids[0] == tokens.convert_tokens_to_ids(family.bos)
-    assert whole >= 50  # else the comparison above would say little
+        if family.refused(raw):
+            refused += 1
+            with pytest.raises(RowError, match="can't be masked"):
+                encoder.rows(example, HERE)
+            continue
+        rows = encoder.rows(example, HERE)
+        said = [index for index, trained in enumerate(example.trained) if trained]
+        shown = [said] if len(rows) == 1 else [[index] for index in said]
+        assert len(rows) == len(shown)
+        made += len(rows)
+        for row, learned in zip(rows, shown, strict=True):
+            runs = trained_turns(encoder, row)
+            assert len(runs) == len(learned), "something else is trained"
+            starts = np.flatnonzero(np.diff(np.concatenate([[False], row.trained]).astype(int)) == 1)
+            for index, start, run in zip(learned, starts, runs, strict=True):
+                served = encoder.prompt(example.messages[:index], example.tools)
+                before = decoded(encoder, np.array(tokens(served, add_special_tokens=False).input_ids))
+                turns += 1
+                right += run == family.trained(raw["messages"][index]) and before == decoded(encoder, row.ids[:start])
+            part = replace(
+                example,
+                messages=example.messages[: learned[-1] + 1] if len(rows) > 1 else example.messages,
+                trained=tuple(i in learned for i in range(learned[-1] + 1 if len(rows) > 1 else len(example.trained))),
+            )
+            text, spans = encoder.spans(part)
+            assert text == tokens.apply_chat_template(
+                list(part.messages), tools=list(part.tools) if part.tools else None, tokenize=False
+            )
+            if not straddles(encoder, text, spans):
+                whole += 1
+                assert row.ids.tolist() == tokens(text, add_special_tokens=False).input_ids
+            if begin is not None:
+                assert row.ids.tolist().count(begin) == 1
+                assert row.ids[0] == begin
+    masked = len(raws) - refused
+    table.append(f"| {family.name} | {len(raws)} | {turns} | {right} | {made / masked:.2f} | {refused} |")
+    assert right == turns
+    assert masked >= 100
+    assert (made > masked) is family.by_turn
+    assert whole >= 50  # else the comparison with the tokens of the whole text would say little
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    """Collect a line per family, and show them at the end (`pytest -s`)."""
+    lines: list[str] = []
+    yield lines
+    print(
+        "\n\n| family | chats | turns | right | rows per chat | refused |\n| --- | --: | --: | --: | --: | --: |",
+        *lines,
+        sep="\n",
+    )
+
+
+def test_answers_that_cant_stand_behind_their_prompt_are_refused() -> None:
+    """Templates that drop every thought, or put one into the prompt: nothing is trained but what will be written."""
+    r1 = templates.bytelevel(
+        templates.DEEPSEEK_R1, ("<｜Assistant｜>",), "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"
+    )
+    silent = templates.DEEPSEEK_R1.replace("<think>\n", "")
+    cases = {
+        "can't be masked: the chat template does not put it behind the prompt": r1,
+        "is not shown whole by the chat template": templates.bytelevel(
+            silent, ("<｜Assistant｜>",), "<｜end▁of▁sentence｜>"
+        ),
+    }
+    for message, make in cases.items():
+        encoder = Encoder(make())
+        refused = 0
+        told: set[str] = set()
+        for raw in templates.thoughtful(tools=False)(200, seed=7):
+            turns = [turn for turn in raw["messages"] if turn["role"] == "assistant"]
+            thinks = any(turn["content"].startswith("<think>") for turn in turns)
+            try:
+                rows = encoder.rows(Chat().read(raw), HERE)
+            except RowError as error:
+                refused += 1
+                told.add(str(error).split("` ")[1])
+                assert make is r1 or thinks
+            else:
+                assert make is not r1
+                assert not thinks
+                assert [run for row in rows for run in trained_turns(encoder, row)] == [
+                    turn["content"] + "<｜end▁of▁sentence｜>" for turn in turns
+                ]
+        assert len(told) == 1
+        assert message in told.pop()
+        print(f"\nrefused: {refused} of 200, `{message}`")
+        assert refused == 200 if make is r1 else 100 < refused < 200
+
+
+def test_a_call_the_template_leaves_out_is_refused() -> None:
+    """gpt-oss writes the first call of a message only."""
+    encoder = Encoder(templates.bytelevel(templates.HARMONY, ("<|start|>", "<|call|>"), "<|return|>")())
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    row = {
+        "tools": [{"type": "function", "function": {"name": "clock"}}],
+        "messages": [
+            {"role": "user", "content": "time?"},
+            {"role": "assistant", "content": "", "tool_calls": [call] * 2},
+        ],
+    }
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown by the chat template: `clock`"):
+        encode(encoder, row)
+
+
+def test_marks_of_a_template_are_held_against_what_it_shows() -> None:
+    """A template that marks its turns may leave out tools, calls and earlier thoughts as any other."""
+    encoder = Encoder(tiny.tokenizer(templates.GENERATION))
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    turns = [{"role": "user", "content": "time?"}, {"role": "assistant", "content": "now"}]
+    with pytest.raises(RowError, match="`tools` are not shown by the chat template"):
+        encode(encoder, {"messages": turns, "tools": [{"type": "function", "function": {"name": "clock"}}]})
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown"):
+        encode(encoder, {"messages": [turns[0], {**turns[1], "tool_calls": [call]}]})
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoder = Encoder(tiny.tokenizer(marked))
+    turns = [turn if turn["role"] == "user" else {**turn, "content": "<think>hm</think>b"} for turn in TURNS]
+    rows = encoder.rows(Chat().read({"messages": turns}), HERE)
+    assert [trained_turns(encoder, row) for row in rows] == [["<think>hm</think>b<|im_end|>"]] * 2
 
 
 def test_a_token_over_the_beginning_of_an_answer_is_cut_there() -> None:
@@ -427,3 +544,48 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     assert tokens.chat_template == tiny.CHATML
     tokens.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHATML
+
+
+# ---------------------------------------------------------------- one render instead of many
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_one_render_finds_what_all_prefixes_find(family: Family) -> None:
+    encoder = Encoder(family.tokenizer())
+    quick = 0
+    for raw in family.rows(60, seed=5):
+        example = Chat().read(raw)
+        fast = encoder._by_shape(example)
+        if fast is not None:
+            quick += 1
+            assert fast == encoder._by_prefix(example)
+    changes = encoder._shape_of(("user", "assistant", "user", "assistant")) is None
+    assert quick > 10 or changes or encoder.marks_turns
+
+
+def test_a_render_that_depends_on_what_is_said_is_left_to_the_prefixes() -> None:
+    shouting = tiny.CHATML.replace("message['content']", "message['content'] | replace('!', '!!')")
+    encoder = Encoder(tiny.tokenizer(shouting))
+    plain, loud = (
+        Chat().read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]})
+        for said in ("b", "b!")
+    )
+    assert encoder._by_shape(plain) == encoder._by_prefix(plain)
+    assert encoder._by_shape(loud) is None
+    assert trained_turns(encoder, encoder.encode(loud, PLACE)) == ["b!!<|im_end|>"]
+
+
+@pytest.mark.parametrize("mark", ["</think>", "secret"])
+def test_a_prompt_that_depends_on_what_was_said_is_left_to_the_prefixes(mark: str) -> None:
+    """The whole conversation shows everything, but the prompt for the second answer leaves a part out."""
+    hiding = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        f"{{{{ m['content'].split('{mark}')[-1] if add_generation_prompt else m['content'] }}}}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoder = Encoder(tiny.tokenizer(hiding))
+    turns = [TURNS[0], {**TURNS[1], "content": f"hm{mark}b"}, *TURNS[2:]]
+    example = Chat().read({"messages": turns})
+    assert encoder._by_shape(example) is None
+    with pytest.raises(RowError, match="does not put it behind the prompt"):
+        encoder.encode(example, PLACE)

@@ -14,6 +14,7 @@ import pytest
 
 from loratune import rows
 from loratune.errors import DataError
+from loratune.formats import Chat, RowError
 from loratune.recipe import Source
 
 ROWS = [{"prompt": "ä 😀", "completion": "one\ntwo"}, {"prompt": "b", "completion": 'say "x", then y'}]
@@ -145,6 +146,30 @@ def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
         "a.jsonl:11: no JSON: Extra data",
         'a.jsonl:12: {"a": 3}',
     ]
+
+
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    """JSON's readers keep the last of the two in silence."""
+    lines = [
+        '{"text": "a", "text": "b"}',
+        '{"text": "a"}',
+        '{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}',
+        '{"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}',
+        '{"a": [{"b": 1, "c": 2, "c": 2}], "a": 1}',
+    ]
+    wanted = [
+        "`text` is given twice in one object",
+        '{"text": "a"}',
+        "`role` is given twice in one object",
+        lines[3],
+        "`a` is given twice in one object",
+    ]
+    assert told(tmp_path, "a.jsonl", "\n".join(lines)) == [f"a.jsonl:{i}: {text}" for i, text in enumerate(wanted, 1)]
+    assert told(tmp_path, "a.json", f"[{','.join(lines)}]") == [f"a.json row {i}: {t}" for i, t in enumerate(wanted, 1)]
+    deep = '{"a":' * 300 + '{"b": 1, "b": 2}' + "}" * 300
+    assert told(tmp_path, "b.jsonl", deep) == ["b.jsonl:1: `b` is given twice in one object"]
+    with pytest.raises(RowError, match=r"`tools` is no JSON \(`name` is given twice\)"):
+        Chat().read({"messages": [{"role": "assistant", "content": "a"}], "tools": '[{"name": "a", "name": "b"}]'})
 
 
 def test_utf16_is_not_guessed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,32 @@ def text_column(row: Mapping[str, Any], name: str) -> str:
 def parsed(text: str, name: str) -> Any:
     """Return the value of JSON text in a field, or raise RowError."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise RowError(name, f"is no JSON ({why_no_json(error)})") from None
 
 
+class KeyTwice(ValueError):
+    """A JSON object that names a key twice: readers keep the last of the two in silence."""
+
+
+def key_twice(pairs: list[tuple[str, Any]]) -> str | None:
+    """Return the first key that stands twice in the pairs of a JSON object, or None."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    return next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (key := key_twice(pairs)) is not None:
+        raise KeyTwice(f"`{key}` is given twice")
+    return dict(pairs)
+
+
 def why_no_json(error: Exception) -> str:
     """Say in a few words what `json.loads` stumbled over."""
+    if isinstance(error, KeyTwice):
+        return str(error)
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
