@@ -88,7 +88,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            prompt = self.encoder.prompt(messages) if self.encoder.template else text
+            prompt = self.encoder.turns.prompt(messages) if self.encoder.turns.template else text
         except RowError as error:
             raise UsageError(str(error)) from None
         net = self.loaded.model

@@ -79,7 +79,7 @@ def test_exactly_the_answers_and_their_ends_are_trained(family: Family, table: l
             assert len(runs) == len(learned), "something else is trained"
             starts = np.flatnonzero(np.diff(np.concatenate([[False], row.trained]).astype(int)) == 1)
             for index, start, run in zip(learned, starts, runs, strict=True):
-                served = encoder.prompt(example.messages[:index], example.tools)
+                served = encoder.turns.prompt(example.messages[:index], example.tools)
                 before = decoded(encoder, np.array(tokens(served, add_special_tokens=False).input_ids))
                 turns += 1
                 right += run == family.trained(raw["messages"][index]) and before == decoded(encoder, row.ids[:start])
@@ -88,7 +88,7 @@ def test_exactly_the_answers_and_their_ends_are_trained(family: Family, table: l
                 messages=example.messages[: learned[-1] + 1] if len(rows) > 1 else example.messages,
                 trained=tuple(i in learned for i in range(learned[-1] + 1 if len(rows) > 1 else len(example.trained))),
             )
-            text, spans = encoder.spans(part)
+            text, spans = encoder.turns.spans(part)
             assert text == tokens.apply_chat_template(
                 list(part.messages), tools=list(part.tools) if part.tools else None, tokenize=False
             )
@@ -195,7 +195,7 @@ def test_a_token_over_the_beginning_of_an_answer_is_cut_there() -> None:
     tokens = templates.trained_bpe(templates.CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")()
     encoder = Encoder(tokens)
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\n\nb"}]}
-    text, spans = encoder.spans(Chat().read(row))
+    text, spans = encoder.turns.spans(Chat().read(row))
     assert straddles(encoder, text, spans)
     got = encode(encoder, row)
     prompt = tokens(text[: spans[0][0]], add_special_tokens=False).input_ids
@@ -272,7 +272,7 @@ def test_a_template_that_changes_earlier_answers_gives_a_row_per_turn() -> None:
     assert trained_turns(encoder, second) == ["<think>so</think>d<|im_end|>"]
     # before each answer stands what a server would render, so without the earlier thought
     for row, served in ((first, messages[:1]), (second, messages[:3])):
-        assert decoded(encoder, row.ids).startswith(encoder.prompt(served))
+        assert decoded(encoder, row.ids).startswith(encoder.turns.prompt(served))
     assert "hm" not in decoded(encoder, second.ids)
 
 
@@ -367,7 +367,8 @@ def test_a_slow_tokenizer_is_refused() -> None:
 def test_prompt_is_what_the_template_renders_for_serving() -> None:
     encoder = Encoder(tiny.tokenizer())
     assert (
-        encoder.prompt([{"role": "user", "content": "hi"}]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        encoder.turns.prompt([{"role": "user", "content": "hi"}])
+        == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -528,8 +529,8 @@ def test_a_named_template_serves_a_base_without_one() -> None:
     encoder = Encoder(tokens)
     row = encode(encoder, {"messages": TURNS})
     assert trained_turns(encoder, row) == ["b</s>", "d</s>"]
-    assert encoder.prompt(TURNS[:1]) == "### Instruction:\na\n\n### Response:\n"
-    assert Encoder(with_template(tiny.tokenizer(None), "chatml")).prompt(TURNS[:1]).endswith("assistant\n")
+    assert encoder.turns.prompt(TURNS[:1]) == "### Instruction:\na\n\n### Response:\n"
+    assert Encoder(with_template(tiny.tokenizer(None), "chatml")).turns.prompt(TURNS[:1]).endswith("assistant\n")
 
 
 def test_chatml_needs_its_end_token() -> None:
@@ -555,12 +556,12 @@ def test_one_render_finds_what_all_prefixes_find(family: Family) -> None:
     quick = 0
     for raw in family.rows(60, seed=5):
         example = Chat().read(raw)
-        fast = encoder._by_shape(example)
+        fast = encoder.turns._by_shape(example)
         if fast is not None:
             quick += 1
-            assert fast == encoder._by_prefix(example)
-    changes = encoder._shape_of(("user", "assistant", "user", "assistant")) is None
-    assert quick > 10 or changes or encoder.marks_turns
+            assert fast == encoder.turns._by_prefix(example)
+    changes = encoder.turns._shape_of(("user", "assistant", "user", "assistant")) is None
+    assert quick > 10 or changes or encoder.turns.marks_turns
 
 
 def test_a_render_that_depends_on_what_is_said_is_left_to_the_prefixes() -> None:
@@ -570,8 +571,8 @@ def test_a_render_that_depends_on_what_is_said_is_left_to_the_prefixes() -> None
         Chat().read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]})
         for said in ("b", "b!")
     )
-    assert encoder._by_shape(plain) == encoder._by_prefix(plain)
-    assert encoder._by_shape(loud) is None
+    assert encoder.turns._by_shape(plain) == encoder.turns._by_prefix(plain)
+    assert encoder.turns._by_shape(loud) is None
     assert trained_turns(encoder, encoder.encode(loud, PLACE)) == ["b!!<|im_end|>"]
 
 
@@ -586,6 +587,6 @@ def test_a_prompt_that_depends_on_what_was_said_is_left_to_the_prefixes(mark: st
     encoder = Encoder(tiny.tokenizer(hiding))
     turns = [TURNS[0], {**TURNS[1], "content": f"hm{mark}b"}, *TURNS[2:]]
     example = Chat().read({"messages": turns})
-    assert encoder._by_shape(example) is None
+    assert encoder.turns._by_shape(example) is None
     with pytest.raises(RowError, match="does not put it behind the prompt"):
         encoder.encode(example, PLACE)

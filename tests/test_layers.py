@@ -25,6 +25,7 @@ LEVELS = (
         "data",
         "ledger",
         "encode",
+        "turns",
         "rows",
         "model",
         "checkpoint",

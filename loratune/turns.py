@@ -1,0 +1,251 @@
+"""Where the trained turns of a conversation stand in its render, in characters.
+
+It is read off the model's own chat template: the render of the messages before a turn (with the generation prompt) must
+be a prefix of the render with the turn, and the turn is the difference. A template that marks the turns itself with
+`{% generation %}` is believed where that does not contradict it. Where no answer is certain the row is refused, never
+guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.formats import Conversation, RowError
+
+Span = tuple[int, int]  # characters: [start, end)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _placeholder(index: int) -> str:
+    return f"\ue000{index}\ue001"  # private characters: no template and hardly any text has them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a chat template renders a sequence of roles, whatever is said.
+
+    Attributes:
+        literals: what the template writes before, between and after the contents.
+        turns: of each assistant's message the (literal, offset in it) where its turn starts and ends.
+    """
+
+    literals: tuple[str, ...]
+    turns: dict[int, tuple[tuple[int, int], tuple[int, int]]]
+
+    def fit(self, text: str, contents: Sequence[str]) -> list[int] | None:
+        """Return where each literal starts in a render of these contents, or None where the render is another."""
+        starts, position = [0], len(self.literals[0])
+        if not text.startswith(self.literals[0]):
+            return None
+        for content, literal in zip(contents, self.literals[1:], strict=True):
+            for form in (content, content.strip()):
+                if text.startswith(form, position) and text.startswith(literal, position + len(form)):
+                    position += len(form)
+                    break
+            else:
+                return None
+            starts.append(position)
+            position += len(literal)
+        return starts if position == len(text) else None
+
+
+class LaterTurnsChangeIt(RowError):
+    """A turn that the chat template renders differently once other messages follow it."""
+
+
+class Turns:
+    """Renders conversations with a tokenizer's chat template and finds the assistant's turns in them."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        if self.template is None and tokenizer.chat_template is not None:
+            self.template = tokenizer.get_chat_template()
+        self.marks_turns = bool(self.template and _GENERATION.search(self.template))
+        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
+
+    def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
+        """Render messages with the generation prompt, as a server does before it lets the model answer."""
+        return self._render(messages, tools, prompt=True)
+
+    def spans(self, example: Conversation) -> tuple[str, list[Span]]:
+        """Return the rendered conversation and the spans of its trained turns, in characters.
+
+        Raises:
+            RowError: when the template refuses the messages or no prefix property holds.
+        """
+        if self.marks_turns:
+            return self._marked(example)
+        return self._by_shape(example) or self._by_prefix(example)
+
+    def _by_shape(self, example: Conversation) -> tuple[str, list[Span]] | None:
+        """Return what `_by_prefix` would, from one render, or None where only that can tell.
+
+        Renders of prefixes cost the square of the turns. They are made once for each sequence of roles, with
+        placeholders for contents; a row then needs one render, which must be that skeleton with the row's contents (as
+        they are or stripped) in the places of the placeholders, to the letter.
+        """
+        if example.tools or any(message.keys() != {"role", "content"} for message in example.messages):
+            return None
+        if any("</think>" in message["content"] for message in example.messages):
+            return None  # templates look into thoughts
+        roles = tuple(message["role"] for message in example.messages)
+        if roles not in self._shapes:
+            if len(self._shapes) >= 4096:  # a file of long conversations, no two alike
+                self._shapes.clear()
+                self._skeletons.clear()
+            self._shapes[roles] = self._shape_of(roles)
+        shape = self._shapes[roles]
+        if shape is None:
+            return None
+        text = self._render(example.messages, None)
+        starts = shape.fit(text, [message["content"] for message in example.messages])
+        if starts is None:
+            return None
+        wanted = [index for index, trained in enumerate(example.trained) if trained]
+        spans = [
+            (starts[first] + at, starts[last] + until)
+            for (first, at), (last, until) in (shape.turns[index] for index in wanted)
+        ]
+        # the longest prompt holds all that a template could have looked into: it must be what the skeleton says, too
+        if self._render(example.messages[: wanted[-1]], None, prompt=True) != text[: spans[-1][0]]:
+            return None
+        return text, spans
+
+    def _skeleton(self, roles: tuple[str, ...], prompt: bool = False) -> str:
+        """Render placeholders said by `roles`; most conversations begin alike, so the renders are kept."""
+        key = (roles, prompt)
+        if key not in self._skeletons:
+            messages = [{"role": role, "content": _placeholder(index)} for index, role in enumerate(roles)]
+            self._skeletons[key] = self._render(messages, None, prompt=prompt)
+        return self._skeletons[key]
+
+    def _shape_of(self, roles: tuple[str, ...]) -> Shape | None:
+        turns = [index for index, role in enumerate(roles) if role == "assistant"]
+        spans: list[Span] = []
+        try:
+            text = self._skeleton(roles)
+            for index in turns:
+                before, after = self._skeleton(roles[:index], prompt=True), self._skeleton(roles[: index + 1])
+                if index == 0 or not after.startswith(before) or not text.startswith(after):
+                    return None
+                spans.append((len(before), len(after)))
+        except RowError:
+            return None
+        marks = [_placeholder(index) for index in range(len(roles))]
+        places = [text.find(mark) for mark in marks]
+        if -1 in places or places != sorted(places) or any(text.count(mark) > 1 for mark in marks):
+            return None
+        edges = [0, *(place + len(mark) for place, mark in zip(places, marks, strict=True))]
+        literals = tuple(text[start:end] for start, end in zip(edges, [*places, len(text)], strict=True))
+        if not all(literals[1:-1]):
+            return None
+
+        def inside(offset: int) -> tuple[int, int] | None:
+            for index, literal in enumerate(literals):
+                if edges[index] <= offset <= edges[index] + len(literal):
+                    return index, offset - edges[index]
+            return None
+
+        found = {index: (inside(start), inside(end)) for index, (start, end) in zip(turns, spans, strict=True)}
+        sure = {index: (a, b) for index, (a, b) in found.items() if a is not None and b is not None}
+        return Shape(literals, sure) if len(sure) == len(turns) else None
+
+    def _by_prefix(self, example: Conversation) -> tuple[str, list[Span]]:
+        text = self._render(example.messages, example.tools)
+        self._check_tools(example, text)
+        found: list[Span] = []
+        for index, trained in enumerate(example.trained):
+            if not trained:
+                continue
+            if index == 0:
+                raise RowError("messages[0]", "is the assistant's: there is nothing it answers")
+            before = self._render(example.messages[:index], example.tools, prompt=True)
+            after = self._render(example.messages[: index + 1], example.tools)
+            if not after.startswith(before):
+                raise RowError(
+                    f"messages[{index}]",
+                    "can't be masked: the chat template does not put it behind the prompt it writes for an answer",
+                )
+            _check_shown(example.messages[index], index, after[len(before) :])
+            if not text.startswith(after):
+                raise LaterTurnsChangeIt(
+                    f"messages[{index}]", "can't be masked: the chat template renders it differently when others follow"
+                )
+            found.append((len(before), len(after)))
+        return text, found
+
+    def _check_tools(self, example: Conversation, text: str) -> None:
+        if example.tools and text == self._render(example.messages, None):
+            raise RowError("tools", "are not shown by the chat template: the model would never see them")
+
+    def _marked(self, example: Conversation) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[list(example.messages)],
+                tools=list(example.tools) if example.tools else None,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template is code from elsewhere: it can raise anything
+            raise _refused(error) from None
+        spans = [(start, end) for start, end in marks[0] if end > start]
+        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+        if len(spans) != len(turns):
+            raise RowError("", f"the chat template marks {len(spans)} turns as generated, the row has {len(turns)}")
+        self._check_tools(example, texts[0])
+        marked = [(index, span) for index, span in zip(turns, spans, strict=True) if example.trained[index]]
+        self._cross_check(example, texts[0], marked)
+        for index, (start, end) in marked:
+            _check_shown(example.messages[index], index, texts[0][start:end])
+        return texts[0], [span for _, span in marked]
+
+    def _cross_check(self, example: Conversation, text: str, marked: list[tuple[int, Span]]) -> None:
+        """Hold a template's own marks against the prefix difference, where that gives an answer."""
+        try:
+            _, derived = self._by_prefix(example)
+        except LaterTurnsChangeIt:  # marked, but not as the model will have to write it
+            raise
+        except RowError:
+            return
+        for (index, (start, end)), (first, last) in zip(marked, derived, strict=True):
+            if text[first:start].strip() or not first <= start <= end <= last:
+                raise RowError(f"messages[{index}]", "is marked by the chat template elsewhere than it is rendered")
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
+    ) -> str:
+        if self.template is None:
+            raise RowError(
+                "", "the base model has no chat template; use `format: completion` or `text`, or an instruct model"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template is code from elsewhere: it can raise anything
+            raise _refused(error) from None
+        return str(text)
+
+
+def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
+    """Refuse a turn of which the template leaves something out, white space and the likes apart."""
+    content = message["content"]
+    if content.strip() not in turn and "".join(content.split()) not in "".join(turn.split()):
+        raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
+    calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
+    if hidden := [name for name, number in calls.items() if turn.count(name) < number]:
+        raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
+
+
+def _refused(error: Exception) -> RowError:
+    reason = str(error).strip() or type(error).__name__
+    return RowError("", f"the chat template refuses this row: {reason.splitlines()[0]}")
