@@ -54,14 +54,17 @@ def with_template(tokenizer: Any, choice: str | None) -> Any:
         if choice == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
             hint = "`chat_template: alpaca` ends turns with the end of text, which every base model has"
             raise ModelError("`data.chat_template: chatml`: this tokenizer has no token `<|im_end|>`", hint)
-        begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[choice]
+        tokenizer.chat_template = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + TEMPLATES[choice]
         return tokenizer
     try:
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
     return tokenizer
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 class Encoder:
@@ -91,7 +94,7 @@ class Encoder:
         self.special: frozenset[int] = frozenset(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
-        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self.adds_bos = _adds_bos(tokenizer)
 
     def encode(self, example: Example, place: Place) -> Row:
         """Return an example as a row of tokens.

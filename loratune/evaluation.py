@@ -104,9 +104,7 @@ def evaluate(
     _check_regex(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base)
-    tokenizer = model.load_tokenizer(
-        what.base, str(what.adapter) if what.adapter and _has_tokenizer(what.adapter) else None
-    )
+    tokenizer = subject.tokenizer(what)
     rows = _rows(what, data, format, tokenizer, limit)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
@@ -152,10 +150,6 @@ def _check_regex(regex: str | None) -> None:
         re.compile(regex or "")
     except re.error as error:
         raise UsageError(f"--regex `{regex}` is no regular expression: {error}") from None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
 
 
 def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, limit: int | None) -> Rows:

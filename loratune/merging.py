@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import checkpoint, model, recipe, report, subject
+from loratune import checkpoint, model, report, subject
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -76,7 +76,7 @@ def merge(
     what = subject.open_subject(str(name), base)
     if what.adapter is None:
         raise UsageError(Problem("is a whole model: there is nothing to merge", Place(str(name))))
-    loaded = _load(what)
+    loaded = subject.load(what, exact=True)  # float32: the sum W + s B A is rounded once, at the end
     wanted = _dtype(dtype, what)
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
@@ -100,18 +100,6 @@ def merge(
     merged.to(wanted)
     _write(target, merged, loaded.tokenizer, wanted)
     return Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement)
-
-
-def _load(what: subject.Subject) -> model.Loaded:
-    """Load base and adapter in float32 on the CPU, so that the sum W + s B A is rounded once, at the end."""
-    full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
-    loaded = model.load(what.base.model_copy(update=full), where=torch.device("cpu"))
-    assert what.adapter is not None
-    if (what.adapter / "tokenizer_config.json").is_file():
-        loaded.tokenizer = model.load_tokenizer(what.base, str(what.adapter))
-    loaded.model = subject.attach(loaded.model, what.adapter, "default")
-    loaded.model.eval()
-    return loaded
 
 
 def _dtype(name: str, what: subject.Subject) -> torch.dtype:

@@ -73,10 +73,9 @@ class Report:
         self._view: Live | None = None
         self._bar: Progress | None = None
         self._last: Step | None = None
-        self._seconds = self._tokens = self._trained = 0.0
+        self._seconds = self._tokens = 0.0
         self._every = 1
         self._steps = 0
-        self._left: list[float] = []
 
     def note(self, line: str) -> None:
         """Print a line."""
@@ -121,7 +120,6 @@ class Report:
         self._last = step
         self._seconds += step.seconds
         self._tokens += step.tokens
-        self._trained += step.trained_tokens
         self._write({"kind": "step", **step.__dict__, "memory": memory()})
         if self._bar is not None and self._view is not None:
             self._bar.update(self._bar.task_ids[0], completed=step.number)

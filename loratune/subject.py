@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from loratune import decode, model, nodes, recipe
@@ -72,23 +73,30 @@ def open_subject(name: str, base: str | None = None) -> Subject:
     return Subject(name, _model(name, dtype), None, original, known)
 
 
-def load(subject: Subject, quantized: bool = True) -> model.Loaded:
+def load(subject: Subject, exact: bool = False) -> model.Loaded:
     """Load a subject's base model with its adapter on top, ready to use.
 
     Args:
         subject: what `open_subject` returned.
-        quantized: whether a base that was quantized in training is quantized here.
+        exact: in float32 on the CPU and never quantized, whatever it was trained on: for a merge.
 
     Raises:
-        ModelError: when the adapter doesn't fit the base, or has no effect on it.
+        ModelError: when the adapter doesn't fit the base.
     """
-    section = subject.base if quantized else subject.base.model_copy(update={"quantization": recipe.NoQuantization()})
-    loaded = model.load(section)
+    full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
+    section = subject.base.model_copy(update=full) if exact else subject.base
+    loaded = model.load(section, where=torch.device("cpu") if exact else None)
+    loaded.tokenizer = tokenizer(subject)
     if subject.adapter is not None:
-        loaded.tokenizer = _tokenizer(subject.adapter) or loaded.tokenizer
         loaded.model = attach(loaded.model, subject.adapter, "default")
     loaded.model.eval()
     return loaded
+
+
+def tokenizer(subject: Subject) -> Any:
+    """Return the tokenizer saved with the adapter, whose template may be another than the base's, else the base's."""
+    saved = subject.adapter if subject.adapter and (subject.adapter / "tokenizer_config.json").is_file() else None
+    return model.load_tokenizer(subject.base, str(saved) if saved else None)
 
 
 def attach(net: Any, adapter: Path, name: str) -> Any:
@@ -119,13 +127,6 @@ def attach(net: Any, adapter: Path, name: str) -> Any:
             )
         )
     return net
-
-
-def _tokenizer(folder: Path) -> Any:
-    """Return the tokenizer saved with an adapter: its template may be another than the base's."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return model.load_tokenizer(Model(base=str(folder)), str(folder))
 
 
 def _recipe(folder: Path) -> Recipe | None:
