@@ -1,141 +1,227 @@
-"""The rows of a run: read, tokenized, each accounted for, and kept in flat arrays."""
+"""The rows of a run: read, tokenized, each accounted for, and kept on disk."""
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from loratune import rows
+from loratune import inputs, model, rows, store, workers
 from loratune.encode import Encoder, Row
-from loratune.errors import DataError, Place, Problem
-from loratune.formats import Auto, Example, Plain, RowError
-from loratune.ledger import Counts, Fate, Ledger
+from loratune.errors import DataError, Place, Problem, StorageError
+from loratune.ledger import Counts, Ledger
+from loratune.prepare import Prepared
 from loratune.recipe import Data, Recipe, Source
+from loratune.store import Store
 
 SHOWN = 5  # rows named in an error
+
+Progress = Callable[[int, float], None]
+
+
+def _untold(rows: int, share: float) -> None:
+    """Tell nobody."""
 
 
 @dataclass
 class Rows:
-    """Tokenized rows in flat arrays: 5 bytes per token, whatever the number of rows.
+    """Tokenized rows, or some of them: on disk, whatever their number; 8 bytes each in memory.
 
     Attributes:
-        ids, trained: of all rows, one behind the other, shape (tokens,).
-        starts: where each row begins, and the end of the last, shape (rows + 1,).
-        places: where each row came from.
-        weights: how often each row is seen per epoch, shape (rows,).
-        contents: a number for what each row says: rows that were read from the same words have the same, and so have
-            the pieces of one row; shape (rows,).
-        ledger: what became of every row read.
+        store: where they lie.
+        chosen: their numbers there, int64, shape (rows,).
+        counts: what became of every row read.
+        cached: whether they were found, not read.
     """
 
-    ids: np.ndarray
-    trained: np.ndarray
-    starts: np.ndarray
-    places: list[Place]
-    weights: np.ndarray
-    contents: np.ndarray
+    store: Store
+    chosen: np.ndarray
     counts: Counts
-    ledger: Ledger
-    formats: dict[str, int]  # rows read as each format
+    cached: bool = False
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> Row:
-        cut = slice(self.starts[index], self.starts[index + 1])
-        return Row(self.ids[cut], self.trained[cut], self.places[index])
+        return self.store.row(int(self.chosen[index]))
 
-    @property
+    def place(self, index: int) -> Place:
+        """Return where a row came from."""
+        return self.store.place(int(self.chosen[index]))
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Length of each row in tokens, shape (rows,)."""
-        return np.diff(self.starts)
+        return np.take(self.store.lengths, self.chosen)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each row is seen per epoch, shape (rows,)."""
+        return np.take(self.store.weights, self.chosen)
+
+    @property
+    def contents(self) -> np.ndarray:
+        """A number for what each row says.
+
+        Rows that were read from the same words have the same, and so have the pieces of one row; shape (rows,).
+        """
+        return np.take(self.store.contents, self.chosen)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Rows read as each format."""
+        formats: dict[str, int] = self.store.about["formats"]
+        return formats
+
+    def take(self, indices: np.ndarray) -> Rows:
         """Return some of the rows as a set of its own."""
-        kept = [_Kept(self[int(i)], float(self.weights[int(i)]), int(self.contents[int(i)])) for i in indices]
-        return pack(kept, replace(self.counts), self.ledger, self.formats)
+        chosen = self.chosen[indices]
+        tokens, trained = int(self.store.lengths[chosen].sum()), int(self.store.trained[chosen].sum())
+        return Rows(self.store, chosen, replace(self.counts, tokens=tokens, trained_tokens=trained), self.cached)
 
+    def append_ledger(self, path: Path) -> None:
+        """Append a line for each row that was read to a file.
 
-@dataclass(frozen=True)
-class _Kept:
-    row: Row
-    weight: float
-    content: int
+        Raises:
+            StorageError: when it can't be written.
+        """
+        try:
+            with self.store.ledger.open("rb") as lines, path.open("ab") as stream:
+                shutil.copyfileobj(lines, stream)
+        except OSError as error:
+            raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
 
 
 def load(
-    sources: Sequence[Source],
-    data: Data,
-    encoder: Encoder,
-    progress: Callable[[int], None] = lambda count: None,
-    name: str = "train",
+    sources: Sequence[Source], data: Data, encoder: Encoder, progress: Progress = _untold, name: str = "train"
 ) -> Rows:
-    """Read and tokenize all rows of some sources, and account for each.
+    """Read and tokenize all rows of some sources and account for each, or find them as they were when last read.
 
     Args:
         sources: where the rows come from.
         data: format, longest row, and what happens to rows that are too long, bad or said twice.
         encoder: of the base model's tokenizer.
-        progress: called now and then with the number of rows read so far.
+        progress: called now and then with the number of rows read so far and the part (0-1) of the data that is.
         name: of the set, for the ledger.
 
     Raises:
         DataError: naming the first rows that can't be used, or when more are lost than `max_lost` allows, or when there
             are no rows at all.
+        StorageError: when the cache can't be written.
     """
-    ledger = Ledger(name)
-    kept: list[_Kept] = []
-    problems: list[Problem] = []
-    long: list[Problem] = []
-    seen: set[int] = set()
-    formats: dict[str, int] = {}
-    for source in sources:
-        for number, raw in enumerate(rows.read(source)):
-            if number == source.max_rows:
-                break
-            if ledger.counts.read and ledger.counts.read % 256 == 0:
-                progress(ledger.counts.read)
-            try:
-                example = _example(raw, data, formats)
-                encoded = encoder.rows(example, raw.place)
-                for row in encoded:
-                    _check_trained(row)
-            except RowError as error:
-                if data.on_bad_row == "error":
-                    problems.append(Problem(str(error), raw.place))
-                ledger.add(raw.place, "skipped" if data.on_bad_row == "skip" else "refused", reason=str(error))
-                continue
-            tokens = sum(len(row.ids) for row in encoded)
-            content = _content(encoded)
-            again = content in seen
-            seen.add(content)
-            ledger.counts.duplicates += again
-            if again and data.duplicates == "drop":
-                ledger.add(raw.place, "duplicate", tokens, tokens, "says what an earlier row said")
-                continue
-            fate, pieces = _fit(encoded, example, data)
-            length = max(len(row.ids) for row in encoded)
-            told = _TOLD.get(fate)
-            reason = f"{length:,} tokens, {told.format(data.max_length)}" if told else ""
-            if fate == "refused":
-                long.append(Problem(reason, raw.place))
-            ledger.add(raw.place, fate, tokens, tokens - sum(len(piece.ids) for piece in pieces), reason)
-            kept += [_Kept(piece, source.weight, content) for piece in pieces]
-    _check_losses(ledger.counts, problems, long, data)
-    if not kept:
-        where = ", ".join(source.path for source in sources)
-        raise DataError(Problem(f"no rows left: {ledger.counts.read} read, {ledger.counts.lost} lost", Place(where)))
-    return pack(kept, ledger.counts, ledger, formats)
+    given = [inputs.of(source) for source in sources]
+    key = inputs.key(sources, given, data, encoder, name)
+    folder = model.cache() / "rows"
+    found = store.find(folder, key) if key else None
+    cached = found is not None
+    if found is None:
+        found = _read(sources, data, encoder, progress, name, store.Writer(folder), key, given)
+    counts = Counts(**found.about["counts"])
+    _check_losses(counts, _Refused(), data)
+    return Rows(found, np.arange(len(found.lengths)), counts, cached)
 
 
-def of(
-    recipe: Recipe, encoder: Encoder, progress: Callable[[int], None] = lambda count: None
-) -> tuple[Rows, Rows | None]:
+def _read(
+    sources: Sequence[Source], data: Data, encoder: Encoder, progress: Progress, name: str, writer: store.Writer,
+    key: str | None, given: Sequence[Sequence[inputs.Input]],
+) -> Store:  # fmt: skip
+    """Read all rows into a new folder of the cache."""
+    try:
+        account = _Account(Ledger(name, writer.ledger), writer, data)
+        size = sum(one.size for some in given for one in some)
+        blocks = (block for source in sources for block in rows.blocks(source))
+        done = 0
+        for block, prepared in workers.prepared(blocks, data, encoder, 1 if size < workers.SMALL else workers.cores()):
+            for one in prepared:
+                account.add(one, block.weight)
+            done += block.size
+            progress(account.counts.read, min(1.0, done / max(size, 1)))
+        for some in given:
+            inputs.check_unchanged(some)
+        _check_losses(account.counts, account.refused, data)
+        if not account.counts.kept:
+            where = ", ".join(source.path for source in sources)
+            counts = account.counts
+            raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
+        about = {"counts": account.counts.as_json(), "formats": account.formats}
+        return writer.commit(about, key)
+    except BaseException:
+        writer.discard()
+        raise
+
+
+@dataclass
+class _Refused:
+    """Rows for which there will be no run: how many, and the first of them."""
+
+    unusable: int = 0
+    long: int = 0
+    first_unusable: list[Problem] = field(default_factory=list)
+    first_long: list[Problem] = field(default_factory=list)
+
+
+class _Account:
+    """Gives every row that was read its line in the ledger, and what is left of it to the writer."""
+
+    def __init__(self, ledger: Ledger, writer: store.Writer, data: Data):
+        self.counts = ledger.counts
+        self.refused = _Refused()
+        self.formats: dict[str, int] = {}
+        self._ledger, self._writer, self._data = ledger, writer, data
+        self._seen = _Seen()
+
+    def add(self, row: Prepared, weight: float) -> None:
+        if row.format:
+            self.formats[row.format] = self.formats.get(row.format, 0) + 1
+        again = bool(row.tokens) and self._seen.again(row.content)
+        self.counts.duplicates += again
+        if again and self._data.duplicates == "drop":
+            self._ledger.add(row.place, "duplicate", row.tokens, row.tokens, "says what an earlier row said")
+            return
+        if row.fate == "refused":
+            self._refuse(row)
+        for piece in row.pieces:
+            self.counts.tokens += len(piece.ids)
+            self.counts.trained_tokens += piece.count()
+            self._writer.add(piece, weight, row.content, self.counts.read)
+        lost = row.tokens - sum(len(piece.ids) for piece in row.pieces)
+        self._ledger.add(row.place, row.fate, row.tokens, lost, row.reason)
+
+    def _refuse(self, row: Prepared) -> None:
+        refused = self.refused
+        refused.long += bool(row.tokens)
+        refused.unusable += not row.tokens
+        first = refused.first_long if row.tokens else refused.first_unusable
+        if len(first) < SHOWN:
+            first.append(Problem(row.reason, row.place))
+
+
+class _Seen:
+    """Remembers 63-bit numbers in 8 bytes each: most in a sorted array, the newest in a set."""
+
+    def __init__(self) -> None:
+        self._old = np.empty(0, dtype=np.int64)
+        self._new: set[int] = set()
+
+    def again(self, number: int) -> bool:
+        """Return whether a number was here before, and remember it."""
+        if number in self._new:
+            return True
+        at = np.searchsorted(self._old, number)
+        if at < len(self._old) and self._old[at] == number:
+            return True
+        self._new.add(number)
+        if len(self._new) == 1 << 16:
+            self._old = np.sort(np.concatenate([self._old, np.fromiter(self._new, np.int64)]))
+            self._new.clear()
+        return False
+
+
+def of(recipe: Recipe, encoder: Encoder, progress: Progress = _untold) -> tuple[Rows, Rows | None]:
     """Return a recipe's rows to train on and those held out (or None); see `load`.
 
     Raises:
@@ -174,92 +260,29 @@ def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     number = min(max(1, round(fraction * groups)), groups - 1)
     held = np.isin(whose, np.random.default_rng([seed, 0xE7A1]).permutation(groups)[:number])
     rest, out = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
-    moved = len(set(out.places))
+    moved = len(np.unique(train.store.records[out.chosen]))
     rest.counts.kept, rest.counts.held_out = train.counts.kept - moved, moved
     out.counts = Counts(read=moved, kept=moved, tokens=out.counts.tokens, trained_tokens=out.counts.trained_tokens)
     return rest, out
 
 
-def pack(kept: Sequence[_Kept], counts: Counts, ledger: Ledger, formats: dict[str, int]) -> Rows:
-    """Return rows as flat arrays, their tokens counted."""
-    lengths = np.array([len(one.row.ids) for one in kept], dtype=np.int64)
-    counts.tokens = int(lengths.sum())
-    counts.trained_tokens = sum(one.row.count() for one in kept)
-    return Rows(
-        ids=np.concatenate([one.row.ids for one in kept]),
-        trained=np.concatenate([one.row.trained for one in kept]),
-        starts=np.concatenate([[0], np.cumsum(lengths)]),
-        places=[one.row.place for one in kept],
-        weights=np.array([one.weight for one in kept]),
-        contents=np.array([one.content for one in kept], dtype=np.int64),
-        counts=counts,
-        ledger=ledger,
-        formats=formats,
-    )
-
-
-def _example(raw: rows.RawRow, data: Data, formats: dict[str, int]) -> Example:
-    if raw.value is None:
-        raise RowError("", raw.problem)
-    chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
-    example = chosen.read(raw.value)
-    formats[chosen.type] = formats.get(chosen.type, 0) + 1
-    return example
-
-
-def _content(encoded: Sequence[Row]) -> int:
-    """Return a 63-bit number for the tokens of a row and which of them are trained."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in encoded:
-        digest.update(row.ids.tobytes())
-        digest.update(row.trained.tobytes())
-    return int.from_bytes(digest.digest(), "big") >> 1
-
-
-def _check_trained(row: Row) -> None:
-    if row.count() == 0:
-        raise RowError("", "has no trained token: nothing would be learned from it")
-
-
-# what is told of a row that was not kept whole
-_TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "cut to {:,}", "split": "split"}
-
-
-def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
-    """Return what becomes of a row (one, or one per turn) under `max_length`, and what is left of it."""
-    if all(len(row.ids) <= data.max_length for row in encoded):
-        return ("kept" if len(encoded) == 1 else "by turn"), list(encoded)
-    if data.on_long == "error":
-        return "refused", []
-    if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
-        return "split", _split(encoded[0], data.max_length)
-    left = []
-    for row in encoded:
-        cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
-        if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
-            left.append(cut)
-    return ("cut" if left else "dropped"), left
-
-
-def _split(row: Row, max_length: int) -> list[Row]:
-    """Cut a row into pieces of about one length: a last one of one token would teach nothing."""
-    number = -(-len(row.ids) // max_length)
-    cuts = [len(row.ids) * piece // number for piece in range(number + 1)]
-    return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]
-
-
-def _check_losses(counts: Counts, problems: list[Problem], long: list[Problem], data: Data) -> None:
-    shown = problems[:SHOWN]
-    if len(problems) > SHOWN:
-        shown.append(Problem(f"and {len(problems) - SHOWN:,} more of {counts.read:,} rows can't be used"))
-    shown += long[:SHOWN]
-    if long:
-        shown.append(
+def _check_losses(counts: Counts, refused: _Refused, data: Data) -> None:
+    shown = refused.first_unusable
+    if refused.unusable > SHOWN:
+        shown = [
+            *shown,
+            Problem(f"and {refused.unusable - SHOWN:,} more of {counts.read:,} rows can't be used"),
+        ]
+    if refused.long:
+        shown = [
+            *shown,
+            *refused.first_long,
             Problem(
-                f"{len(long):,} of {counts.read:,} rows are longer than `data.max_length` ({data.max_length:,} tokens)",
+                f"{refused.long:,} of {counts.read:,} rows are longer than `data.max_length` "
+                f"({data.max_length:,} tokens)",
                 hint="raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
-            )
-        )
+            ),
+        ]
     if not shown and counts.lost > data.max_lost * counts.read:
         part = counts.lost / counts.read
         shown = [Problem(line) for line in counts.first] + [
@@ -277,13 +300,11 @@ def _check_apart(train: Rows, held_out: Rows) -> None:
     both = np.isin(held_out.contents, train.contents)
     if not both.any():
         return
-    where = {int(content): place for content, place in zip(train.contents, train.places, strict=True)}
-    first = np.flatnonzero(both)[:SHOWN]
-    shown = [
-        Problem(f"stands in the training rows too: {where[int(held_out.contents[i])]}", held_out.places[i])
-        for i in first
-    ]
-    number = len({str(held_out.places[i]) for i in np.flatnonzero(both)})
+    shown = []
+    for i in np.flatnonzero(both)[:SHOWN]:
+        twin = int(np.flatnonzero(train.contents == held_out.contents[i])[-1])
+        shown.append(Problem(f"stands in the training rows too: {train.place(twin)}", held_out.place(int(i))))
+    number = len(np.unique(held_out.store.records[held_out.chosen[both]]))
     shown.append(
         Problem(
             f"{number:,} of {held_out.counts.read:,} eval rows are trained on: the eval loss would flatter",

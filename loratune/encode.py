@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,15 @@ def with_template(tokenizer: Any, choice: str | None) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A row before it is tokenized: texts that are tokenized apart, and the trained spans of the first (characters)."""
+
+    example: Example
+    texts: tuple[str, ...]
+    spans: tuple[Span, ...] = ()
+
+
 def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
@@ -94,6 +103,8 @@ class Encoder:
         self.special: frozenset[int] = frozenset(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
+        self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
+        self._is_special[list(self.special)] = True
         self.adds_bos = _adds_bos(tokenizer)
 
     def encode(self, example: Example, place: Place) -> Row:
@@ -102,37 +113,106 @@ class Encoder:
         Raises:
             RowError: when the template refuses the messages, or the trained tokens can't be known with certainty.
         """
-        if isinstance(example, Plain):
-            return self._plain(example, place)
-        text, spans = self.turns.spans(example)
-        ids, offsets = self._tokens(text, [start for start, _ in spans])
-        self._check_bos(ids)
-        trained = np.full(len(ids), example.whole)
-        for start, end in spans:
-            self._mark(trained, ids, offsets, start, end, text)
-        return Row(ids, trained, place)
+        draft = self._draft(example)
+        return self._finish(draft, [self._encode(text) for text in draft.texts], place)
 
     def rows(self, example: Example, place: Place) -> list[Row]:
-        """Return an example as one row, or as one row per trained turn.
-
-        Templates of reasoning models leave thoughts out of all turns but the last, so one row can't show every turn as
-        it will be written. Then each turn is a row of its own, behind the very prompt a server renders for it.
+        """Return an example as one row, or as one row per trained turn; see `batch`.
 
         Raises:
             RowError: as `encode`.
         """
+        (found,) = self.batch([(example, place)])
+        if isinstance(found, RowError):
+            raise found
+        return found
+
+    def batch(self, examples: Sequence[tuple[Example, Place]]) -> list[list[Row] | RowError]:
+        """Return each example as one row, as one row per trained turn, or what is wrong with it.
+
+        Templates of reasoning models leave thoughts out of all turns but the last, so one row can't show every turn as
+        it will be written. Then each turn is a row of its own, behind the very prompt a server renders for it.
+        """
+        drafts = [_result(self._drafts, example) for example, _ in examples]
+        texts = [text for some in drafts if not isinstance(some, RowError) for draft in some for text in draft.texts]
         try:
-            return [self.encode(example, place)]
+            encoded: Any = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        except TypeError:  # in one of them, half of a surrogate pair: then one by one
+            encoded = (_result(self._encode, text) for text in texts)
+        found: list[list[Row] | RowError] = []
+        for some, (_, place) in zip(drafts, examples, strict=True):
+            if isinstance(some, RowError):
+                found.append(some)
+                continue
+            pieces = [list(islice(encoded, len(draft.texts))) for draft in some]
+            try:
+                found.append([self._finish(*one, place) for one in zip(some, pieces, strict=True)])
+            except RowError as error:
+                found.append(error)
+        return found
+
+    def _drafts(self, example: Example) -> list[_Draft]:
+        try:
+            return [self._draft(example)]
         except LaterTurnsChangeIt:
             assert isinstance(example, Conversation)
             turns = [index for index, trained in enumerate(example.trained) if trained]
             return [
-                self.encode(
-                    replace(example, messages=example.messages[: i + 1], trained=tuple(j == i for j in range(i + 1))),
-                    place,
+                self._draft(
+                    replace(example, messages=example.messages[: i + 1], trained=tuple(j == i for j in range(i + 1)))
                 )
                 for i in turns
             ]
+
+    def _draft(self, example: Example) -> _Draft:
+        if isinstance(example, Conversation):
+            text, spans = self.turns.spans(example)
+            return _Draft(example, (text,), tuple(spans))
+        texts = tuple(text for text, _ in example.segments)
+        return _Draft(example, texts if self._divisible else ("".join(texts),))
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except TypeError:  # half of a surrogate pair, as JSON can spell it
+            raise RowError("", "holds half a character (a lone surrogate)") from None
+
+    def _finish(self, draft: _Draft, pieces: Sequence[Any], place: Place) -> Row:
+        for piece in pieces:
+            if isinstance(piece, RowError):
+                raise piece
+        if isinstance(draft.example, Plain):
+            return self._plain(draft.example, pieces, place)
+        (piece,), (text,) = pieces, draft.texts
+        ids = np.array(piece.ids, dtype=np.int32)
+        trained = self._at_edges(piece, ids, draft.spans, text)
+        if trained is None:
+            ids, offsets = self._tokens(text, [start for start, _ in draft.spans])
+            trained = np.zeros(len(ids), dtype=bool)
+            for start, end in draft.spans:
+                self._mark(trained, ids, offsets, start, end, text)
+        self._check_bos(ids)
+        return Row(ids, trained | draft.example.whole, place)
+
+    def _at_edges(self, piece: Any, ids: np.ndarray, spans: Sequence[Span], text: str) -> np.ndarray | None:
+        """Return which tokens are trained where each span has a token at both its edges, else None.
+
+        This is what `_tokens` and `_mark` find, without the offsets of every token: those cost as much as the
+        tokenizing itself.
+        """
+        trained = np.zeros(len(ids), dtype=bool)
+        special = np.flatnonzero(self._is_special[np.minimum(ids, len(self._is_special) - 1)])
+        for start, end in spans:
+            first, last = piece.char_to_token(start), piece.char_to_token(end - 1)
+            if first is None or last is None:
+                return None
+            if piece.token_to_chars(first)[0] != start or piece.token_to_chars(last)[1] > end:
+                return None
+            stop = np.searchsorted(special, last, side="right") - 1  # the last special token up to there
+            if stop < 0 or special[stop] < first or text[piece.token_to_chars(int(special[stop]))[1] : end].strip():
+                return None  # `_mark` says what is wrong
+            trained[first : special[stop] + 1] = True
+        return trained
 
     def _tokens(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize a text so that no token reaches over a cut, and return ids and offsets (tokens, 2).
@@ -154,10 +234,7 @@ class Encoder:
         ids: list[int] = []
         offsets: list[Span] = []
         for start, end in pairwise(edges):
-            try:
-                piece = self._backend.encode(text[start:end], add_special_tokens=False)
-            except TypeError:  # half of a surrogate pair, as JSON can spell it
-                raise RowError("", "holds half a character (a lone surrogate)") from None
+            piece = self._encode(text[start:end])
             ids += piece.ids
             offsets += [(start + first, start + last) for first, last in piece.offsets]
         return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -178,17 +255,32 @@ class Encoder:
         if bos is not None and bos != self.tokenizer.eos_token_id and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
             raise RowError("", "begins with two BOS tokens: the chat template writes one and the messages another")
 
-    def _plain(self, example: Plain, place: Place) -> Row:
-        """Tokenize segments apart, as a prompt is at serving; one BOS where the tokenizer adds one, EOS at the end."""
+    def _plain(self, example: Plain, pieces: Sequence[Any], place: Place) -> Row:
+        """Put segments together that were tokenized apart, as a prompt is at serving.
+
+        One BOS where the tokenizer adds one, EOS at the end.
+        """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        cuts = list(accumulate(len(text) for text, _ in example.segments))
-        whole = "".join(text for text, _ in example.segments)
-        tokens, offsets = self._pieces(whole, [0, *cuts]) if self._divisible else self._tokens(whole, cuts[:-1])
-        segment = np.searchsorted(cuts[:-1], offsets[:, 0], side="right")  # the one each token begins in
-        ids: list[int] = tokens.tolist()
-        trained: list[bool] = np.array([learn for _, learn in example.segments])[segment].tolist()
+        if self._divisible:
+            ids: list[int] = [token for piece in pieces for token in piece.ids]
+            flags = zip(example.segments, pieces, strict=True)
+            trained = [learn for (_, learn), piece in flags for _ in range(len(piece.ids))]
+        else:
+            cuts = list(accumulate(len(text) for text, _ in example.segments))
+            tokens, offsets = self._tokens("".join(text for text, _ in example.segments), cuts[:-1])
+            segment = np.searchsorted(cuts[:-1], offsets[:, 0], side="right")  # the one each token begins in
+            ids = tokens.tolist()
+            trained = np.array([learn for _, learn in example.segments])[segment].tolist()
         if self.adds_bos and ids[:1] != [bos]:
             ids, trained = [bos, *ids], [False, *trained]
         if eos is not None and ids[-1:] != [eos]:
             ids, trained = [*ids, eos], [*trained, True]
         return Row(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), place)
+
+
+def _result(function: Any, argument: Any) -> Any:
+    """Return what a function returns, or the RowError it raises: one bad row must not stop the others."""
+    try:
+        return function(argument)
+    except RowError as error:
+        return error

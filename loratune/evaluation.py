@@ -177,7 +177,7 @@ def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, l
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = data.load([Source(path=section.train[0].path)], section, encoder)
-    return held_out.take(range(min(limit, len(held_out)))) if limit else held_out
+    return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
 
 
 def _systems(what: Subject) -> Iterator[tuple[str, model.Loaded]]:
@@ -285,7 +285,7 @@ def _write_predictions(
         out = folder / "predictions.jsonl"
     lines = []
     for index, (prompt, reference) in questions.items():
-        row = {"place": str(rows.places[index]), "prompt": tokenizer.decode(prompt), "reference": reference}
+        row = {"place": str(rows.place(index)), "prompt": tokenizer.decode(prompt), "reference": reference}
         for system, texts in answered.items():
             row |= {system: texts[index], f"{system} scores": per_row[system][index]}
         lines.append(json.dumps(row, ensure_ascii=False))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import weakref
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import IO, Any, Literal
 
-from loratune.errors import Place, Problem, StorageError
+from loratune.errors import Place
 
 Fate = Literal["kept", "cut", "split", "by turn", "dropped", "duplicate", "skipped", "refused"]
 
@@ -50,14 +46,17 @@ class Counts:
 
 
 class Ledger:
-    """Collects the fate of each row of a set, on disk when there are many."""
+    """Records the fate of each row of a set: a line each in a text file, and the sums.
 
-    def __init__(self, name: str):
+    Args:
+        name: of the set, as it stands in each line.
+        lines: where the lines go.
+    """
+
+    def __init__(self, name: str, lines: IO[str]):
         self.name = name
         self.counts = Counts()
-        # in memory until it is large; closed with the ledger
-        self._lines: IO[str] = tempfile.SpooledTemporaryFile(16 << 20, "w+", encoding="utf-8")  # noqa: SIM115
-        weakref.finalize(self, self._lines.close)
+        self._lines = lines
 
     def add(self, place: Place, fate: Fate, tokens: int = 0, lost: int = 0, reason: str = "") -> None:
         """Record a row.
@@ -89,16 +88,3 @@ class Ledger:
             counts.first.append(f"{place}: {reason}")
         line = {"set": self.name, "place": str(place), "fate": fate, "tokens": tokens}
         self._lines.write(json.dumps({**line, **({"lost": lost, "reason": reason} if reason else {})}) + "\n")
-
-    def append_to(self, path: Path) -> None:
-        """Append the lines to a file.
-
-        Raises:
-            StorageError: when it can't be written.
-        """
-        try:
-            self._lines.seek(0)
-            with path.open("a", encoding="utf-8") as stream:
-                shutil.copyfileobj(self._lines, stream)
-        except OSError as error:
-            raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None

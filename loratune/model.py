@@ -273,7 +273,7 @@ def quiet() -> None:
     """Keep libraries from writing between our lines; what matters of theirs is told by us."""
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retries while offline

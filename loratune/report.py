@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from rich.text import Text
 
 from loratune.errors import Place, Problem, StorageError
 from loratune.loop import Step
+
+QUIET = 15  # seconds between two lines about long work where there is no terminal
 
 
 def memory() -> int:
@@ -86,16 +88,37 @@ class Report:
         self.console.print(line, markup=False, style="yellow")
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Any]:
-        """Show how many of something have been read; yields the function to call with the number so far."""
+    def counting(self, what: str) -> Iterator[Callable[..., None]]:
+        """Show how many of something are done, on a terminal as a bar, elsewhere as a line now and then.
+
+        Yields the function to call with the number so far and, where it is known, the part (0-1) that is done.
+        """
+        began = told = time.perf_counter()
+
+        def line(count: int, share: float | None) -> str:
+            seconds = max(time.perf_counter() - began, 1e-3)
+            done = f"{what}: {count:,}, {count / seconds:,.0f}/s"
+            left = seconds * (1 - share) / share if share else None
+            return done if left is None else f"{done}, {duration(left)} left"
+
+        def plain(count: int, share: float | None = None) -> None:
+            nonlocal told
+            if time.perf_counter() - told > QUIET:
+                told = time.perf_counter()
+                self.note(line(count, share))
+
         if not self.live:
-            yield lambda count: None
+            yield plain
             return
-        with self.console.status(what) as status:
-            began = time.perf_counter()
-            yield lambda count: status.update(
-                f"{what}: {count:,} ({count / max(time.perf_counter() - began, 1e-3):,.0f}/s)"
-            )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=None, line="")
+
+            def show(count: int, share: float | None = None) -> None:
+                total = None if share is None else 1.0
+                bar.update(task, total=total, completed=share or 0, line=line(count, share).removeprefix(f"{what}: "))
+
+            yield show
 
     @contextmanager
     def training(self, done: int, steps: int, every: int) -> Iterator[None]:

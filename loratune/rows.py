@@ -8,10 +8,11 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loratune.errors import DataError, Place, Problem, listed
 from loratune.formats.base import key_twice, why_no_json
@@ -27,15 +28,76 @@ class RawRow:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a source, still as lines where they are lines: another process may read them.
+
+    Attributes:
+        lines: of a .jsonl file, whole ones.
+        place: the file and the number of the first line.
+        ready: rows that are read already, of the other kinds of files.
+        size: bytes of the file that this is (packed ones of a .gz file).
+        weight: of the source.
+    """
+
+    lines: bytes = b""
+    place: Place | None = None
+    ready: tuple[RawRow, ...] = ()
+    size: int = 0
+    weight: float = 1.0
+
+    def rows(self) -> Iterator[RawRow]:
+        """Yield the rows, in order."""
+        yield from self.ready
+        if self.place is None:
+            return
+        for number, line in enumerate(io.BytesIO(self.lines), self.place.line):
+            if line.strip():
+                yield _json_line(line, replace(self.place, line=number))
+
+    def head(self, number: int) -> tuple[Block, int]:
+        """Return the block without what is behind its first `number` rows, and how many rows it has then."""
+        if self.ready:
+            return replace(self, ready=self.ready[:number]), min(number, len(self.ready))
+        kept, found = [], 0
+        for line in io.BytesIO(self.lines):
+            if found == number:
+                break
+            kept.append(line)
+            found += bool(line.strip())
+        return replace(self, lines=b"".join(kept)), found
+
+
+BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work can be shared out
+READY = 256  # rows of a block of the other kinds
+
+
 def read(source: Source) -> Iterator[RawRow]:
-    """Yield the rows of a source, in the order of its files' names and lines.
+    """Yield the rows of a source, in the order of its files' names and lines; see `blocks`."""
+    for block in blocks(source):
+        yield from block.rows()
+
+
+def blocks(source: Source) -> Iterator[Block]:
+    """Yield a source in blocks, in the order of its files' names and lines; no more than `max_rows` rows.
 
     Raises:
         DataError: when a file can't be read at all, or a hub data set can't be had.
     """
+    left = source.max_rows
+    for block in _blocks(source):
+        if left is not None:
+            block, found = block.head(left)
+            left -= found
+        yield replace(block, weight=source.weight)
+        if left == 0:
+            return
+
+
+def _blocks(source: Source) -> Iterator[Block]:
     path = Path(source.path)
     if not path.is_absolute():
-        yield from _hub(source)
+        yield from _ready(_hub(source))
         return
     for file in files(path):
         try:
@@ -43,6 +105,14 @@ def read(source: Source) -> Iterator[RawRow]:
         except (OSError, EOFError, zlib.error) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise DataError(Problem(f"can't be read: {reason}", Place(str(file)))) from None
+
+
+def _ready(rows: Iterable[RawRow], size: int = 0) -> Iterator[Block]:
+    """Yield rows in blocks; the first stands for the whole file, as it was read whole."""
+    left = iter(rows)
+    while ready := tuple(islice(left, READY)):
+        yield Block(ready=ready, size=size)
+        size = 0
 
 
 def files(path: Path) -> list[Path]:
@@ -74,34 +144,42 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _file(path: Path) -> Iterator[RawRow]:
-    kind = _suffix(path)
-    name = str(path)
+def _file(path: Path) -> Iterator[Block]:
+    kind, name, size = _suffix(path), str(path), path.stat().st_size
     if kind == ".parquet":
-        yield from _parquet(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path, name)
+        packed = path.suffix == ".gz"
+        yield from _parquet(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path, name, size)
         return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
         if kind == ".jsonl":
-            for number, raw in enumerate(stream, 1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if line.strip():
-                    yield _json_line(line, Place(name, number))
+            yield from _jsonl(stream, raw, name)
         elif kind == ".json":
-            yield from _json(stream.read(), name)
+            yield from _ready(_json(stream.read(), name), size)
+        elif kind == ".csv":
+            yield from _ready(_csv(stream, path), size)
         else:
-            text = _utf8(stream.read(), name)
-            if kind == ".csv":
-                yield from _csv(text, name)
-            else:
-                yield RawRow(Place(name), {"text": text})
+            yield from _ready([RawRow(Place(name), {"text": _utf8(stream.read(), name)})], size)
+
+
+def _jsonl(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, name: str) -> Iterator[Block]:
+    line, done = 1, 0
+    while lines := stream.read(BLOCK):
+        if not lines.endswith(b"\n"):
+            lines += stream.readline()
+        at = raw.tell()
+        yield Block(lines.removeprefix(b"\xef\xbb\xbf") if line == 1 else lines, Place(name, line), size=at - done)
+        line, done = line + lines.count(b"\n"), at
 
 
 def _utf8(raw: bytes, name: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(Problem("not UTF-8", Place(name, line), "save it as UTF-8")) from None
+        raise _no_utf8(name, raw.count(b"\n", 0, error.start) + 1) from None
+
+
+def _no_utf8(name: str, line: int) -> DataError:
+    return DataError(Problem("not UTF-8", Place(name, line), "save it as UTF-8"))
 
 
 def _json_line(line: bytes, place: Place) -> RawRow:
@@ -165,37 +243,54 @@ def _json(raw: bytes, name: str) -> Iterator[RawRow]:
         yield _object(value, Place(f"{name} row {number}"), keys)
 
 
-def _csv(text: str, name: str) -> Iterator[RawRow]:
+def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # else an open quote swallows the rest of the file
-    columns: list[str] = []
-    line = 1
+    name, columns, line = str(path), list[str](), 1
     try:
-        for cells in reader:
-            place, line = Place(name, line), reader.line_num + 1  # a row ends below its start where a cell holds lines
-            if not cells:
-                continue
-            if not columns:
-                columns = cells
-            elif len(cells) != len(columns):
-                what = "more" if len(cells) > len(columns) else "fewer"
-                yield RawRow(place, None, f"{what} cells than the {len(columns)} columns")
-            else:
-                yield RawRow(place, dict(zip(columns, cells, strict=True)))
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True)  # else an open quote swallows the rest of the file
+            for cells in reader:
+                # a row ends below its start where a cell holds lines
+                place, line = Place(name, line), reader.line_num + 1
+                if not cells:
+                    continue
+                if not columns:
+                    columns = cells
+                elif len(cells) != len(columns):
+                    what = "more" if len(cells) > len(columns) else "fewer"
+                    yield RawRow(place, None, f"{what} cells than the {len(columns)} columns")
+                else:
+                    yield RawRow(place, dict(zip(columns, cells, strict=True)))
+    except UnicodeDecodeError:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as again:
+            raise _no_utf8(name, _first_not_utf8(again)) from None
     except csv.Error as error:
         raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
 
 
-def _parquet(file: Path | io.BytesIO, name: str) -> Iterator[RawRow]:
+def _first_not_utf8(stream: Iterable[bytes]) -> int:
+    """Return the number of the first line that is not UTF-8: decoding runs ahead of reading rows."""
+    number = 0
+    for number, line in enumerate(stream, 1):  # noqa: B007 - the last line where none is wrong alone
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            break
+    return number
+
+
+def _parquet(file: Path | io.BytesIO, name: str, size: int) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(Place(f"{name} row {number}"), value)
+        table = pq.ParquetFile(file)
+        for batch in table.iter_batches(batch_size=READY):
+            values = enumerate(batch.to_pylist(), number + 1)
+            ready = tuple(RawRow(Place(f"{name} row {row}"), value) for row, value in values)
+            number += len(ready)
+            yield Block(ready=ready, size=size * len(ready) // table.metadata.num_rows)
     except UnicodeDecodeError:
         raise DataError(Problem("not UTF-8", Place(f"{name} row {number + 1} or later"))) from None
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -204,19 +299,26 @@ def _parquet(file: Path | io.BytesIO, name: str) -> Iterator[RawRow]:
 
 
 def _hub(source: Source) -> Iterator[RawRow]:
+    for number, value in enumerate(hub(source), 1):
+        yield RawRow(Place(f"{source.path}[{source.split}] row {number}"), dict(value))
+
+
+def hub(source: Source) -> Any:
+    """Return a hub data set, from the local cache of `datasets` where it is there.
+
+    Raises:
+        DataError: when it can't be had.
+    """
     import datasets
 
-    name = f"{source.path}[{source.split}]"
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the hub client raises dozens of kinds: all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             Problem(
                 f"can't be loaded from the hub: {reason}",
-                Place(name),
+                Place(f"{source.path}[{source.split}]"),
                 "name a local file, folder or glob if that was meant",
             )
         ) from None
-    for number, value in enumerate(rows, 1):
-        yield RawRow(Place(f"{name} row {number}"), dict(value))

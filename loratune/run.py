@@ -125,7 +125,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     tokenizer = with_template(model.load_tokenizer(recipe.model), recipe.data.chat_template)
-    with report.counting("reading rows") as counting:
+    with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where)
     set_seed(settings.seed)
@@ -173,7 +173,7 @@ def _begin(job: _Job, resume: bool) -> Progress:
         ledger = job.folder / "ledger.jsonl"
         ledger.unlink(missing_ok=True)
         for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
-            rows.ledger.append_to(ledger)
+            rows.append_ledger(ledger)
     return progress
 
 
@@ -415,6 +415,7 @@ def _tell_start(
     report.note(
         f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
         + (f", {len(held_out):,} held out" if held_out else "")
+        + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
     )
     for line in _about_rows(recipe, rows):
         report.note(f"         {line}")

@@ -1,0 +1,106 @@
+"""What decides the tokenized rows of a set, as one hash: rows kept in the cache are found by it and never stale."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+import loratune
+from loratune import rows
+from loratune.encode import Encoder
+from loratune.errors import DataError, Place, Problem
+from loratune.recipe import Data, Source
+
+# whose code decides what a row becomes, ours and others'
+_MODULES = ("rows", "formats", "section", "templates", "turns", "encode", "prepare", "ledger", "store", "data")
+_PACKAGES = ("tokenizers", "transformers", "jinja2", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A data file as it was when a run began: size in bytes, time of its last change (ns), hash of its bytes."""
+
+    path: str
+    size: int
+    changed: int
+    digest: str
+
+
+def of(source: Source) -> list[Input]:
+    """Return the files of a source, every byte of them read; of a hub data set, those in the cache of `datasets`.
+
+    Raises:
+        DataError: when there are none, or one can't be read.
+    """
+    path = Path(source.path)
+    if path.is_absolute():
+        return [_input(str(file)) for file in rows.files(path)]
+    return [_input(file["filename"]) for file in rows.hub(source).cache_files]
+
+
+def _input(path: str) -> Input:
+    digest = xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            before = os.fstat(stream.fileno())
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    except OSError as error:
+        raise DataError(Problem(f"can't be read: {error.strerror}", Place(path))) from None
+    return Input(path, before.st_size, before.st_mtime_ns, digest.hexdigest())
+
+
+def check_unchanged(given: Sequence[Input]) -> None:
+    """Check that no file was written to since it was hashed.
+
+    Raises:
+        DataError: when one was.
+    """
+    for one in given:
+        now = os.stat(one.path) if os.path.exists(one.path) else None
+        if now is None or (now.st_size, now.st_mtime_ns) != (one.size, one.changed):
+            raise DataError(Problem("changed while it was read", Place(one.path), "start again when it is whole"))
+
+
+def key(
+    sources: Sequence[Source], given: Sequence[Sequence[Input]], data: Data, encoder: Encoder, name: str
+) -> str | None:
+    """Return a hash (hex) of everything that decides the rows of a set, or None where that can't be known.
+
+    Args:
+        sources: of the set.
+        given: the files of each source.
+        data: how rows are read and fitted.
+        encoder: with the tokenizer and its chat template.
+        name: of the set.
+    """
+    if not all(given):  # a hub data set that lies in memory only
+        return None
+    template = encoder.turns.template or ""
+    tokenizer = encoder.tokenizer
+    parts = {
+        "code": _code(),
+        "packages": {package: version(package) for package in _PACKAGES},
+        "name": name,
+        "sources": [source.model_dump() for source in sources],
+        "files": [[(one.path, one.size, one.digest) for one in some] for some in given],
+        "rules": data.model_dump(mode="json", include={"format", "max_length", "on_long", "on_bad_row", "duplicates"}),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": template,
+        "today": date.today().isoformat() if "strftime_now" in template else "",  # it may write the date
+    }
+    return xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> str:
+    folder = Path(loratune.__file__).parent
+    files = sorted(file for name in _MODULES for file in (*folder.glob(f"{name}.py"), *folder.glob(f"{name}/*.py")))
+    return xxh3_128(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,118 @@
+"""What becomes of the rows of one block: read, tokenized, and fitted to the longest length.
+
+A pure function of the block, the tokenizer and the recipe's `data`, so that any process can do any block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from loratune.encode import Encoder, Row
+from loratune.errors import Place
+from loratune.formats import Auto, Example, Plain, RowError
+from loratune.ledger import Fate
+from loratune.recipe import Data
+from loratune.rows import Block, RawRow
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row that was read, and what is left of it to train on.
+
+    Attributes:
+        place: where it stands.
+        fate: what became of it; that it is a duplicate is found out later.
+        reason: why it was not kept whole, or "".
+        format: what it was read as, or "" where that is not known.
+        tokens: its length, whatever was cut.
+        content: a 63-bit number for what it says: rows of the same tokens and masks have the same.
+        pieces: the rows to train on; none where it is lost.
+    """
+
+    place: Place
+    fate: Fate
+    reason: str = ""
+    format: str = ""
+    tokens: int = 0
+    content: int = 0
+    pieces: tuple[Row, ...] = ()
+
+
+def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
+    """Return what becomes of each row of a block, in order."""
+    found: list[Prepared | None] = []
+    read: list[tuple[Example, str, Place]] = []
+    for raw in block.rows():
+        try:
+            read.append((*_example(raw, data), raw.place))
+            found.append(None)
+        except RowError as error:
+            found.append(_unusable(raw.place, error, data))
+    rows = iter(encoder.batch([(example, place) for example, _, place in read]))
+    tokenized = (_fitted(*one, next(rows), data) for one in read)
+    return [next(tokenized) if one is None else one for one in found]
+
+
+def _example(raw: RawRow, data: Data) -> tuple[Example, str]:
+    """Return a row as an example, and the format it was read as."""
+    if raw.value is None:
+        raise RowError("", raw.problem)
+    chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
+    return chosen.read(raw.value), chosen.type
+
+
+def _unusable(place: Place, error: RowError, data: Data, format: str = "") -> Prepared:
+    return Prepared(place, "skipped" if data.on_bad_row == "skip" else "refused", str(error), format)
+
+
+def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | RowError, data: Data) -> Prepared:
+    if isinstance(encoded, RowError):
+        return _unusable(place, encoded, data, format)
+    if not all(row.count() for row in encoded):
+        error = RowError("", "has no trained token: nothing would be learned from it")
+        return _unusable(place, error, data, format)
+    fate, pieces = _fit(encoded, example, data)
+    told = _TOLD.get(fate)
+    longest = max(len(row.ids) for row in encoded)
+    reason = f"{longest:,} tokens, {told.format(data.max_length)}" if told else ""
+    tokens = sum(len(row.ids) for row in encoded)
+    return Prepared(place, fate, reason, format, tokens, _content(encoded), tuple(pieces))
+
+
+def _content(encoded: Sequence[Row]) -> int:
+    """Return a 63-bit number for the tokens of a row and which of them are trained."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in encoded:
+        digest.update(row.ids.tobytes())
+        digest.update(row.trained.tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+# what is told of a row that was not kept whole
+_TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "cut to {:,}", "split": "split"}
+
+
+def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
+    """Return what becomes of a row (one, or one per turn) under `max_length`, and what is left of it."""
+    if all(len(row.ids) <= data.max_length for row in encoded):
+        return ("kept" if len(encoded) == 1 else "by turn"), list(encoded)
+    if data.on_long == "error":
+        return "refused", []
+    if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
+        return "split", _split(encoded[0], data.max_length)
+    left = []
+    for row in encoded:
+        cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
+        if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
+            left.append(cut)
+    return ("cut" if left else "dropped"), left
+
+
+def _split(row: Row, max_length: int) -> list[Row]:
+    """Cut a row into pieces of about one length: a last one of one token would teach nothing."""
+    number = -(-len(row.ids) // max_length)
+    cuts = [len(row.ids) * piece // number for piece in range(number + 1)]
+    return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]

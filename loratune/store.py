@@ -1,0 +1,208 @@
+"""Tokenized rows on disk: an Arrow file that is mapped, not loaded, in a folder of the cache that can be found again.
+
+A folder holds `rows.arrow`, `ledger.jsonl` and `about.json`. It is written beside its place, flushed to the disk and
+renamed, so that it is whole or isn't there. Its name is a hash of everything that decides what is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from loratune.encode import Row
+from loratune.errors import Place, Problem, StorageError
+
+BATCH = 1 << 20  # tokens of an Arrow batch
+UNUSED = 30 * 86400  # seconds after which a folder nobody asked for is taken away
+_SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "trained": pa.list_(pa.bool_()),
+        "length": pa.int32(),
+        "count": pa.int32(),  # tokens that can be trained
+        "weight": pa.float64(),  # how often the row is seen per epoch
+        "content": pa.int64(),  # the same for rows that say the same
+        "record": pa.int64(),  # number of the row that was read: pieces of one share it
+        "source": pa.string(),
+        "line": pa.int32(),
+    }
+)
+
+
+class Writer:
+    """Writes rows to a folder that is not in its place yet.
+
+    Raises:
+        StorageError: when it can't be written.
+    """
+
+    def __init__(self, parent: Path):
+        with _writing(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            _tidy(parent)
+            self.folder = Path(tempfile.mkdtemp(prefix=".", dir=parent))
+            self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
+            self._file = pa.OSFile(str(self.folder / "rows.arrow"), "wb")
+            self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._waiting: list[tuple[Row, float, int, int]] = []
+        self._tokens = 0
+
+    def add(self, row: Row, weight: float, content: int, record: int) -> None:
+        """Add a row; see the schema."""
+        self._waiting.append((row, weight, content, record))
+        self._tokens += len(row.ids)
+        if self._tokens >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, weights, contents, records = zip(*self._waiting, strict=True) if self._waiting else ((),) * 4
+        lengths = np.array([len(row.ids) for row in rows], dtype=np.int32)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        ids = np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)])
+        trained = np.concatenate([np.empty(0, bool), *(row.trained for row in rows)])
+        columns = [
+            pa.ListArray.from_arrays(offsets, pa.array(ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(trained)),
+            pa.array(lengths),
+            pa.array([row.count() for row in rows], pa.int32()),
+            pa.array(weights, pa.float64()),
+            pa.array(contents, pa.int64()),
+            pa.array(records, pa.int64()),
+            pa.array([row.place.source for row in rows], pa.string()),
+            pa.array([row.place.line for row in rows], pa.int32()),
+        ]
+        with _writing(self.folder):
+            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        self._waiting, self._tokens = [], 0
+
+    def commit(self, about: dict[str, Any], name: str | None) -> Store:
+        """Finish the folder, give it its name (None: it goes when nobody holds it) and open it."""
+        self._flush()
+        with _writing(self.folder):
+            self._close()
+            about = {**about, "bytes": (self.folder / "rows.arrow").stat().st_size}
+            (self.folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            if name is None:
+                return Store(self.folder, passing=True)
+            for file in self.folder.iterdir():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            target = self.folder.parent / name
+            if target.exists() and find(target.parent, name) is None:
+                shutil.rmtree(target)  # damaged
+            if not target.exists():  # else another process was faster
+                self.folder.rename(target)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return Store(target)
+
+    def discard(self) -> None:
+        """Take the folder away."""
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        if not self._file.closed:
+            self._writer.close()
+            self._file.close()
+            self.ledger.close()
+
+
+class Store:
+    """The rows of a folder, mapped into memory.
+
+    Attributes:
+        about: what was written with the rows.
+        ledger: the file with a line for each row that was read.
+        lengths, trained, weights, contents, records: columns of the schema (`trained`: `count`), each of shape (rows,).
+    """
+
+    def __init__(self, folder: Path, passing: bool = False):
+        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.ledger = folder / "ledger.jsonl"
+        file = folder / "rows.arrow"
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self._batches = [_Batch(batch) for batch in table.to_batches()]
+        self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
+        columns: list[np.ndarray] = [
+            table.column(name).to_numpy() for name in ("length", "count", "weight", "content", "record")
+        ]
+        self.lengths, self.trained, self.weights, self.contents, self.records = columns
+        if passing:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def row(self, number: int) -> Row:
+        """Return a row: a copy, so that a reader may write to it."""
+        batch, index = self._where(number)
+        return batch.row(index)
+
+    def place(self, number: int) -> Place:
+        """Return where a row came from."""
+        batch, index = self._where(number)
+        return batch.place(index)
+
+    def _where(self, number: int) -> tuple[_Batch, int]:
+        batch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._batches[batch], number - int(self._starts[batch])
+
+
+class _Batch:
+    def __init__(self, batch: pa.RecordBatch):
+        ids = batch.column("ids")
+        self._offsets = ids.offsets.to_numpy()
+        self._ids = ids.values.to_numpy()
+        self._trained = batch.column("trained").values
+        self._source, self._line = batch.column("source"), batch.column("line")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def row(self, index: int) -> Row:
+        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        trained = self._trained.slice(start, end - start).to_numpy(zero_copy_only=False)
+        return Row(self._ids[start:end].copy(), trained, self.place(index))
+
+    def place(self, index: int) -> Place:
+        return Place(self._source[index].as_py(), self._line[index].as_py())
+
+
+def find(parent: Path, name: str) -> Store | None:
+    """Return the rows of that name, or None where there are none that are whole; note that they are in use."""
+    folder = parent / name
+    try:
+        store = Store(folder)
+        if store.about["bytes"] != (folder / "rows.arrow").stat().st_size:
+            return None
+        os.utime(folder / "about.json")
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+    return store
+
+
+def _tidy(parent: Path) -> None:
+    """Take away what nobody asked for in a month, and what a killed process left a day ago."""
+    for folder in parent.iterdir():
+        used = folder / "about.json"
+        age = time.time() - (used if used.exists() else folder).stat().st_mtime
+        if age > (86400 if folder.name.startswith(".") else UNUSED):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a message."""
+    try:
+        yield
+    except OSError as error:
+        hint = "rows are kept there to be found again; name another folder with $LORATUNE_CACHE"
+        raise StorageError(Problem(f"can't be written: {error.strerror or error}", Place(str(folder)), hint)) from None

@@ -1,0 +1,152 @@
+"""Processes that prepare blocks of rows: as many as there are cores, light ones, that end with the one that asked.
+
+A worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which is
+not safe beside torch's threads, or import the caller's main module again, and their workers outlive a killed parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from loratune.encode import Encoder
+from loratune.errors import SetupError
+from loratune.prepare import Prepared, prepare
+from loratune.recipe import Data
+from loratune.rows import Block
+
+SMALL = 1 << 20  # bytes of data files that one process reads faster than others start
+AHEAD = 2  # blocks per worker on their way, so that none waits for the next
+
+
+def cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def prepared(
+    blocks: Iterable[Block], data: Data, encoder: Encoder, number: int
+) -> Iterator[tuple[Block, list[Prepared]]]:
+    """Yield each block with what became of its rows, in order.
+
+    Args:
+        blocks: of a source.
+        data: how rows are read and fitted.
+        encoder: of the base model's tokenizer.
+        number: of processes; below 2 this one does it all (tokenizing in several threads).
+
+    Raises:
+        SetupError: when a worker dies, for want of memory most likely.
+    """
+    if number < 2:
+        yield from ((block, prepare(block, data, encoder)) for block in blocks)
+        return
+    workers = [_Worker(data, encoder) for _ in range(number)]
+    threads = ThreadPoolExecutor(number)  # a thread waits for each worker
+    free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+
+    def ask(block: Block) -> list[Prepared]:
+        worker = free.get()
+        try:
+            return worker.ask(block)
+        finally:
+            free.put(worker)
+
+    try:
+        yield from _windowed(blocks, lambda block: threads.submit(ask, block), AHEAD * number)
+    finally:
+        for worker in workers:
+            worker.kill()  # before the threads, which wait for them
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.close()
+
+
+def _windowed(
+    blocks: Iterable[Block], submit: Callable[[Block], Future[list[Prepared]]], width: int
+) -> Iterator[tuple[Block, list[Prepared]]]:
+    """Yield results in order, at most `width` on their way: memory does not depend on how many there are."""
+    waiting: deque[tuple[Block, Future[list[Prepared]]]] = deque()
+    for block in blocks:
+        waiting.append((block, submit(block)))
+        if len(waiting) == width:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+class _Worker:
+    def __init__(self, data: Data, encoder: Encoder):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loratune.workers"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._send((data, encoder.tokenizer))
+
+    def _send(self, what: object) -> None:
+        try:
+            pickle.dump(what, self._requests, protocol=5)
+            self._requests.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def ask(self, block: Block) -> list[Prepared]:
+        self._send(block)
+        try:
+            answer: list[Prepared] = pickle.load(self._answers)
+        except (EOFError, pickle.UnpicklingError):
+            raise self._died() from None
+        return answer
+
+    def _died(self) -> SetupError:
+        ended = self._process.wait()
+        return SetupError(
+            f"a process that reads rows ended early ({'signal' if ended < 0 else 'exit code'} {abs(ended)})",
+            "was memory short? close other programs, or split very long rows",
+        )
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        for pipe in (self._requests, self._answers):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    """Answer blocks from stdin on stdout until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    requests = sys.stdin.buffer
+    data, tokenizer = pickle.load(requests)
+    encoder = Encoder(tokenizer)
+    while True:
+        try:
+            block = pickle.load(requests)
+        except EOFError:
+            return
+        pickle.dump(prepare(block, data, encoder), answers, protocol=5)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()
