@@ -10,6 +10,7 @@ import numpy as np
 
 from loratune.data import Rows
 from loratune.encode import Row
+from loratune.packing import pack
 
 WINDOW = 16  # batches whose rows are sorted by length together
 AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens, padding included, of a micro-batch of `auto`
@@ -65,11 +66,13 @@ class Batch:
         micro: rows of each micro-batch of this process, longest first.
         epoch: how many epochs will have been seen after this step.
         rows: number of rows over all processes.
+        packed: whether the rows of a micro-batch stand behind one another; else they are padded to the longest.
     """
 
     micro: list[list[Row]]
     epoch: float
     rows: int
+    packed: bool = False
 
 
 def batches(
@@ -82,10 +85,12 @@ def batches(
     device: str = "cpu",
     rank: int = 0,
     world: int = 1,
+    capacity: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 
-    The batches don't depend on `micro_batch_size`, `rank` or `world`: each process gets its part of the same rows.
+    The batches don't depend on `micro_batch_size`, `rank`, `world` or `capacity`: each process gets its part of the
+    same rows. With a `capacity` (tokens) these are packed, and packs are what a micro-batch is made of.
     """
     per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
     epoch, order = -1, []
@@ -98,7 +103,11 @@ def batches(
         if not mine:  # fewer rows than processes: this one repeats a row and learns nothing from it
             row = data[int(chosen[0])]
             mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
-        yield Batch(split(mine, micro_batch_size, AUTO_TOKENS[device]), (step + 1) / per_epoch, len(chosen))
+        if capacity is None:
+            micro = split(mine, micro_batch_size, AUTO_TOKENS[device])
+        else:
+            micro = split_packed(mine, capacity, micro_batch_size, AUTO_TOKENS[device])
+        yield Batch(micro, (step + 1) / per_epoch, len(chosen), packed=capacity is not None)
 
 
 def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
@@ -111,6 +120,37 @@ def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[l
         parts.append(chosen[:fits])
         chosen = chosen[fits:]
     return parts
+
+
+def split_packed(chosen: list[Row], capacity: int, micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
+    """Pack rows and cut the packs into micro-batches of so many packs, or for `auto` of so many tokens.
+
+    Returns:
+        The rows of each micro-batch, those of a pack behind one another.
+    """
+    lengths = np.array([len(row.ids) for row in chosen])
+    parts: list[list[Row]] = []
+    packs = filled = 0  # of the last part
+    for members in pack(lengths, capacity):
+        size = int(lengths[members].sum())
+        full = packs == micro_batch_size if isinstance(micro_batch_size, int) else filled + size > tokens
+        if full or not parts:
+            parts.append([])
+            packs = filled = 0
+        parts[-1] += [chosen[i] for i in members]
+        packs, filled = packs + 1, filled + size
+    return parts
+
+
+def filling(
+    data: Rows, batch_size: int, seed: int, capacity: int, rank: int = 0, world: int = 1
+) -> tuple[float, float]:
+    """Return how many rows a pack holds and how full it is (0-1), on average over the first 256 steps."""
+    rows = tokens = packs = 0
+    for chosen in epoch_order(data.lengths, data.weights, batch_size, seed, 0)[:256]:
+        lengths = data.lengths[chosen[rank::world]]
+        rows, tokens, packs = rows + len(lengths), tokens + int(lengths.sum()), packs + len(pack(lengths, capacity))
+    return rows / packs, tokens / packs / capacity
 
 
 def in_length_order(data: Rows, micro_batch_size: int | str, device: str) -> list[list[Row]]:

@@ -100,11 +100,10 @@ def _problem(detail: ErrorDetails, tree: Tree, model: type[Section], foreign: Ma
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         close = did_you_mean(node.raw, known) if isinstance(node.value, str) else None
-        return Problem(
-            f"`{name}` must be one of {listed(known)}, given {node.given()}",
-            node.place,
-            f"did you mean `{close}`?" if close else None,
-        )
+        hint = f"did you mean `{close}`?" if close else None
+        if isinstance(node.value, bool) and {"on", "off"} <= set(known):
+            hint = f"write {'on' if node.value else 'off'}"
+        return Problem(f"`{name}` must be one of {listed(known)}, given {node.given()}", node.place, hint)
     if kind in _LIMITS:
         word, key = _LIMITS[kind]
         limit = context[key]

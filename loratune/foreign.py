@@ -32,6 +32,7 @@ FOREIGN = {
     "sequence_len": "write `data.max_length`",
     "max_seq_length": "write `data.max_length`",
     "cutoff_len": "write `data.max_length`",
+    "sample_packing": "write `data.packing: on` or `off`",
     "learning_rate": "write `optimizer.lr`",
     "betas": "write `optimizer.beta1` and `optimizer.beta2`",
     "lr_scheduler": "write `train.schedule`",

@@ -19,9 +19,9 @@ from loratune.errors import TrainingError
 class Objective(Protocol):
     """What the loop needs of an objective: a sum and what to divide it by."""
 
-    def collate(self, rows: list[Row]) -> dict[str, torch.Tensor]: ...
-    def count(self, batch: dict[str, torch.Tensor]) -> int: ...
-    def total(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def collate(self, rows: list[Row], packed: bool = False) -> dict[str, Any]: ...
+    def count(self, batch: dict[str, Any]) -> int: ...
+    def total(self, model: Any, batch: dict[str, Any]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def steps(
         model.train()  # the caller may have evaluated
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
-        micro = [objective.collate(part) for part in batch.micro]
+        micro = [objective.collate(part, batch.packed) for part in batch.micro]
         sizes = torch.tensor(
             # a part without a count only keeps this process in step with the others: its tokens are no one's
             [
                 sum(objective.count(part) for part in micro),
-                sum(int(p["attention_mask"].sum()) for p in micro if objective.count(p)),
+                sum(_tokens(part) for part in micro if objective.count(part)),
             ]
         )
         if world > 1:
@@ -94,7 +94,7 @@ def steps(
         for index, part in enumerate(micro):
             last = index == len(micro) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = objective.total(model, {k: v.to(device, non_blocking=True) for k, v in part.items()})
+                loss = objective.total(model, _on(device, part))
                 accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
             total += loss.detach()
         if world > 1:
@@ -131,7 +131,7 @@ def measure(
         for index, rows in enumerate(micro_batches):
             if index % world == rank:
                 part = objective.collate(rows)
-                total = objective.total(inner, {key: value.to(device) for key, value in part.items()})
+                total = objective.total(inner, _on(device, part))
                 sums += torch.stack(
                     [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
                 )
@@ -139,6 +139,18 @@ def measure(
         sums = accelerator.reduce(sums, reduction="sum")
     total_loss, count = sums.tolist()
     return total_loss / max(count, 1), int(count)
+
+
+def _on(device: torch.device, part: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in part.items()
+    }
+
+
+def _tokens(part: dict[str, Any]) -> int:
+    """Return the tokens of a micro-batch: all of a packed one, those of a padded one without padding."""
+    return int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
 
 
 def _not_finite(number: int, batch: Batch, loss: float) -> TrainingError:

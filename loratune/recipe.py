@@ -125,6 +125,11 @@ class Data(Section):
         "error",
         description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)",
     )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="rows of a step behind one another in packs of at most max_length tokens, none cut and none seeing "
+        "another, instead of padded; auto: where that is exact; never changes what is optimized",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="what happens to a row that can't be read or has nothing to train"
     )
@@ -162,7 +167,10 @@ class Train(Section):
         int | Literal["auto"],
         PlainValidator(_rows_or_auto),
         WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
-    ] = Field("auto", description="rows in memory at once per device, or auto; never changes what is optimized")
+    ] = Field(
+        "auto",
+        description="rows (where packed: packs) in memory at once per device, or auto; never changes what is optimized",
+    )
     schedule: Schedule = Field(Cosine(), description="how the learning rate moves")
     warmup: Share = Field(0.03, description="steps, or part (0-1) of all steps, over which the rate rises")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, of dropout and of new weights")

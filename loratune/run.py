@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 import loratune
-from loratune import batches, card, checkpoint, data, loop, model, plot
+from loratune import apart, batches, card, checkpoint, data, loop, model, plot
+from loratune.apart import Packing
 from loratune.checkpoint import Progress
 from loratune.data import Rows
 from loratune.encode import Encoder, with_template
@@ -112,6 +113,7 @@ class _Job:
     optimizer: Any
     train_rows: Rows
     eval_rows: Rows | None
+    packing: Packing
     per_epoch: int
     steps: int
 
@@ -119,6 +121,12 @@ class _Job:
     def first(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def micro_batch_size(self) -> int | str:
+        """Rows or packs at once; with a mask every token of a pack meets every other, so that one pack is enough."""
+        chosen = self.recipe.train.micro_batch_size
+        return 1 if self.packing.by == "mask" and chosen == "auto" else chosen
 
 
 def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
@@ -131,20 +139,22 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
+    packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(_trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
+    batching = _batching(recipe, packing, train_rows, accelerator)
+    _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing, batching)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": _counts(train_rows), "eval": _counts(eval_rows) if eval_rows else None},
-        steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
+        batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
     )  # fmt: skip
     return _Job(
         recipe, folder, accelerator, report, facts, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, per_epoch, steps,
+        train_rows, eval_rows, packing, per_epoch, steps,
     )  # fmt: skip
 
 
@@ -199,9 +209,10 @@ def _loop(job: _Job, progress: Progress) -> Progress:
     net = accelerator.prepare_model(job.net) if several else job.net
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     order = batches.batches(
-        job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
+        job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
         progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
         job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
+        recipe.data.max_length if job.packing.packed else None,
     )  # fmt: skip
     log_every, eval_every, save_every = (
         _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
@@ -380,6 +391,15 @@ def _counts(rows: Rows) -> dict[str, Any]:
     return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
 
 
+def _batching(recipe: Recipe, packing: Packing, rows: Rows, accelerator: Accelerator) -> dict[str, Any]:
+    """Return how the rows of a step are put together, for run.json and the start report."""
+    if not packing.packed:
+        return {"packed": False, "why_not": packing.why_not}
+    settings, capacity = recipe.train, recipe.data.max_length
+    each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, accelerator.num_processes)
+    return {"packed": True, "by": packing.by, "rows_per_pack": round(each, 2), "filled": round(filled, 4)}
+
+
 def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
     """Yield what a person must know about the training rows beside their number."""
     counts = rows.counts
@@ -402,7 +422,7 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 def _tell_start(
     report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
-    on_disk: int, checkpointing: bool,
+    on_disk: int, checkpointing: bool, batching: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
     quantization = recipe.model.quantization.type
@@ -428,6 +448,14 @@ def _tell_start(
         f"{_product(recipe)} of {size(on_disk)} on disk"
     )
     report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    if batching["packed"]:
+        report.note(
+            f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
+            f"tokens on average, {batching['filled']:.0%} filled"
+            + (", kept apart by a mask" if batching["by"] == "mask" else "")
+        )
+    else:
+        report.note(f"batches  padded ({batching['why_not']})")
     for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
         if note:
             report.note(f"note     {note}")

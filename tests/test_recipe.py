@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from loratune import decode, nodes
+from loratune.errors import RecipeError
 from loratune.recipe import Recipe, from_tree, load, schema
 
 MINIMAL = "model: {base: some/model}\ndata: {train: some/rows}\noutput: run\n"
@@ -33,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "data": {
         "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "max_rows": None, "weight": 1.0}],
         "eval": None, "eval_fraction": None, "format": {"type": "auto"}, "chat_template": None,
-        "max_length": 2048, "on_long": "error", "on_bad_row": "error", "max_lost": 0.01, "duplicates": "keep",
+        "max_length": 2048, "on_long": "error", "packing": "auto", "on_bad_row": "error", "max_lost": 0.01, "duplicates": "keep",
         "overlap": "error",
     },
     "objective": {"type": "sft", "label_smoothing": 0.0, "neftune": 0.0},
@@ -451,3 +452,23 @@ def test_schema_refuses_wrong_recipes(more: dict[str, Any]) -> None:
     assert not matches(recipe, schema(), schema())
     with pytest.raises(decode.RecipeError):
         from_tree(nodes.parse(nodes.write(recipe), "r.yaml"), Path("/nowhere"))
+
+
+@pytest.mark.parametrize("word", ["auto", "on", "off"])
+def test_packing_is_a_word(word: str) -> None:
+    """YAML 1.1 reads a bare `on` as true, and a program that writes YAML 1.1 puts quotes around the word."""
+    data = "model: {base: some/model}\ndata:\n  train: some/rows\n  packing: "
+    for typed in (word, f"'{word}'"):
+        made = from_tree(nodes.parse(f"{data}{typed}\noutput: run\n", "r.yaml"), Path("/nowhere"), ())
+        assert made.data.packing == word
+        assert decode.decode(Recipe, nodes.parse(made.dump(), "r.yaml")) == made
+    assert read("", f"data.packing={word}").data.packing == word
+
+
+@pytest.mark.parametrize(("truth", "word"), [("true", "on"), ("false", "off"), ("False", "off")])
+def test_packing_is_no_truth(truth: str, word: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read("", f"data.packing={truth}")
+    (problem,) = caught.value.problems
+    assert problem.message == f"`data.packing` must be one of `auto`, `on`, `off`, given `{truth}`"
+    assert problem.hint == f"write {word}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from loratune import batches, checkpoint, data, loop, model, recipe, run
 from loratune.encode import Encoder, Row
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
 class Exploding(Section):
     """An objective whose loss is finite and whose gradient is not."""
 
-    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: list[Any], packed: bool = False) -> dict[str, torch.Tensor]:
         return {"attention_mask": torch.ones(1, 1)}
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:
@@ -332,3 +332,90 @@ def test_decay_makes_the_adapter_shorter(fit: Fit):
     for name in one:
         if "lora_A" in name:
             assert other[name].norm() < one[name].norm(), name
+
+
+# ---------------------------------------------------------------- packing
+
+
+@pytest.fixture(scope="session")
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a base whose short convolutions carry state from token to token, whatever row they are of."""
+    folder = tmp_path_factory.mktemp("stateful")
+    tokens = tiny.tokenizer()
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, pad_token_id=None,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_mixes_packed_rows_is_refused(fit: Fit, stateful: Path, tmp_path: Path):
+    with pytest.raises(ModelError) as caught:
+        fit(on=stateful, data={"packing": "on"})
+    (problem,) = caught.value.problems
+    assert problem.message.startswith("`data.packing: on`, and this model does not keep packed rows apart: a row's")
+    assert "with the row before it" in problem.message
+    assert str(problem.place) == str(stateful)
+    assert problem.hint == "set data.packing: auto or off"
+    assert not (tmp_path / "a" / "run").exists(), "nothing was begun"
+
+
+def test_a_model_that_mixes_packed_rows_is_padded_and_that_is_told(
+    fit: Fit, stateful: Path, capsys: pytest.CaptureFixture[str]
+):
+    done = fit(on=stateful, data={"packing": "auto"})
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("batches"))
+    assert told.startswith("batches  padded (a row's logits change by ")
+    batching = done.facts()["batching"]
+    assert batching["packed"] is False
+    assert f"({batching['why_not']})" in told
+    assert done.net.get_base_model().config._attn_implementation == "sdpa", "left as it was"
+    off = fit("off", on=stateful, data={"packing": "off"})
+    assert done.column("loss") == off.column("loss")
+
+
+def test_packs_are_told(fit: Fit, capsys: pytest.CaptureFixture[str]):
+    done = fit()
+    batching = done.facts()["batching"]
+    each, filled = batching["rows_per_pack"], batching["filled"]
+    told = f"batches  packed: {each:.1f} rows in a pack of at most 256 tokens on average, {filled:.0%} filled"
+    assert told in capsys.readouterr().err.splitlines()
+    fit("off", data={"packing": "off"})
+    assert "batches  padded (data.packing: off)" in capsys.readouterr().err.splitlines()
+
+
+def test_rows_of_an_int8_base_are_not_packed(fit: Fit):
+    """LLM.int8() chooses what stays in 16 bit over all tokens at once, so that no row is ever alone."""
+    assert fit(model={"quantization": "int8"}).facts()["batching"]["packed"] is False
+    with pytest.raises(ModelError, match="int8 rounds all rows of a micro-batch together"):
+        fit("on", model={"quantization": "int8"}, data={"packing": "on"})
+
+
+def test_a_packed_run_resumes_bit_for_bit(fit: Fit):
+    train = {"epochs": 3, "save_every": 4, "micro_batch_size": 1}
+    method = {"lora_dropout": 0.1}
+    straight = fit(
+        "straight", train=train, method=method, data={"packing": "on"}, objective={"type": "sft", "neftune": 5.0}
+    )
+    checkpoint.path_of(straight.folder, 9).rename(straight.folder.parent / "gone")
+    again = fit(
+        "straight",
+        train=train,
+        method=method,
+        data={"packing": "on"},
+        objective={"type": "sft", "neftune": 5.0},
+        resume=True,
+    )
+    before = load_file(straight.folder.parent / "gone" / "adapter_model.safetensors")
+    after = load_file(checkpoint.path_of(again.folder, 9) / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_packed_full_model_is_saved_with_its_own_attention(fit: Fit):
+    done = fit(method={"type": "full"}, optimizer={"type": "adamw", "lr": 1e-3}, data={"packing": "on"})
+    assert "loratune" not in (done.folder / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(done.folder).config._attn_implementation == "sdpa"

@@ -41,15 +41,18 @@ class Sft(Section):
         "(arXiv:2310.05914, alg. 1)",
     )
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Pad rows on the right into one micro-batch.
+    def collate(self, rows: Sequence[Row], packed: bool = False) -> dict[str, Any]:
+        """Make one micro-batch of rows: padded on the right, or packed behind one another.
 
         Returns:
             input_ids, attention_mask and labels, each (rows, longest); a label stands under the token itself and is
-            IGNORED where the token is not trained, or is the first of its row and so can't be predicted.
+            IGNORED where the token is not trained, or is the first of its row and so can't be predicted. Packed: see
+            `_behind_one_another`.
         """
         import torch
 
+        if packed:
+            return _behind_one_another(rows)
         shape = (len(rows), max(len(row.ids) for row in rows))
         input_ids = torch.zeros(shape, dtype=torch.long)
         attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -62,11 +65,11 @@ class Sft(Section):
             labels[index, 1:length] = torch.where(trained[1:], ids[1:], IGNORED)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
+    def count(self, batch: dict[str, Any]) -> int:
         """Return the number of trained tokens in a micro-batch."""
         return int((batch["labels"] != IGNORED).sum())
 
-    def total(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def total(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Return the summed loss of a micro-batch in nats, float32, shape ().
 
         Smoothing and noise apply only while the model is in training mode, so that an evaluation measures the plain
@@ -78,8 +81,8 @@ class Sft(Section):
         smoothing = self.label_smoothing if model.training else 0.0
         return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
-    def scores(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return sums per row of a micro-batch, each of shape (rows,), for an evaluation.
+    def scores(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return sums per row of a padded micro-batch, each of shape (rows,), for an evaluation.
 
         Returns:
             -log p of the trained tokens in nats; how many of them are the most probable token; how many there are.
@@ -98,27 +101,32 @@ class Sft(Section):
             zeros.index_add(0, row, torch.ones_like(losses)),
         )
 
-    def _predictions(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predictions(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (trained tokens, vocabulary) and targets (trained tokens,); the head runs nowhere else."""
         import torch
 
         targets = batch["labels"][:, 1:]
         predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # (rows, tokens): position t predicts token t+1
         inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-        with _head_only_at(inner, predicts), self._noise(inner, batch["attention_mask"]):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with head_only_at(inner, predicts), self._noise(inner, batch):
+            logits = model(**inputs, use_cache=False).logits
         return logits, targets[targets != IGNORED]
 
     @contextmanager
-    def _noise(self, model: Any, attention_mask: torch.Tensor) -> Iterator[None]:
+    def _noise(self, model: Any, batch: dict[str, Any]) -> Iterator[None]:
         if not (self.neftune and model.training):
             yield
             return
         import torch
 
         def add(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
-            tokens = attention_mask.sum(dim=1).view(-1, 1, 1)  # (rows, 1, 1)
-            width = self.neftune / (tokens * embedded.shape[-1]) ** 0.5
+            if "attention_mask" in batch:
+                tokens = batch["attention_mask"].sum(dim=1).view(-1, 1, 1)  # (rows, 1, 1)
+            else:
+                lengths = batch["cu_seq_lens_q"].diff()
+                tokens = lengths.repeat_interleave(lengths).view(1, -1, 1)  # (1, tokens, 1)
+            width: torch.Tensor = self.neftune / (tokens * embedded.shape[-1]) ** 0.5
             return embedded + torch.empty_like(embedded).uniform_(-1, 1) * width.to(embedded.dtype)
 
         hook = model.get_input_embeddings().register_forward_hook(add)
@@ -128,8 +136,32 @@ class Sft(Section):
             hook.remove()
 
 
+def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
+    """Pack rows behind one another, under the names by which transformers knows packed rows.
+
+    Returns:
+        input_ids, labels and position_ids, each (1, tokens), positions restarting at 0 with each row and the first
+        label of each IGNORED, so that no row predicts the next; cu_seq_lens_q and cu_seq_lens_k, where each row begins
+        and the end of the last, int32, (rows + 1,); max_length_q and max_length_k, tokens of the longest row.
+    """
+    import torch
+
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    ids = torch.cat([torch.from_numpy(row.ids) for row in rows]).long()
+    trained = torch.cat([torch.from_numpy(row.trained) for row in rows])
+    labels = torch.where(trained, ids, IGNORED)
+    labels[starts[:-1]] = IGNORED
+    positions = torch.arange(len(ids)) - starts[:-1].repeat_interleave(lengths)
+    begins, longest = starts.int(), int(lengths.max())
+    return {
+        "input_ids": ids[None], "labels": labels[None], "position_ids": positions[None],
+        "cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
 @contextmanager
-def _head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
+def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
     """Let the model's head see only the hidden states at `positions`, a mask of shape (rows, tokens).
 
     A hook before the head works for every architecture, also those that scale or cap their logits afterwards; what

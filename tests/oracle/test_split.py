@@ -1,4 +1,4 @@
-"""How a batch is split must not matter: over micro-batches, over processes, or both."""
+"""How a batch is split must not matter: over micro-batches, packs, processes, or all of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests import tiny
 from tests.conftest import Fit
 
 LOSS, NORM = 1e-6, 1e-5  # float32 rounding, relative
+ADAPTER = 1e-5  # absolute: its weights are of the order of 0.1
 TRAIN = {"batch_size": 8, "epochs": 2, "schedule": "linear", "warmup": 0, "max_grad_norm": 0.5}
 
 
@@ -112,3 +114,75 @@ def test_two_processes_of_four_are_one_of_eight(
     two, one = (load_file(path / "adapter_model.safetensors") for path in (folder, alone.folder))
     assert two.keys() == one.keys()
     assert max(float((two[name] - one[name]).abs().max()) for name in one) < 1e-4
+
+
+def _same_adapter(one: Path, other: Path) -> float:
+    """Return how far the adapters of two runs are apart; their names must be the same."""
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("micro", [1, 2, "auto"])
+def test_packed_is_padded(fit: Fit, micro: int | str, capsys: pytest.CaptureFixture[str]):
+    """Packs of one, two and all at once, so with and without accumulation."""
+    padded = fit("padded", train={**TRAIN, "micro_batch_size": 8}, data={"packing": "off"})
+    packed = fit("packed", train={**TRAIN, "micro_batch_size": micro}, data={"packing": "on"})
+    assert padded.facts()["batching"]["packed"] is False
+    batching = packed.facts()["batching"]
+    assert (batching["packed"], batching["by"]) == (True, "rows")
+    assert 1 < batching["rows_per_pack"] < 8, "several packs make a step"
+    _check(f"packed, micro-batches of {micro}", _apart(packed.events(), padded.events()), capsys)
+    assert _same_adapter(packed.folder, padded.folder) < ADAPTER
+
+
+def test_packed_by_a_mask_is_padded(fit: Fit, capsys: pytest.CaptureFixture[str]):
+    eager = {"model": {"attention": "eager"}, "train": {**TRAIN, "micro_batch_size": 2}}
+    padded = fit("padded", data={"packing": "off"}, **eager)
+    packed = fit("packed", data={"packing": "on"}, **eager)
+    assert packed.facts()["batching"]["by"] == "mask"
+    _check("packed by a mask", _apart(packed.events(), padded.events()), capsys)
+
+
+def test_packed_quantized_is_padded(fit: Fit, capsys: pytest.CaptureFixture[str]):
+    nf4 = {"model": {"quantization": "nf4"}, "method": {"dora": True}, "train": TRAIN}
+    padded, packed = (fit(word, data={"packing": word}, **nf4) for word in ("off", "on"))
+    _check("packed, nf4 and DoRA", _apart(packed.events(), padded.events()), capsys)
+
+
+def test_packed_and_padded_train_the_same_tokens_where_rows_are_dropped(fit: Fit, tmp_path: Path):
+    """1,000 rows, 300 of them too long: 700 rows and their trained tokens, packed or padded."""
+    random = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(1000):
+        words = 60 if number % 10 < 3 else int(torch.randint(1, 8, (), generator=random))
+        user, answer = "cat " * words, "dog " * int(torch.randint(1, 6, (), generator=random))
+        rows.append({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = {"train": str(tmp_path / "rows.jsonl"), "max_length": 160, "on_long": "drop", "max_lost": 0.3}
+    runs = [fit(word, data={**data, "packing": word}, train={"batch_size": 50}) for word in ("off", "on")]
+    counts = [run.facts()["data"]["train"] for run in runs]
+    assert counts[0] == counts[1]
+    assert (counts[0]["dropped"], counts[0]["rows"]) == (300, 700)
+    for run in runs:
+        assert sum(run.column("rows")) == 700
+        assert sum(run.column("tokens")) == counts[0]["tokens"]
+        assert sum(run.column("trained_tokens")) == counts[0]["trained_tokens"]
+    assert runs[0].column("trained_tokens") == runs[1].column("trained_tokens")
+
+
+@pytest.mark.parametrize("micro", [1, "auto"], ids=["accumulated", "at once"])
+def test_two_processes_packed_are_one_padded(
+    fit: Fit, base: Path, tmp_path: Path, micro: int | str, capsys: pytest.CaptureFixture[str]
+):
+    """17 rows: one process has nothing to learn from in the last step, and its packs are fewer than the other's."""
+    train = {**TRAIN, "micro_batch_size": micro}
+    alone = fit("alone", rows=17, train={**TRAIN, "micro_batch_size": 8}, data={"packing": "off"})
+    (tmp_path / "two").mkdir()
+    recipe = tiny.write_recipe(tmp_path / "two", base, rows=17, train=train, data={"packing": "on"})
+    folder = _two_processes(recipe)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    _check("two processes, packed", _apart([e for e in lines if e["kind"] == "step"], alone.events()), capsys)
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["processes"], facts["batching"]["packed"]) == (2, True)
+    assert _same_adapter(folder, alone.folder) < ADAPTER

@@ -1,0 +1,194 @@
+"""Whether a model keeps packed rows apart: found out by trying it, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from loratune import attention
+from loratune.data import Rows
+from loratune.encode import Row
+from loratune.errors import ModelError, Place, Problem
+from loratune.model import Loaded
+from loratune.objectives import Objective
+from loratune.objectives.sft import head_only_at
+from loratune.recipe import Recipe
+
+LENGTH = 96  # tokens of a row of the self-test, where the model looks at all of it
+LOOKED_AT = 48  # first and last tokens of a row whose logits are compared
+# how far logits may lie apart, relative: when the row before changes; packed and alone
+TOLERANCES = {"float32": (1e-4, 1e-3), "half": (1e-2, 5e-2)}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of a step are put together.
+
+    Attributes:
+        packed: behind one another; else padded to the longest.
+        by: the attention that keeps them apart: `rows` (ours) or `mask` (the model's own, told by positions).
+        why_not: packing was not chosen because of this.
+    """
+
+    packed: bool
+    by: str = ""
+    why_not: str = ""
+
+
+def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
+    """Decide whether rows are packed, and leave the model with the attention for it.
+
+    A self-test decides, not a list of models: see `why_not`. Every process comes to the same answer.
+
+    Args:
+        recipe: its `data.packing`: on insists, auto packs where it is exact and pays, off never.
+        loaded: the base model.
+        net: the base with what is trained on it.
+        rows: to train on; the self-test is made of their tokens.
+        accelerator: precision and the other processes.
+
+    Raises:
+        ModelError: when packing is on and this model can't keep rows apart.
+    """
+    wish = recipe.data.packing
+    if wish == "off":
+        return Packing(False, why_not="data.packing: off")
+    if recipe.model.quantization.type == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
+        found = Packing(False, why_not="int8 rounds all rows of a micro-batch together")
+    else:
+        found = _tried(recipe, loaded, net, rows, accelerator)
+    if wish == "on" and not found.packed:
+        raise ModelError(
+            Problem(
+                f"`data.packing: on`, and this model does not keep packed rows apart: {found.why_not}",
+                Place(recipe.model.base),
+                "set data.packing: auto or off",
+            )
+        )
+    return found
+
+
+def why_not(
+    net: Any, objective: Objective, rows: tuple[Row, Row, Row], alone: torch.Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]], rounding: str,
+) -> str:  # fmt: skip
+    """Return why packed rows don't stay apart in a model, or nothing when they do.
+
+    With the row before it exchanged for another of the same length a row's logits must stay the same: kernels and
+    shapes are the same, so hardly a bit may change, in any precision. And they must be those of the row alone, to what
+    another order of summing explains.
+
+    Args:
+        net: the model, with the attention to be tried.
+        objective: which makes packs.
+        rows: two of one length, and the one that stands behind either.
+        alone: logits of the last row, by the model's own attention.
+        autocast: context of mixed precision.
+        rounding: a key of TOLERANCES.
+    """
+    first, before, second = rows
+    leak, apart = TOLERANCES[rounding]
+    try:
+        behind = _logits(net, objective, [first, second], autocast)
+        other = _logits(net, objective, [before, second], autocast)
+        with torch.no_grad(), autocast():
+            net.train()  # dropout of the attention, if it has any
+            net(**_inputs(net, objective, [first, second], True), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    seen = float(_distance(other, behind).max())
+    if not seen <= leak:
+        return f"a row's logits change by {seen:.1%} with the row before it"
+    off = _distance(behind, alone)
+    found = float(
+        off.max() if rounding == "float32" else off[-len(off) // 2 :].median()
+    )  # experts may change for a few
+    return "" if found <= apart else f"a row's logits are {found:.1%} off when it is packed"
+
+
+def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
+    """Try our attention, then the model's own; return the first that keeps rows apart."""
+    own = str(loaded.model.config._attn_implementation)
+    half = loaded.dtype is not torch.float32 or accelerator.mixed_precision != "no"
+    ways = []
+    if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
+        ways.append(("rows", attention.NAME))
+    if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
+        ways.append(("mask", own))
+    made = _rows(rows, recipe.data.max_length, loaded.model.config)
+    alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, packed=False)
+    reasons = []
+    attention.register()
+    for by, name in ways:
+        loaded.model.set_attn_implementation(name)
+        if loaded.model.config._attn_implementation != name:
+            reasons.append("its attention can't be exchanged")
+            continue
+        reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, "half" if half else "float32")
+        told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
+        if not told:
+            return Packing(True, by)
+        reasons += told[:1]
+    loaded.model.set_attn_implementation(own)
+    return Packing(False, why_not=reasons[0] if reasons else f"`{own}` attention costs more for packs than for rows")
+
+
+def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
+    """Return three rows made of the tokens of real ones: two of one length, and one longer than any window."""
+    known = config.get_text_config().to_dict()
+    windows = [
+        value for name, value in known.items() if ("window" in name or "chunk" in name) and isinstance(value, int)
+    ]
+    longest = max([LENGTH, *(2 * window for window in windows if window < max_length)])
+    tokens = np.unique(np.concatenate([rows[i].ids for i in range(min(len(rows), 64))]))
+    random = np.random.default_rng(0)
+    place = rows[0].place
+
+    def made(length: int) -> Row:
+        length = max(2, min(length, max_length))
+        return Row(random.choice(tokens, length).astype(np.int32), np.ones(length, dtype=bool), place)
+
+    return made(LENGTH // 2 + 1), made(LENGTH // 2 + 1), made(longest)
+
+
+def _inputs(net: Any, objective: Objective, rows: list[Row], packed: bool) -> dict[str, Any]:
+    device = next(net.parameters()).device
+    batch = objective.collate(rows, packed)
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+
+
+def _logits(
+    net: Any, objective: Objective, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]],
+    packed: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """Return the logits of the first and last tokens of the last row, in evaluation mode, float32, (tokens, words)."""
+    net.eval()
+    inputs = _inputs(net, objective, rows, packed)
+    chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    last = len(rows[-1].ids)
+    chosen[:, -last:][:, :LOOKED_AT] = True
+    chosen[:, -min(LOOKED_AT, last) :] = True
+    with torch.no_grad(), autocast(), head_only_at(net, chosen):
+        logits: torch.Tensor = net(**inputs, use_cache=False).logits
+    return logits.float()
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return how far logits lie from others at each token, relative to how much these vary over the words."""
+    apart = torch.linalg.vector_norm(one - other, dim=-1)
+    spread = torch.linalg.vector_norm(other - other.mean(dim=-1, keepdim=True), dim=-1)
+    relative: torch.Tensor = apart / spread.clamp_min(torch.finfo(torch.float32).tiny)
+    return relative

@@ -1,0 +1,127 @@
+"""Attention that keeps the rows of a pack apart, put in through transformers' own interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "loratune_rows"  # of this attention among transformers'
+
+# what models hand on to their attention though it changes no score
+_HARMLESS = {
+    "cu_seq_lens_k", "max_length_k", "position_ids", "cache_position", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict",
+}  # fmt: skip
+
+
+class Unfit(Exception):
+    """A model's attention wants something that this one can't give row by row; the text says what."""
+
+
+def register() -> None:
+    """Make this attention known to transformers under NAME, beside its own."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def attend(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None, **others: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
+
+    On a GPU all rows go through one kernel, torch's variable-length attention; elsewhere each row through its own
+    scaled_dot_product_attention.
+
+    Args:
+        module: the layer that calls.
+        query: (batch, heads, tokens, width); a pack has batch 1.
+        key: (batch, heads or fewer, tokens, width).
+        value: as `key`.
+        attention_mask: of transformers; None for a pack, unless it had to be written out.
+        dropout: part (0-1) of the scores left out.
+        scaling: of the scores; None for 1 / sqrt(width).
+        is_causal: as for sdpa.
+        sliding_window: how many tokens a token sees, itself included; None for all before it.
+        cu_seq_lens_q: where each row of the pack begins, and the end of the last, int32, shape (rows + 1,).
+        max_length_q: length of the longest row in tokens.
+        others: whatever else the model hands to its attention.
+
+    Returns:
+        (batch, tokens, heads, width), and None for the weights.
+
+    Raises:
+        Unfit: when something in `others` would change the scores of a pack.
+    """
+    sdpa = AttentionInterface()["sdpa"]
+    if cu_seq_lens_q is None or attention_mask is not None:  # a mask that was written out keeps the rows apart itself
+        return sdpa(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+        )
+    for name, given in others.items():
+        if name not in _HARMLESS and given is not None and given is not False:
+            raise Unfit(f"its attention takes `{name}`, which packed rows can't be given")
+    assert len(query) == 1, "a pack is one sequence"
+    if query.is_cuda:
+        if dropout:
+            raise Unfit("its attention has dropout, which the kernel for packed rows has not")
+        assert max_length_q is not None
+        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = (
+        torch.split_with_sizes(part, lengths, dim=2) for part in (query, key, value)
+    )  # each slice would get a full gradient
+    out = []
+    for q, k, v in zip(*rows, strict=True):
+        band = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            band = _band(q.shape[2], sliding_window, query.device)
+        out.append(sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=is_causal)[0])
+    return torch.cat(out, dim=1), None
+
+
+def mask(
+    *, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True,
+    use_vmap: bool = False, **others: Any,
+) -> torch.Tensor | None:  # fmt: skip
+    """Return no mask for a pack, whose rows `attend` keeps apart by their lengths; else the mask of sdpa.
+
+    transformers sees from the restarting positions that rows are packed: it then forbids to leave the mask to
+    `is_causal`. A pattern of the model's own (`use_vmap`) is always written out.
+    """
+    packed = attention_mask is None and not allow_is_causal_skip and not use_vmap and q_length == kv_length > 1
+    if packed:
+        return None
+    sdpa_mask = AttentionMaskInterface()["sdpa"]
+    return sdpa_mask(  # type: ignore[no-any-return]
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, **others,
+    )  # fmt: skip
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None,
+    starts: torch.Tensor, longest: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attend through torch's kernel for rows of different lengths; return (1, tokens, heads, width of a value)."""
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    wider = query.shape[-1] - value.shape[-1]  # latent attention has narrower values than keys, the kernel has not
+    value = torch.nn.functional.pad(value, (0, wider)) if wider else value
+    rows = [part[0].transpose(0, 1).to(half) for part in (query, key, value)]  # (tokens, heads, width)
+    out = varlen_attn(
+        rows[0], rows[1], rows[2], starts, starts, longest, longest, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out[None, ..., : out.shape[-1] - wider]
+
+
+def _band(tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return what each token of a row sees through a window, (1, 1, tokens, tokens)."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window)[None, None]

@@ -1,0 +1,220 @@
+"""Packed rows are kept apart exactly, whatever the model; where they can't be, that is found out before training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from loratune import apart, attention, packing
+from loratune.encode import Row
+from loratune.errors import Place
+from loratune.objectives import Sft
+
+WINDOW = 16
+COMMON: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {"sliding_window": WINDOW}
+HALF_SLIDING = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
+EXACT = {
+    "Llama": {},
+    "Qwen2": {**HALF_SLIDING, "use_sliding_window": True},
+    "Qwen3": {},
+    "Mistral": SLIDING,
+    "Gemma3": HALF_SLIDING,
+    "Mixtral": {"num_local_experts": 4},
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+STATEFUL = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "Bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "FalconH1": {**MAMBA, "mamba_d_ssm": 128},
+}
+
+
+def made(name: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Return a tiny random model whose attention matters."""
+    config = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    model = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    net = getattr(transformers, model)(getattr(transformers, config)(**{**COMMON, **settings}))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    return net.to(dtype).eval()
+
+
+def rows(lengths: list[int], seed: int = 0) -> list[Row]:
+    random = np.random.default_rng(seed)
+    return [
+        Row(random.integers(3, 260, n).astype(np.int32), random.random(n) < 0.5, Place("made", i + 1))
+        for i, n in enumerate(lengths)
+    ]
+
+
+ROWS = rows([40, 3, WINDOW, WINDOW + 1, 1, 29, 2])  # shorter, as long and longer than the window
+
+
+def measured(net: Any, micro: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the summed loss of micro-batches and the gradient of every parameter."""
+    net.zero_grad()
+    totals = []
+    for batch in micro:
+        total = Sft().total(net, batch)
+        total.backward()
+        totals.append(total.item())
+    return sum(totals), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def use(net: Any, by: str) -> None:
+    attention.register()
+    net.set_attn_implementation(attention.NAME if by == "rows" else "sdpa")
+
+
+@pytest.mark.parametrize("by", ["rows", "mask"])
+@pytest.mark.parametrize("name", EXACT)
+def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None:
+    net, objective = made(name, EXACT[name]), Sft()
+    loss, gradients = measured(net, [objective.collate([row]) for row in ROWS])
+    use(net, by)
+    packs = packing.pack(np.array([len(row.ids) for row in ROWS]), 50)
+    assert len(packs) < len(ROWS)
+    whole, parts = (
+        [objective.collate(ROWS, packed=True)],
+        [objective.collate([ROWS[i] for i in members], packed=True) for members in packs],
+    )
+    for micro in (whole, parts):  # at once, and accumulated
+        got, found = measured(net, micro)
+        assert got == pytest.approx(loss, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+        assert sum(objective.count(batch) for batch in micro) == sum(int(row.trained[1:].sum()) for row in ROWS)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_without_packs_it_is_sdpa_to_the_bit(name: str) -> None:
+    net, batch = made(name, EXACT[name]), Sft().collate(ROWS)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        padded = net(**inputs).logits
+        plain = net(input_ids=inputs["input_ids"]).logits
+        asked = inputs["input_ids"][:1, :5]
+        written = net.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=30, do_sample=False)
+        use(net, "rows")
+        assert torch.equal(net(**inputs).logits, padded)
+        assert torch.equal(net(input_ids=inputs["input_ids"]).logits, plain)
+        again = net.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=30, do_sample=False)
+        assert torch.equal(again, written)
+
+
+def test_checkpointed_activations_and_packs() -> None:
+    net = made("Mistral", EXACT["Mistral"]).train()
+    loss, gradients = measured(net, [Sft().collate(ROWS)])
+    use(net, "rows")
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got, found = measured(net, [Sft().collate(ROWS, packed=True)])
+    assert got == pytest.approx(loss, rel=1e-5)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+# ---------------------------------------------------------------- the self-test
+
+
+class Tokens(list[Row]):
+    """As much of `data.Rows` as the self-test needs."""
+
+
+def verdict(net: Any, by: str, max_length: int = 256) -> str:
+    three = apart._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
+    alone = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, packed=False)
+    use(net, by)
+    rounding = "float32" if net.dtype is torch.float32 else "half"
+    return apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("by", ["rows", "mask"])
+@pytest.mark.parametrize("name", EXACT)
+def test_the_self_test_lets_pass_what_is_right(name: str, by: str, dtype: torch.dtype) -> None:
+    assert verdict(made(name, EXACT[name], dtype), by) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("by", ["rows", "mask"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_self_test_finds_state_that_runs_from_row_to_row(name: str, by: str, dtype: torch.dtype) -> None:
+    """Short convolutions and state-space layers know nothing of where a row begins."""
+    assert "with the row before it" in verdict(made(name, STATEFUL[name], dtype), by)
+
+
+def _one_row(*arguments: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
+    """Attend over the whole pack as if it were one row: contamination as other tools have shipped it."""
+    return AttentionInterface()["sdpa"](*arguments, **others)
+
+
+def _no_window(*arguments: Any, sliding_window: Any = None, **others: Any) -> Any:
+    return attention.attend(*arguments, **others)
+
+
+def _wrong_scale(*arguments: Any, scaling: float = 1.0, **others: Any) -> Any:
+    return attention.attend(*arguments, scaling=0.5 * scaling, **others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [(_one_row, "with the row before it"), (_no_window, "off when it is packed"), (_wrong_scale, "off when")],
+)
+def test_the_self_test_finds_a_broken_attention(
+    broken: Callable[..., Any], told: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention.register()
+    monkeypatch.setattr(attention, "register", lambda: None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    assert told in verdict(made("Mistral", SLIDING, dtype), "rows")
+
+
+def test_what_would_change_the_scores_is_not_ignored() -> None:
+    gemma2 = made("Gemma2", SLIDING)
+    assert verdict(gemma2, "rows") == "its attention takes `softcap`, which packed rows can't be given"
+    gpt_oss = made("GptOss", {**SLIDING, "num_local_experts": 4})
+    assert verdict(gpt_oss, "rows") == "its attention takes `s_aux`, which packed rows can't be given"
+
+
+def test_chunked_attention_is_no_window() -> None:
+    llama4 = {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 64}
+    config = transformers.Llama4TextConfig(**{**COMMON, **llama4})
+    torch.manual_seed(0)
+    net = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1) if parameter.ndim > 1 else None
+    assert "off when it is packed" in verdict(net, "rows")
+    assert verdict(net, "rows", max_length=WINDOW) == ""  # no row is longer than a chunk
+
+
+def test_registered_beside_transformers_own() -> None:
+    attention.register()
+    assert {attention.NAME, "sdpa"} <= set(AttentionInterface().valid_keys())
+    assert {attention.NAME, "sdpa"} <= set(AttentionMaskInterface().valid_keys())
