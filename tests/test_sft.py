@@ -220,3 +220,38 @@ def test_neftune_is_noise_within_its_bound_while_training() -> None:
     assert not torch.equal(embedded(net, noisy, batch) - clean, noise)
     net.eval()
     assert torch.equal(net.get_input_embeddings()(batch["input_ids"]), clean)  # no hook stays
+
+
+# ---------------------------------------------------------------- packed rows
+
+
+def test_collate_packed() -> None:
+    made = Row(np.array([5, 6, 7], np.int32), np.array([True, False, True]), Place("made", 1))
+    short = Row(np.array([8, 9], np.int32), np.array([True, True]), Place("made", 2))
+    batch = Sft().collate([made, short], packed=True)
+    assert {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "labels": [[-100, -100, 7, -100, 9]],  # the 8 is trained, and nothing of its own row stands before it
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "cu_seq_lens_q": [0, 3, 5],
+        "cu_seq_lens_k": [0, 3, 5],
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_packed_rows_count_the_same_tokens() -> None:
+    objective = Sft()
+    assert objective.count(objective.collate(ROWS, packed=True)) == objective.count(objective.collate(ROWS))
+
+
+def test_neftune_is_as_wide_for_a_packed_row_as_for_a_padded_one() -> None:
+    net = llama().train()
+    batch = Sft().collate(ROWS, packed=True)
+    clean = net.get_input_embeddings()(batch["input_ids"]).detach()
+    torch.manual_seed(1)
+    noise = (embedded(net, Sft(neftune=5.0), batch) - clean)[0]
+    for row, of in zip(ROWS, noise.split([len(row.ids) for row in ROWS]), strict=True):
+        bound = 5.0 / math.sqrt(len(row.ids) * 64)
+        assert 0.95 * bound < of.abs().max() <= bound * (1 + 1e-5)

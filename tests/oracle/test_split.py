@@ -19,6 +19,7 @@ from tests.conftest import Fit
 
 LOSS, NORM = 1e-6, 1e-5  # float32 rounding, relative
 ADAPTER = 1e-5  # absolute: its weights are of the order of 0.1
+PADDED: dict[str, Any] = {"data": {"packing": "off"}}
 TRAIN = {"batch_size": 8, "epochs": 2, "schedule": "linear", "warmup": 0, "max_grad_norm": 0.5}
 
 
@@ -45,8 +46,8 @@ def _check(what: str, apart: dict[str, float], capsys: pytest.CaptureFixture[str
 def test_micro_batches_of_one_three_and_auto_are_one_of_eight(
     fit: Fit, micro: int | str, capsys: pytest.CaptureFixture[str]
 ):
-    whole = fit("whole", train={**TRAIN, "micro_batch_size": 8})
-    parts = fit("parts", train={**TRAIN, "micro_batch_size": micro})
+    whole = fit("whole", train={**TRAIN, "micro_batch_size": 8}, **PADDED)
+    parts = fit("parts", train={**TRAIN, "micro_batch_size": micro}, **PADDED)
     assert whole.column("loss")[-1] < 0.95 * whole.column("loss")[0], "nothing was learned, so nothing was compared"
     _check(f"micro-batches of {micro}", _apart(parts.events(), whole.events()), capsys)
 
@@ -54,7 +55,7 @@ def test_micro_batches_of_one_three_and_auto_are_one_of_eight(
 def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     from loratune import batches
 
-    whole = fit("whole", train={**TRAIN, "micro_batch_size": 8})
+    whole = fit("whole", train={**TRAIN, "micro_batch_size": 8}, **PADDED)
     sizes = []
     split = batches.split
 
@@ -64,7 +65,7 @@ def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setitem(batches.AUTO_TOKENS, "cpu", 300)
     monkeypatch.setattr(batches, "split", spy)
-    parts = fit("parts", train={**TRAIN, "micro_batch_size": "auto"})
+    parts = fit("parts", train={**TRAIN, "micro_batch_size": "auto"}, **PADDED)
     assert all(len(of) > 1 for of in sizes)
     assert len({size for of in sizes for size in of}) > 1, "uneven micro-batches are the point"
     _check("micro-batches of 300 tokens", _apart(parts.events(), whole.events()), capsys)
@@ -98,7 +99,10 @@ def test_two_processes_of_four_are_one_of_eight(
     fit: Fit, base: Path, tmp_path: Path, rows: int, last: int, capsys: pytest.CaptureFixture[str]
 ):
     """17 rows leave a last batch of one row for two processes: one of them has nothing to learn from."""
-    sections = {"train": {**TRAIN, "micro_batch_size": 4, "eval_every": 1.0}, "data": {"eval": "eval.jsonl"}}
+    sections = {
+        "train": {**TRAIN, "micro_batch_size": 4, "eval_every": 1.0},
+        "data": {"eval": "eval.jsonl", "packing": "off"},
+    }
     alone = fit("alone", rows=rows, **sections)
     assert last in {event["rows"] for event in alone.events()}
     (tmp_path / "two").mkdir()
