@@ -451,7 +451,7 @@ def _tell_start(
     if batching["packed"]:
         report.note(
             f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
-            f"tokens on average, {batching['filled']:.0%} filled"
+            f"tokens on average, {100 * batching['filled']:.0f} % filled"
             + (", kept apart by a mask" if batching["by"] == "mask" else "")
         )
     else:

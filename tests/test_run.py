@@ -381,7 +381,7 @@ def test_packs_are_told(fit: Fit, capsys: pytest.CaptureFixture[str]):
     done = fit()
     batching = done.facts()["batching"]
     each, filled = batching["rows_per_pack"], batching["filled"]
-    told = f"batches  packed: {each:.1f} rows in a pack of at most 256 tokens on average, {filled:.0%} filled"
+    told = f"batches  packed: {each:.1f} rows in a pack of at most 256 tokens on average, {100 * filled:.0f} % filled"
     assert told in capsys.readouterr().err.splitlines()
     fit("off", data={"packing": "off"})
     assert "batches  padded (data.packing: off)" in capsys.readouterr().err.splitlines()
