@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratune.errors import (
+    BaseMismatchError,
     DataError,
     Interrupted,
     LoratuneError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseMismatchError",
     "DataError",
     "Interrupted",
     "LoratuneError",

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from loratune import generate, model, report, subject
+from loratune import fingerprint, generate, model, report, subject
 from loratune.encode import Encoder
 from loratune.errors import LoratuneError, UsageError
 from loratune.formats import RowError
+from loratune.recipe import Model
 
 HELP = "/base: without adapter · /adapter [NAME|FOLDER]: with one · /reset: forget the conversation · /quit"
 
@@ -24,6 +25,8 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Answer a prompt, or hold a conversation on the terminal; answers are streamed to stdout.
 
@@ -35,6 +38,8 @@ def chat(
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         seed: of the random choices above temperature 0.
+        allow_base_mismatch: use another base than the adapter was trained on.
+        trust_remote_code: run code that comes with the base model.
 
     Returns:
         The last answer.
@@ -44,15 +49,17 @@ def chat(
     """
     model.quiet()
     torch.manual_seed(seed)
-    what = subject.open_subject(str(name), base)
-    loaded = subject.load(what)
-    talk = Conversation(loaded, system, max_new_tokens, temperature)
+    what = subject.open_subject(str(name), base, trust_remote_code)
+    loaded = subject.load(what, allow_mismatch=allow_base_mismatch)
+    tell = report.Report()
+    for note in loaded.notes:
+        tell.problem(note)
+    talk = Conversation(loaded, system, max_new_tokens, temperature, what.base, allow_base_mismatch)
     if what.adapter is not None:
         talk.adapters = {Path(str(name)).name or "default": "default"}
         talk.active = "default"
     if prompt is not None:
         return talk.say(prompt)
-    tell = report.Report()
     if sys.stdin.isatty():
         tell.note(HELP)
     answer = ""
@@ -72,7 +79,11 @@ def chat(
 class Conversation:
     """Messages so far, the model they go to, and the adapters loaded on it."""
 
-    def __init__(self, loaded: model.Loaded, system: str | None, max_new_tokens: int, temperature: float):
+    def __init__(
+        self, loaded: model.Loaded, system: str | None, max_new_tokens: int, temperature: float, base: Model,
+        allow_base_mismatch: bool = False,
+    ):  # fmt: skip
+        self.base, self.allow_base_mismatch = base, allow_base_mismatch
         self.loaded, self.max_new_tokens, self.temperature = loaded, max_new_tokens, temperature
         self.encoder = Encoder(loaded.tokenizer)
         self.system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -121,10 +132,13 @@ class Conversation:
             argument = next(iter(self.adapters))
         if not argument:
             return "name an adapter: /adapter FOLDER"
+        notes: tuple[str, ...] = ()
         if argument not in self.adapters:
             what = subject.open_subject(argument)
             if what.adapter is None:
                 raise UsageError(f"`{argument}` is a whole model, no adapter")
+            found = fingerprint.compare(what.adapter, self.base, self.allow_base_mismatch)
+            notes = found.notes
             peft_name = f"adapter{len(self.adapters)}" if self.adapters else "default"
             self.loaded.model = subject.attach(self.loaded.model, what.adapter, peft_name)
             self.loaded.model.eval()
@@ -132,7 +146,7 @@ class Conversation:
             self.adapters[argument] = peft_name
         self.active = self.adapters[argument]
         self.loaded.model.set_adapter(self.active, inference_mode=True)
-        return f"now: {argument} (loaded: {', '.join(self.adapters)})"
+        return "\n".join([*notes, f"now: {argument} (loaded: {', '.join(self.adapters)})"])
 
 
 def _read() -> str | None:

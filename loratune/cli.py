@@ -14,7 +14,8 @@ from loratune import errors
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
-    "4 training failed · 5 storage · 6 run folder in use or finished · 7 refused for safety · 130 interrupted"
+    "4 training failed · 5 storage · 6 run folder in use or finished · 7 refused for safety · "
+    "8 wrong base · 130 interrupted"
 )
 
 app = typer.Typer(
@@ -46,6 +47,16 @@ Subject = Annotated[
         show_default=False,
     ),
 ]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option("--allow-base-mismatch", help="go on with another base than it was trained on; that is recorded"),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="run code that comes with the base model: read it first; that is recorded"
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -71,6 +82,8 @@ def train(
     set_: Set = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that holds a run")] = False,
+    allow_base_mismatch: AllowMismatch = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Train what a recipe says; the result lies in its `output` folder."""
     import loratune
@@ -78,7 +91,9 @@ def train(
     if resume and overwrite:
         raise errors.UsageError("--resume and --overwrite exclude each other")
     loaded = loratune.load_recipe(recipe, set_)
-    run = loratune.train(loaded, resume=resume, overwrite=overwrite)
+    run = loratune.train(
+        loaded, resume=resume, overwrite=overwrite, allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(str(run.folder))
 
@@ -187,6 +202,8 @@ def evaluate(
     regex: Annotated[str | None, typer.Option("--regex", help="compare what this pattern finds (its first group) in answer and reference", show_default=False)] = None,
     choices: Annotated[str | None, typer.Option("--choices", help="comma-separated answers; compare which one is named first", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder", show_default=False)] = None,
+    allow_base_mismatch: AllowMismatch = False,
+    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
@@ -196,6 +213,7 @@ def evaluate(
     result = loratune.evaluate(
         subject, data=data, format=format_, base=base, limit=limit, generate=generate, max_new_tokens=max_new_tokens,
         batch_size=batch_size, temperature=temperature, regex=regex, choices=choices.split(",") if choices else None, out=out,
+        allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else show(result))
 
@@ -207,12 +225,17 @@ def merge(
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as the base), bfloat16, float16 or float32")] = "auto",
     base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter was trained on", show_default=False)] = None,
     tolerance: Annotated[float | None, typer.Option("--tolerance", min=0.0, help="largest logit difference, relative to the largest logit; default by dtype", show_default=False)] = None,
+    allow_base_mismatch: AllowMismatch = False,
+    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Fold an adapter into its base model and compare the two before anything is kept."""
     import loratune
 
-    result = loratune.merge(subject, out, dtype=dtype, base=base, tolerance=tolerance)
+    result = loratune.merge(
+        subject, out, dtype=dtype, base=base, tolerance=tolerance,
+        allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
     else:
@@ -235,6 +258,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the random choices above temperature 0")] = 0,
+    allow_base_mismatch: AllowMismatch = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Talk to a model; /base and /adapter swap adapters on one loaded base."""
     import loratune
@@ -247,6 +272,8 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
     )
 
 

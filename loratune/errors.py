@@ -137,9 +137,15 @@ class Interrupted(LoratuneError):
 
 
 class SafetyError(LoratuneError):
-    """Refused, because it could run code that came with a model."""
+    """Refused, because it could run code that came with a model, or leads out of its folder."""
 
     exit_code = 7
+
+
+class BaseMismatchError(LoratuneError):
+    """The base is not the one an adapter was trained on."""
+
+    exit_code = 8
 
 
 def shorten(text: str, limit: int = 60) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Evaluation:
         generated: number of rows answered (0 where nothing was generated).
         scores: system (`base`, `adapter` or `model`) -> metric -> score.
         predictions: file with prompt, reference and answers of each row, or None.
+        base_differs: how the base differs from the one it was trained on, where that was allowed.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Evaluation:
     generated: int
     scores: dict[str, dict[str, Score]]
     predictions: Path | None
+    base_differs: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
@@ -61,6 +63,7 @@ class Evaluation:
             "generated": self.generated,
             "scores": scores,
             "predictions": predictions,
+            "base_differs": list(self.base_differs),
         }
 
 
@@ -77,6 +80,8 @@ def evaluate(
     regex: str | None = None,
     choices: Sequence[str] | None = None,
     out: Path | None = None,
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure loss, perplexity and token accuracy, and compare generated answers with the references.
 
@@ -93,6 +98,8 @@ def evaluate(
         regex: adds `regex`: what the pattern finds in answer and reference is the same.
         choices: adds `choice`: the choice named first in answer and reference is the same.
         out: file for the predictions; None for predictions.jsonl in the run or adapter folder.
+        allow_base_mismatch: measure on another base than it was trained on; recorded in the result.
+        trust_remote_code: run code that comes with the base model.
 
     Returns:
         Scores of the base and of the adapter (or of the model alone, where no base is known).
@@ -103,14 +110,18 @@ def evaluate(
     model.quiet()
     _check_regex(regex)
     tell = report.Report()
-    what = subject.open_subject(str(name), base)
+    what = subject.open_subject(str(name), base, trust_remote_code)
     tokenizer = subject.tokenizer(what)
     rows = _rows(what, data, format, tokenizer, limit)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
-    for system, loaded in _systems(what):
+    differs: tuple[str, ...] = ()
+    for system, loaded in _systems(what, allow_base_mismatch):
+        for line in loaded.notes:
+            tell.problem(line)
+        differs = loaded.base_differs or differs
         tell.note(f"measuring {system} on {len(rows):,} rows")
         per_row[system] = _losses(loaded.model, rows, loaded.device)
         if questions:
@@ -120,7 +131,7 @@ def evaluate(
             per_row[system][index] |= _compare(answer, questions[index][1], regex, choices)
     scores = {system: _scores(values) for system, values in per_row.items()}
     path = _write_predictions(what, out, rows, tokenizer, questions, answered, per_row) if questions else None
-    return Evaluation(str(name), len(rows), len(questions), scores, path)
+    return Evaluation(str(name), len(rows), len(questions), scores, path, differs)
 
 
 def show(result: Evaluation) -> str:
@@ -180,17 +191,19 @@ def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, l
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
 
 
-def _systems(what: Subject) -> Iterator[tuple[str, model.Loaded]]:
+def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.Loaded]]:
     """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
     if what.adapter is not None:
-        loaded = subject.load(what)
+        loaded = subject.load(what, allow_mismatch=allow_mismatch)
         with loaded.model.disable_adapter():
             yield "base", loaded
-        yield "adapter", loaded
+        yield "adapter", replace(loaded, notes=[])
         return
     if what.original is not None and what.original.base != what.base.base:
-        yield "base", _ready(model.load(what.original))
-    yield "model", _ready(model.load(what.base))
+        original = _ready(model.load(what.original, trust=what.trust))
+        subject.check_base(what, original, what.original, allow_mismatch)
+        yield "base", original
+    yield "model", _ready(model.load(what.base, trust=what.trust))
 
 
 def _ready(loaded: model.Loaded) -> model.Loaded:

@@ -35,6 +35,7 @@ class Merge:
         difference: largest difference between a logit of base + adapter and the same logit of the merged model.
         relative: that difference over the largest logit.
         agreement: part (0-1) of positions whose most probable token is the same.
+        base_differs: how the base differs from the one the adapter was trained on, where that was allowed.
     """
 
     folder: Path
@@ -42,11 +43,13 @@ class Merge:
     difference: float
     relative: float
     agreement: float
+    base_differs: tuple[str, ...] = ()
 
 
 def merge(
-    name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None
-) -> Merge:
+    name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None,
+    allow_base_mismatch: bool = False, trust_remote_code: bool = False,
+) -> Merge:  # fmt: skip
     """Merge an adapter into its base model: W + s B A, in float32, rounded once.
 
     An adapter that was trained on a quantized base is merged into the full-precision base.
@@ -57,6 +60,8 @@ def merge(
         dtype: precision of the merged weights; auto: that of the base on disk.
         base: base model to use instead of the one that is written down.
         tolerance: largest difference of a logit relative to the largest logit; None: by dtype.
+        allow_base_mismatch: merge into another base than it was trained on; recorded beside the merged model.
+        trust_remote_code: run code that comes with the base model.
 
     Returns:
         The merge and how far it is from base + adapter on a few prompts.
@@ -73,10 +78,12 @@ def merge(
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
-    what = subject.open_subject(str(name), base)
+    what = subject.open_subject(str(name), base, trust_remote_code)
     if what.adapter is None:
         raise UsageError(Problem("is a whole model: there is nothing to merge", Place(str(name))))
-    loaded = subject.load(what, exact=True)  # float32: the sum W + s B A is rounded once, at the end
+    loaded = subject.load(what, True, allow_base_mismatch)  # float32: the sum W + s B A is rounded once, at the end
+    for line in loaded.notes:
+        tell.problem(line)
     wanted = _dtype(dtype, what)
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
@@ -98,8 +105,10 @@ def merge(
         )
     tell.note(line)
     merged.to(wanted)
-    _write(target, merged, loaded.tokenizer, wanted)
-    return Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement)
+    about = {"merged": True, "base_differs": list(loaded.base_differs), "trust_remote_code": trust_remote_code}
+    _write(target, merged, loaded.tokenizer, wanted, about)
+    name_of_dtype = str(wanted).removeprefix("torch.")
+    return Merge(target, name_of_dtype, difference, relative, agreement, loaded.base_differs)
 
 
 def _dtype(name: str, what: subject.Subject) -> torch.dtype:
@@ -107,7 +116,9 @@ def _dtype(name: str, what: subject.Subject) -> torch.dtype:
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     from transformers import AutoConfig
 
-    found = AutoConfig.from_pretrained(model.local_folder(what.base), revision=what.base.revision).dtype
+    found = AutoConfig.from_pretrained(
+        model.local_folder(what.base), revision=what.base.revision, trust_remote_code=what.trust
+    ).dtype
     return found if found in TOLERANCE else torch.bfloat16
 
 
@@ -135,14 +146,14 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
     return [net(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts]
 
 
-def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any]) -> None:
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         merged.config.use_cache = True
         merged.config.dtype = dtype
-        checkpoint.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), {"merged": True})
+        checkpoint.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), about)
         if target.exists():
             target.rmdir()
         (staging / "model").rename(target)

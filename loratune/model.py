@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError
+from loratune import guard
+from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Fp4, Int8, Model, Nf4
 
 
 @dataclass
 class Loaded:
-    """A base model on its device, with its tokenizer and what a person must know about how it was loaded."""
+    """A base model on its device, with its tokenizer and what a person must know about how it was loaded.
+
+    `base_differs` names how the base differs from the one its adapter was trained on, where that was allowed.
+    """
 
     model: Any
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
+    base_differs: tuple[str, ...] = ()
 
 
 def device() -> torch.device:
@@ -63,13 +67,14 @@ def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
-def load(section: Model, full: bool = False, where: torch.device | None = None) -> Loaded:
+def load(section: Model, full: bool = False, where: torch.device | None = None, trust: bool = False) -> Loaded:
     """Load base model and tokenizer as the recipe says.
 
     Args:
         section: the recipe's `model`.
         full: whether every weight will be trained.
         where: the device; None for `device()`.
+        trust: run code that comes with the model; only ever the user's word on the command line.
 
     Raises:
         ModelError: when there is no such model, or it can't be loaded.
@@ -79,7 +84,7 @@ def load(section: Model, full: bool = False, where: torch.device | None = None) 
     where = where or device()
     dtype = dtype_of(section.dtype, where, full)
     folder = local_folder(section)
-    loaded = Loaded(None, load_tokenizer(section, folder), where, dtype)
+    loaded = Loaded(None, load_tokenizer(section, folder, trust), where, dtype)
     arguments: dict[str, Any] = {}
     if section.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise SetupError("`model.attention: flash_attention_2` needs the package `flash-attn`", "use `auto`")
@@ -88,7 +93,7 @@ def load(section: Model, full: bool = False, where: torch.device | None = None) 
     if section.quantization.type != "none":
         arguments["quantization_config"] = _bitsandbytes(section, dtype)
         arguments["device_map"] = {"": str(where)}
-    model = _from_pretrained(section, folder, dtype, arguments)
+    model = _from_pretrained(section, folder, dtype, arguments, trust)
     if section.quantization.type == "none":
         model.to(where)
     if section.quantization.type in ("nf4", "fp4"):
@@ -98,18 +103,25 @@ def load(section: Model, full: bool = False, where: torch.device | None = None) 
     return loaded
 
 
-def load_tokenizer(section: Model, folder: str | None = None) -> Any:
+def load_tokenizer(section: Model, folder: str | None = None, trust: bool = False) -> Any:
     """Load the tokenizer of a base model; it pads on the left when asked to generate.
+
+    Args:
+        section: the recipe's `model`.
+        folder: where its files lie, if not with the model.
+        trust: as in `load`.
 
     Raises:
         ModelError: when there is none.
+        SafetyError: when its files would run code or lead out of their folder.
     """
     from transformers import AutoTokenizer
 
     folder = folder or local_folder(section)
+    _check(section, folder, trust)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=section.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
+    except Exception as error:  # its files come from elsewhere: they can fail in any way
         raise _unusable(section.base, error, "tokenizer") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only ever masked
@@ -119,6 +131,24 @@ def load_tokenizer(section: Model, folder: str | None = None) -> Any:
 def local_folder(section: Model) -> str:
     """Return the folder or hub id to load from; a .gguf file is turned into a folder of the cache first."""
     return str(from_gguf(Path(section.base))) if section.base.endswith(".gguf") else section.base
+
+
+def folder_of(section: Model) -> Path:
+    """Return the folder on this machine with the files of a base model that was loaded before.
+
+    Raises:
+        ModelError: when a hub model is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    folder = Path(local_folder(section))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(section.base, revision=section.revision, local_files_only=True))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise _unusable(section.base, error, "model") from None
 
 
 def cache() -> Path:
@@ -181,49 +211,56 @@ def checkpoint_activations(model: Any, choice: str, where: torch.device) -> bool
     return on
 
 
-def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any]) -> Any:
+def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any], trust: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _refuse_pickles(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, revision=section.revision, dtype=dtype, use_safetensors=True,
-            trust_remote_code=False, low_cpu_mem_usage=True, **arguments,
+            trust_remote_code=trust, low_cpu_mem_usage=True, **arguments,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # its files come from elsewhere: they can fail in any way
         raise _unusable(section.base, error, "model") from None
 
 
-def _refuse_pickles(folder: str) -> None:
-    path = Path(folder)
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
-        if pickles:
-            raise SafetyError(
-                Problem(
-                    f"the weights are a pickle (`{pickles[0]}`), which can run code",
-                    Place(folder),
-                    "convert them to safetensors on a machine you can lose",
-                )
-            )
+def _check(section: Model, folder: str, trust: bool) -> None:
+    """Check the files of a model before transformers sees them; those of a hub model are fetched first."""
+    from transformers.utils import cached_file
+
+    if Path(folder).is_dir():
+        guard.check_folder(Path(folder), trust, section.attention)
+        return
+    files: dict[str, Path] = {}
+    for name in guard.CONFIGS:
+        try:
+            found = cached_file(
+                folder, name, revision=section.revision, _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            break  # no such model: loading it says so
+        if found is not None:
+            files[name] = Path(found)
+    guard.check_configs(files, trust, section.attention)
 
 
 def _unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
-        return SafetyError(
-            Problem("the model wants to run code of its own", Place(base), "use one that transformers knows")
-        )
+        remedy = "use one that transformers knows, or read that code and give --trust-remote-code"
+        return SafetyError(Problem("the model wants to run code of its own", Place(base), remedy))
+    if "does not appear to have a file named model.safetensors" in str(error):
+        return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), guard.CONVERT))
     hint = None
     if not Path(base).is_absolute():
         hint = "is it a hub id? a local folder is named relative to the recipe"
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             hint = "HF_HUB_OFFLINE is set: only models in the local cache can be had"
-    return ModelError(Problem(f"the {what} can't be loaded: {reason}", Place(base), hint))
+    return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))
 
 
 def _bitsandbytes(section: Model, dtype: torch.dtype) -> Any:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 import loratune
-from loratune import apart, batches, card, checkpoint, data, loop, model, plot
+from loratune import apart, batches, card, checkpoint, data, fingerprint, loop, model, plot
 from loratune.apart import Packing
 from loratune.checkpoint import Progress
 from loratune.data import Rows
@@ -52,13 +52,18 @@ class Run:
     seconds: float
 
 
-def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
+def train(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
+) -> Run:  # fmt: skip
     """Train what the recipe says and fill its run folder.
 
     Args:
         recipe: from `load_recipe`.
         resume: go on from the newest valid checkpoint of the run folder.
         overwrite: begin anew in a run folder that holds a run.
+        allow_base_mismatch: resume on another base than the run was begun on; recorded in run.json.
+        trust_remote_code: run code that comes with the base model; recorded in run.json.
 
     Returns:
         The finished run.
@@ -73,11 +78,11 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
     if accelerator.is_main_process:
         checkpoint.check_free(folder, resume, overwrite)
     accelerator.wait_for_everyone()
-    facts = _facts(recipe, accelerator)
+    facts = {**_facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
     status, begun = "failed", False
     try:
         job = _prepare(recipe, folder, accelerator, report, facts)
-        progress = _begin(job, resume)
+        progress = _begin(job, resume, allow_base_mismatch)
         begun = True  # from here on the run folder is this run's
         progress = _loop(job, progress)
         run = _finish(job, progress)
@@ -99,13 +104,14 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
 
 @dataclass
 class _Job:
-    """Everything one training needs, joined once; `facts` grows into run.json."""
+    """Everything one training needs, joined once; `facts` grows into run.json, `about` goes beside each adapter."""
 
     recipe: Recipe
     folder: Path
     accelerator: Accelerator
     report: Report
     facts: dict[str, Any]
+    about: dict[str, Any]
     tokenizer: Any
     loaded: model.Loaded
     net: Any
@@ -132,10 +138,12 @@ class _Job:
 def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
-    tokenizer = with_template(model.load_tokenizer(recipe.model), recipe.data.chat_template)
+    trust = facts["trust_remote_code"]
+    tokenizer = with_template(model.load_tokenizer(recipe.model, trust=trust), recipe.data.chat_template)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
-    loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where)
+    loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where, trust=trust)
+    about = fingerprint.record(recipe.model, tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
@@ -150,15 +158,16 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": _counts(train_rows), "eval": _counts(eval_rows) if eval_rows else None},
+        fingerprints={"base": about["base"]["sha256"], "tokenizer": about["tokenizer"]["sha256"]},
         batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
     )  # fmt: skip
     return _Job(
-        recipe, folder, accelerator, report, facts, tokenizer, loaded, net, initial, optimizer,
+        recipe, folder, accelerator, report, facts, about, tokenizer, loaded, net, initial, optimizer,
         train_rows, eval_rows, packing, per_epoch, steps,
     )  # fmt: skip
 
 
-def _begin(job: _Job, resume: bool) -> Progress:
+def _begin(job: _Job, resume: bool, allow_base_mismatch: bool) -> Progress:
     """Make the run folder, or go on from its newest valid checkpoint; return where the run stands."""
     if job.first:
         checkpoint.make_run(job.folder, resume)
@@ -173,6 +182,7 @@ def _begin(job: _Job, resume: bool) -> Progress:
             place, progress, bad = found
             for line in bad:
                 job.report.problem(line)
+            _compare_base(job, place, allow_base_mismatch)
             _restore(job, place)
             left = job.steps - progress.step
             job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
@@ -185,6 +195,15 @@ def _begin(job: _Job, resume: bool) -> Progress:
         for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
             rows.append_ledger(ledger)
     return progress
+
+
+def _compare_base(job: _Job, place: Path, allow: bool) -> None:
+    """Hold the base against the one a checkpoint was trained on."""
+    found = fingerprint.compare(place, job.recipe.model, allow, job.tokenizer)
+    for line in found.notes:
+        job.report.problem(line)
+    if found.differences:
+        job.facts["base_differs"] = list(found.differences)
 
 
 def _restore(job: _Job, place: Path) -> None:
@@ -274,8 +293,12 @@ def _save(job: _Job, progress: Progress) -> None:
     random = gather_object([checkpoint.random_state()])
     if job.first:
         about = {"recipe": job.recipe.hash(), "versions": job.facts["versions"]}
-        method = job.recipe.method
-        checkpoint.save(job.folder, progress, lambda f: method.save(job.net, f, None, {}), job.optimizer, random, about)
+
+        def write(target: Path) -> None:
+            job.recipe.method.save(job.net, target, None, {})
+            fingerprint.write(target, job.about)
+
+        checkpoint.save(job.folder, progress, write, job.optimizer, random, about)
         checkpoint.rotate(job.folder, job.recipe.train.keep, progress.best_step)
     job.accelerator.wait_for_everyone()
 
@@ -298,6 +321,7 @@ def _finish(job: _Job, progress: Progress) -> Run:
         def write(target: Path) -> None:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
+            fingerprint.write(target, job.about)
 
         checkpoint.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from loratune import decode, model, nodes, recipe
-from loratune.errors import LoratuneError, ModelError, Place, Problem
+from loratune import adapter, checkpoint, decode, fingerprint, guard, model, nodes, recipe
+from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, shorten
 from loratune.recipe import Model, Recipe
 
 
@@ -26,6 +25,7 @@ class Subject:
         adapter: folder with adapter_config.json, or None for a whole model.
         original: the base a fully fine-tuned model came from, where the run knows it.
         recipe: of the run it came from, or None.
+        trust: run code that comes with the base model.
     """
 
     name: str
@@ -33,14 +33,21 @@ class Subject:
     adapter: Path | None
     original: Model | None
     recipe: Recipe | None
+    trust: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where what is written down about its base lies: the adapter, or the folder of a whole model."""
+        return self.adapter or (Path(self.base.base) if Path(self.base.base).is_dir() else None)
 
 
-def open_subject(name: str, base: str | None = None) -> Subject:
+def open_subject(name: str, base: str | None = None, trust: bool = False) -> Subject:
     """Find out what a name stands for.
 
     Args:
         name: run folder, adapter folder (a checkpoint is one, too), or model: folder, hub id or .gguf file.
         base: base model to use instead of the one that is written down.
+        trust: run code that comes with the base model; only ever the user's word on the command line.
 
     Raises:
         ModelError: when it is none of these, or an adapter without a base.
@@ -49,9 +56,9 @@ def open_subject(name: str, base: str | None = None) -> Subject:
     known = _recipe(folder)
     if (folder / "adapter_config.json").is_file():
         section = _adapter_base(folder, known, base)
-        return Subject(name, section, folder.resolve(), None, known)
+        return Subject(name, section, folder.resolve(), None, known, trust)
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
+        status = shorten(str(checkpoint.read_json(folder / "run.json").get("status", "unknown")))
         raise ModelError(
             Problem(
                 f"this run is {status} and has no adapter yet",
@@ -70,62 +77,85 @@ def open_subject(name: str, base: str | None = None) -> Subject:
             )
         )
     dtype = known.model.dtype if known else "auto"
-    return Subject(name, _model(name, dtype), None, original, known)
+    return Subject(name, _model(name, dtype), None, original, known, trust)
 
 
-def load(subject: Subject, exact: bool = False) -> model.Loaded:
+def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> model.Loaded:
     """Load a subject's base model with its adapter on top, ready to use.
 
     Args:
         subject: what `open_subject` returned.
         exact: in float32 on the CPU and never quantized, whatever it was trained on: for a merge.
+        allow_mismatch: go on with another base than the one it was trained on.
+
+    Returns:
+        The model; its notes are to be told.
 
     Raises:
         ModelError: when the adapter doesn't fit the base.
+        BaseMismatchError: when the base is another one.
     """
     full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
-    loaded = model.load(section, where=torch.device("cpu") if exact else None)
+    if subject.adapter is not None:
+        adapter.check(subject.adapter)  # before minutes go into loading the base
+    loaded = model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
     loaded.tokenizer = tokenizer(subject)
     if subject.adapter is not None:
+        check_base(subject, loaded, section, allow_mismatch)
         loaded.model = attach(loaded.model, subject.adapter, "default")
     loaded.model.eval()
     return loaded
 
 
+def check_base(subject: Subject, loaded: model.Loaded, section: Model, allow_mismatch: bool) -> None:
+    """Hold a loaded base against the one a subject was trained on; what there is to tell is added to its notes.
+
+    Raises:
+        BaseMismatchError: when it is another one, and that was not allowed.
+    """
+    if subject.folder is None:
+        return
+    found = fingerprint.compare(subject.folder, section, allow_mismatch, loaded.tokenizer)
+    loaded.notes += found.notes
+    loaded.base_differs = found.differences
+
+
 def tokenizer(subject: Subject) -> Any:
     """Return the tokenizer saved with the adapter, whose template may be another than the base's, else the base's."""
     saved = subject.adapter if subject.adapter and (subject.adapter / "tokenizer_config.json").is_file() else None
-    return model.load_tokenizer(subject.base, str(saved) if saved else None)
+    return model.load_tokenizer(subject.base, str(saved) if saved else None, subject.trust)
 
 
-def attach(net: Any, adapter: Path, name: str) -> Any:
+def attach(net: Any, folder: Path, name: str) -> Any:
     """Put an adapter on a base model (or one more on a PeftModel) under a name; return the PeftModel.
 
     Raises:
-        ModelError: when its tensors don't fit the base, or there is no adapter.
+        ModelError: when its tensors don't fit the base, one is missing, too many or not finite, or it changes nothing.
+        SafetyError: when it is a pickle, or its config would run or fetch code.
     """
     from peft import PeftModel
 
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(Problem("no adapter_model.safetensors here", Place(str(adapter))))
+    adapter.check(folder)
+    known = isinstance(net, PeftModel)
     try:
-        if isinstance(net, PeftModel):
-            missing = net.load_adapter(str(adapter), adapter_name=name)
-        else:
-            net = PeftModel.from_pretrained(net, str(adapter), adapter_name=name)
-            missing = None
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            Problem(f"the adapter does not fit this base: {' '.join(lines[:2])}", Place(str(adapter)))
-        ) from None
-    if missing is not None and missing.unexpected_keys:
-        raise ModelError(
-            Problem(
-                f"the adapter has tensors this base has no place for: {missing.unexpected_keys[0]}", Place(str(adapter))
-            )
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT only warns of missing tensors: `check_complete` refuses them
+            if known:
+                net.load_adapter(str(folder), adapter_name=name)
+            else:
+                net = PeftModel.from_pretrained(net, str(folder), adapter_name=name)
+        adapter.check_complete(net, folder, name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # its files come from elsewhere: PEFT can fail over them in any way
+        if known and name in net.peft_config:
+            net.delete_adapter(name)
+        if isinstance(error, LoratuneError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = shorten(" ".join(lines[:2]), 300)
+        raise ModelError(Problem(f"the adapter does not fit this base: {reason}", Place(str(folder)))) from None
     return net
 
 
@@ -147,14 +177,15 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
         return section.model_copy(update={"base": _local(base)})
     if known is not None:
         return known.model
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(Problem(f"adapter_config.json can't be read: {error}", Place(str(folder)))) from None
-    name = config.get("base_model_name_or_path")
+    config = guard.read_object(folder / "adapter_config.json")
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(Problem("the adapter does not name its base model", Place(str(folder)), "name it with --base"))
-    return _model(name).model_copy(update={"revision": config.get("revision")})
+    if revision is not None and not guard.is_inside(revision):
+        raise SafetyError(
+            Problem(f"the revision of its base `{shorten(str(revision))}` leads out of its folder", Place(str(folder)))
+        )
+    return _model(name).model_copy(update={"revision": revision})
 
 
 def _model(name: str, dtype: str = "auto") -> Model:

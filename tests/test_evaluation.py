@@ -160,7 +160,7 @@ def test_limit(run: Path, base: Path) -> None:
 def test_json_table_and_default_predictions(run: Path) -> None:
     result = evaluate(run, max_new_tokens=4, regex=r"\w+", choices=["cat", "dog"])
     found = json.loads(json.dumps(result.as_json()))
-    assert set(found) == {"name", "rows", "generated", "scores", "predictions"}
+    assert set(found) == {"name", "rows", "generated", "scores", "predictions", "base_differs"}
     names = ["loss", "perplexity", "token accuracy", "exact match", "contains", "token F1", "regex", "choice"]
     for system in ("base", "adapter"):
         assert list(found["scores"][system]) == names
@@ -194,7 +194,10 @@ def test_another_format_and_file(run: Path, tmp_path: Path) -> None:
 
 def test_a_base_of_ones_own(run: Path, tmp_path: Path) -> None:
     other = tiny.save(tmp_path / "other", seed=5)
-    mine, others = evaluate(run, generate=False), evaluate(run, base=str(other), generate=False)
+    mine, others = (
+        evaluate(run, generate=False),
+        evaluate(run, base=str(other), generate=False, allow_base_mismatch=True),
+    )
     assert mine.scores["base"]["loss"].value != others.scores["base"]["loss"].value
 
 

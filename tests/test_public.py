@@ -13,6 +13,7 @@ import pytest
 import loratune
 
 PUBLIC = [
+    "BaseMismatchError",
     "DataError",
     "Interrupted",
     "LoratuneError",
@@ -32,7 +33,7 @@ PUBLIC = [
     "merge",
     "train",
 ]
-CODES = {"LoratuneError": 1, "UsageError": 2, "RecipeError": 2, "DataError": 2, "ModelError": 2, "SetupError": 3, "TrainingError": 4, "StorageError": 5, "RunFolderError": 6, "SafetyError": 7}  # fmt: skip
+CODES = {"LoratuneError": 1, "UsageError": 2, "RecipeError": 2, "DataError": 2, "ModelError": 2, "SetupError": 3, "TrainingError": 4, "StorageError": 5, "RunFolderError": 6, "SafetyError": 7, "BaseMismatchError": 8}  # fmt: skip
 
 
 def test_names() -> None:

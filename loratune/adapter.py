@@ -1,0 +1,160 @@
+"""An adapter's two files, checked before and after PEFT loads them: PEFT itself passes over what is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune import guard
+from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+# keys by which PEFT imports modules, unpickles files, or builds more than the file has tensors for
+_CODE = {
+    "auto_mapping": "imports the module it names",
+    "megatron_config": "imports the module that `megatron_core` names",
+    "runtime_config": "is no part of a saved adapter",
+    "layer_replication": "copies layers of the base",
+}
+_FETCHING = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "XLORA",
+    "CPT",
+    "CARTRIDGE",
+)  # other files, named in the config
+_OTHERS = ("arrow_config", "monteclora_config", "use_bdlora")  # need more than one file, or a training to go on
+_UNPICKLED = ("cache_file", "covariance_file")
+_FIRST = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
+_SECOND = re.compile(r"\.lora_(?:embedding_)?B(?:\.weight)?$")
+
+
+def check(folder: Path) -> None:
+    """Check an adapter's files, before PEFT sees them and without a base.
+
+    Raises:
+        ModelError: naming what is damaged, not finite, or without effect.
+        SafetyError: when it is a pickle, or its config would run or fetch code or lead out of its folder.
+    """
+    guard.check_folder(folder)
+    config = guard.read_object(folder / CONFIG)
+    problems = [Problem(message, Place(str(folder / CONFIG)), "an adapter needs none of it: take the key out")
+                for message in _hooks(config)]  # fmt: skip
+    if problems:
+        raise SafetyError(problems)
+    _check_config(config, Place(str(folder / CONFIG)))
+    if not (folder / TENSORS).is_file():
+        if (folder / _PICKLE).exists():
+            hint = "save it again as safetensors, on a machine you can lose"
+            raise SafetyError(Problem(f"`{_PICKLE}` is a pickle, which can run code", Place(str(folder)), hint))
+        raise ModelError(Problem(f"no {TENSORS} here", Place(str(folder))))
+    _check_tensors(_read(folder / TENSORS), config, Place(str(folder / TENSORS)))
+
+
+def check_complete(net: PeftModel, folder: Path, name: str) -> None:
+    """Check that the file has every tensor this model needs of an adapter, and no other.
+
+    Raises:
+        ModelError: naming the first that are missing, too many, or of another shape.
+    """
+    from peft import get_peft_model_state_dict
+
+    found = guard.header_of(folder / TENSORS).tensors
+    wanted = get_peft_model_state_dict(net, adapter_name=name, save_embedding_layers=False)
+    allowed = get_peft_model_state_dict(
+        net, adapter_name=name, save_embedding_layers=True
+    )  # PEFT may save them as well
+    missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - allowed.keys())
+    other = [key for key in found.keys() & allowed.keys() if found[key].shape != tuple(allowed[key].shape)]
+    problems = [
+        Problem(f"{what}: {listed([shorten(key, 120) for key in keys], 3)}", Place(str(folder / TENSORS)), hint)
+        for what, keys, hint in (
+            ("lacks tensors that this base and its config ask for", missing, "is it whole, and is this its base?"),
+            ("has tensors that this base or its config has no place for", more, "is this its base?"),
+            ("has tensors of another shape than the base asks for", sorted(other), "is this its base?"),
+        )
+        if keys
+    ]
+    if problems:
+        raise ModelError(problems)
+
+
+def _hooks(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what in adapter_config.json would run or fetch code."""
+    for key, what in _CODE.items():
+        if config.get(key):
+            yield f"`{key}` {what}"
+    if config.get("megatron_core") not in (None, "", "megatron.core"):
+        yield "`megatron_core` names a module to import"
+    if config.get("peft_type") in _FETCHING:
+        yield f"an adapter of the kind `{config['peft_type']}` loads other files that its config names"
+    for key, value in config.items():
+        if isinstance(value, dict) and any(value.get(name) for name in _UNPICKLED):
+            yield f"`{key}` names a file that is a pickle"
+        if key in ("tokenizer_kwargs", "auto_map", "trust_remote_code", "base_model_class", "parent_library") and value:
+            yield f"`{key}` runs or fetches code"
+
+
+def _check_config(config: Mapping[str, Any], place: Place) -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    if config.get("peft_type") != "LORA":
+        kind = shorten(str(config.get("peft_type")))
+        raise ModelError(Problem(f"is an adapter of the kind `{kind}`; only `LORA` is read here", place))
+    if used := [key for key in _OTHERS if config.get(key)]:
+        raise ModelError(Problem(f"`{used[0]}` is not read here", place, "use a plain LoRA adapter"))
+    names = {field.name for field in fields(LoraConfig)}
+    if unknown := sorted(key for key, value in config.items() if key not in names and value):
+        hint = "it may change what the adapter does: a newer PEFT may know it"
+        raise ModelError(Problem(f"the installed PEFT does not know {listed(unknown, 3)}", place, hint))
+    for key in ("r", "lora_alpha"):
+        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or not config[key] > 0:
+            raise ModelError(
+                Problem(f"`{key}` must be a number above 0, given `{shorten(str(config.get(key)))}`", place)
+            )
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        guard.header_of(file)
+        return dict(load_file(file))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = shorten(str(error), 200)
+        raise ModelError(
+            Problem(f"can't be read: {reason}", Place(str(file)), "copy it again from its source")
+        ) from None
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], place: Place) -> None:
+    """Refuse an adapter without matrices, with numbers that aren't finite, of other ranks, or without any effect."""
+    if whole := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise ModelError(Problem(f"has tensors that hold no floating-point numbers: {listed(whole, 3)}", place))
+    if broken := sorted(name for name, tensor in tensors.items() if not bool(tensor.float().isfinite().all())):
+        raise ModelError(Problem(f"has numbers that are not finite: {listed(broken, 3)}", place, "its training failed"))
+    second = [name for name in tensors if _SECOND.search(name)]
+    ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if _FIRST.search(name) and tensor.ndim}
+    asked = {rank for rank in (config["r"], *_ranks(config.get("rank_pattern"))) if rank not in ranks}
+    if ranks and asked and max(asked) > max(ranks):  # else PEFT would first make room for it, whatever its size
+        raise ModelError(Problem(f"the config asks for rank {max(asked)}, the tensors have {max(ranks)}", place))
+    if not tensors:
+        raise ModelError(Problem("has no tensors in it", place))
+    rest = [n for n in tensors if not _FIRST.search(n) and not _SECOND.search(n) and "lora_magnitude_vector" not in n]
+    if second and not rest and not any(bool(tensors[name].any()) for name in second):
+        hint = "it was not trained, or not saved whole"
+        raise ModelError(Problem("changes nothing: every B matrix is zero", place, hint))
+
+
+def _ranks(pattern: Any) -> list[int]:
+    return [rank for rank in pattern.values() if isinstance(rank, int)] if isinstance(pattern, dict) else []

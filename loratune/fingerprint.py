@@ -1,0 +1,226 @@
+"""What an adapter stands on: a fingerprint of its base model and tokenizer, and whether another is the same.
+
+The fingerprint is of the files, so quantization and precision in memory don't change it, and a copy is the same base.
+It is taken tensor by tensor (name, dtype, shape, bytes), so neither does the way the tensors are spread over files. Of
+a large tensor only a sample is read: 100 GB cost some thousand reads of 4 KiB, not 100 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune import guard, model
+from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
+from loratune.recipe import Model
+
+NAME = "loratune.json"
+SCHEMA = 1
+WHOLE = 64 << 20  # models up to this many bytes are read whole
+SMALL = 256 << 10  # and so is every tensor up to this many: norms and biases
+SAMPLE = 4 << 10  # bytes read at each place of a larger one
+PLACES = 5  # from its first to its last bytes
+SHOWN = 6  # differences named in a message
+
+# what a program writes into config.json about itself, or what does not change what the model computes
+_VOLATILE = {
+    "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation", "architectures",
+    "_attn_implementation_autoset", "auto_map",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a base model.
+
+    Attributes:
+        config: config.json without what programs write about themselves.
+        parts: part of the model, such as `model.layers.3` -> sha256 (hex) of its tensors.
+    """
+
+    config: dict[str, Any]
+    parts: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """One digest (hex) of it all."""
+        return _digest({"schema": SCHEMA, "config": self.config, "parts": self.parts})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return {"sha256": self.sha256, "config": self.config, "parts": self.parts}
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Name what differs from `other`, each as `config ...` or `tensors of ...`: this one's value first."""
+        found = []
+        for key in sorted(self.config.keys() | other.config.keys()):
+            mine, its = (json.dumps(one.config.get(key), sort_keys=True) for one in (self, other))
+            if mine != its:
+                found.append(f"config `{shorten(key)}` is {shorten(mine)}, was {shorten(its)}")
+        parts = sorted(self.parts.keys() | other.parts.keys(), key=_in_layer_order)
+        wrong = [part for part in parts if self.parts.get(part) != other.parts.get(part)]
+        if wrong:
+            found.append(f"the tensors of {listed(wrong, SHOWN)} are others")
+        return found
+
+
+def of_base(section: Model) -> Fingerprint:
+    """Take the fingerprint of a base model that is on this machine.
+
+    Args:
+        section: names a folder, a .gguf file, or a hub id whose files are in the cache.
+
+    Raises:
+        ModelError: when there are no whole safetensors files.
+    """
+    return of_folder(model.folder_of(section))
+
+
+def of_folder(folder: Path) -> Fingerprint:
+    """Take the fingerprint of a folder with config.json and safetensors files; see `of_base`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        headers = {file: guard.header_of(file) for file in guard.weight_files(folder)}
+        whole = sum(file.stat().st_size for file in headers) <= WHOLE
+        seen: dict[str, dict[str, str]] = {}
+        for file, header in headers.items():
+            with file.open("rb") as stream:
+                for name, entry in header.tensors.items():
+                    start, end = entry.offsets
+                    digest = hashlib.sha256(f"{entry.dtype} {entry.shape} ".encode())
+                    for place, size in _places(start, end, whole):
+                        stream.seek(header.begin + place)
+                        digest.update(stream.read(size))
+                    seen.setdefault(_part(name), {})[name] = digest.hexdigest()
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None
+    return Fingerprint(_lasting(config), {part: _digest(tensors) for part, tensors in sorted(seen.items())})
+
+
+def of_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """Return digests (hex) of a fast tokenizer (`sha256`) and of its chat template (`template`)."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # of the last call
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return {"sha256": _digest([kept, special]), "template": _digest(tokenizer.chat_template)}
+
+
+def record(section: Model, tokenizer: Any) -> dict[str, Any]:
+    """Return what is written beside an adapter: what it stands on, and where that was."""
+    base = {"name": section.base, "revision": section.revision, **of_base(section).as_json()}
+    return {"schema": SCHEMA, "base": base, "tokenizer": of_tokenizer(tokenizer)}
+
+
+def write(folder: Path, about: dict[str, Any]) -> None:
+    """Write what `record` returned beside an adapter."""
+    (folder / NAME).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Return what `write` wrote, or None where there is nothing.
+
+    Raises:
+        ModelError: when the file is damaged.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        base = Fingerprint(about["base"]["config"], about["base"]["parts"])
+        whole = about["schema"] == SCHEMA and base.sha256 == about["base"]["sha256"]
+        if not whole or not {"sha256", "template"} <= about["tokenizer"].keys():
+            raise ValueError("its digest is another")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "an adapter without this file can be used; its base is not checked then"
+        raise ModelError(Problem(f"is damaged ({error})", Place(str(path)), hint)) from None
+    return dict(about)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of holding a base against the one an adapter remembers.
+
+    Attributes:
+        differences: of a base that was allowed although it is another.
+        notes: lines a person must see.
+    """
+
+    differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) -> Comparison:
+    """Hold a base (and a tokenizer) against what an adapter, or a fully trained model, remembers.
+
+    A tokenizer that differs is told and not refused: it does no harm to the weights, and may be meant.
+
+    Args:
+        folder: of the adapter.
+        section: the base.
+        allow: go on with another base.
+        tokenizer: the one in use; None to leave it out.
+
+    Raises:
+        BaseMismatchError: when the base is another one.
+        ModelError: when there is nothing to compare, as a file is damaged.
+    """
+    about = read(folder)
+    if about is None:
+        return Comparison(notes=(f"{folder.name}: without {NAME}, so whether this is its base is not known",))
+    notes = []
+    if tokenizer is not None:
+        now = of_tokenizer(tokenizer)
+        for key, what in (("sha256", "tokenizer"), ("template", "chat template")):
+            if now[key] != about["tokenizer"][key]:
+                notes.append(f"the {what} is another than the one {folder.name} was trained with")
+    was = Fingerprint(about["base"]["config"], about["base"]["parts"])
+    differences = tuple(of_base(section).differences(was))
+    if not differences:
+        return Comparison(notes=tuple(notes))
+    told = "; ".join(differences[:SHOWN])
+    if not allow:
+        raise BaseMismatchError(
+            Problem(
+                f"this is not the base it was trained on (`{shorten(str(about['base']['name']))}`): {told}",
+                Place(section.base),
+                "name the right one, or go on with --allow-base-mismatch: that is recorded",
+            )
+        )
+    return Comparison(differences, (f"another base than it was trained on, as allowed: {told}", *notes))
+
+
+def _places(start: int, end: int, whole: bool) -> list[tuple[int, int]]:
+    """Return (offset, bytes) of what is read of a tensor, as offsets into the data of its file."""
+    if whole or end - start <= SMALL:
+        return [(start, end - start)]
+    step = (end - start - SAMPLE) // (PLACES - 1)
+    return [(start + number * step, SAMPLE) for number in range(PLACES - 1)] + [(end - SAMPLE, SAMPLE)]
+
+
+def _part(name: str) -> str:
+    """Return the part of a model a tensor belongs to: up to the number of its layer, else without its last word."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name.rpartition(".")[0] or name
+
+
+def _in_layer_order(part: str) -> list[tuple[int, str]]:
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in part.split(".")]
+
+
+def _lasting(config: Any) -> Any:
+    """Return a config without its volatile keys and without nulls, which stand for defaults."""
+    if isinstance(config, list):
+        return [_lasting(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE and value is not None}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

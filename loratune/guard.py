@@ -1,0 +1,277 @@
+"""Model and adapter folders come from elsewhere: what in them is never opened, fetched or run.
+
+Tensors come out of safetensors files only. Whatever in a config would import code, fetch a kernel or name a file
+outside its folder is refused before transformers or PEFT see it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
+
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+CONFIGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json",
+    "preprocessor_config.json", "special_tokens_map.json", "adapter_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+CONVERT = "convert them to safetensors on a machine you can lose"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_OPENED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
+_ATTENTION = ("attn_implementation", "attn_implementation_internal")
+_EXPERTS = ("experts_implementation", "experts_implementation_internal")
+_KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention")
+_KNOWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
+# keys of config.json by which transformers takes code, kernels or files from elsewhere; `auto_map` is told apart
+_CODE = ("custom_generate", "custom_pipelines", "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels")
+_FILES = ("transformers_weights", "fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file")
+_QUANTIZED = (
+    "bitsandbytes",
+    "bitsandbytes_4bit",
+    "bitsandbytes_8bit",
+    "gptq",
+    "awq",
+    "compressed-tensors",
+    "fp8",
+    "mxfp4",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: the bytes [start, end) of its data, of a dtype such as `BF16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file: where its data begin, and its tensors by name."""
+
+    begin: int
+    tensors: dict[str, Entry]
+
+
+def header_of(file: Path) -> Header:
+    """Read the header of a safetensors file. Source: https://github.com/huggingface/safetensors#format.
+
+    Raises:
+        ValueError: when it is none.
+        OSError: when it can't be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{file.name} is no safetensors file, or cut short")
+        try:
+            plain = json.loads(stream.read(length))
+            tensors = {name: _entry(value) for name, value in plain.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(f"{file.name} has a damaged header") from None
+    if any(not 0 <= start <= end <= size - 8 - length for start, end in (one.offsets for one in tensors.values())):
+        raise ValueError(f"{file.name} is cut short, or its header is damaged")
+    return Header(8 + length, tensors)
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("a number")
+    if not isinstance(value["dtype"], str) or end - start > 16 * math.prod(shape):
+        raise ValueError("a dtype")
+    return Entry(value["dtype"], shape, (start, end))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model, as transformers chooses them.
+
+    Raises:
+        ValueError: when there are none, or the index is damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise ValueError("no *.safetensors here")
+        return found
+    return [folder / name for name in sorted(_shards(read_object(index)))]
+
+
+def check_folder(folder: Path, trust: bool = False, attention: str = "auto") -> None:
+    """Check a local model or adapter folder before anything in it is opened.
+
+    Args:
+        folder: where config.json or adapter_config.json lies.
+        trust: the user lets the model run code of its own.
+        attention: as in the recipe; anything but `auto` takes the place of what config.json asks for.
+
+    Raises:
+        SafetyError: when something in it would run or fetch code, is a pickle, or leads out of the folder.
+        ModelError: when a config is no JSON object.
+    """
+    _check_links(folder)
+    names = {file.name for file in folder.iterdir()}
+    if frozen := sorted(name for name in names if name == ".metadata" or name.endswith(".distcp")):
+        _refuse(folder, f"a distributed checkpoint (`{frozen[0]}`) is a pickle, which can run code", CONVERT)
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        _refuse(folder, f"the weights are a pickle (`{shorten(pickles[0])}`), which can run code", CONVERT)
+    check_configs({name: folder / name for name in CONFIGS if name in names}, trust, attention)
+
+
+def check_configs(files: dict[str, Path], trust: bool, attention: str = "auto") -> None:
+    """Check configs, given by their names, wherever they lie; see `check_folder`."""
+    for name, path in files.items():
+        if name in ("special_tokens_map.json", "model.safetensors.index.json"):
+            problems = _bad_shards(read_object(path)) if name.endswith(".index.json") else iter(())
+        elif name == "adapter_config.json":
+            if "config.json" in files:
+                _refuse(path, "a model with an adapter inside loads more than it shows", "merge the two, or name one")
+            continue  # see `adapter.check`
+        else:
+            problems = _bad_keys(read_object(path), trust, attention)
+        if found := [Problem(message, Place(str(path)), hint) for message, hint in problems]:
+            raise SafetyError(found)
+
+
+def check_plain(name: Any, place: Path, what: str) -> None:
+    """Refuse a file name that leads out of its folder.
+
+    Raises:
+        SafetyError: when it has a folder, a `..` or a NUL in it, or is no text.
+    """
+    if not is_inside(name):
+        _refuse(place, f"{what} `{shorten(str(name))}` leads out of its folder", "get it from its first source")
+
+
+def is_inside(name: Any) -> bool:
+    """Return whether a relative file name, as data name it, stays in its folder."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or ":" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not name.startswith("~")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: when it is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(Problem(f"is no JSON: {reason}", Place(str(path)))) from None
+    if not isinstance(value, dict):
+        raise ModelError(Problem("is no JSON object", Place(str(path))))
+    return value
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse files that are links out of their folder; the cache of the hub keeps its files in `blobs` beside it."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
+        home = home.parent.parent
+    inner = [folder / "additional_chat_templates"]
+    for file in [*folder.iterdir(), *(f for one in inner if one.is_dir() for f in one.iterdir())]:
+        if file.is_symlink() and (file in inner or file.suffix in _OPENED):
+            try:
+                leads = file.resolve()
+            except (OSError, RuntimeError):  # a link to itself
+                leads = Path("/")
+            if not leads.is_relative_to(home):
+                _refuse(file, "is a link that leads out of its folder", "put the file itself in its place")
+
+
+def _shards(index: dict[str, Any]) -> set[Any]:
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError("model.safetensors.index.json has no weight_map")
+    return {name if isinstance(name, str) else json.dumps(name) for name in weights.values()}
+
+
+def _bad_shards(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    try:
+        names = sorted(_shards(index))
+    except ValueError:
+        return  # told when it is read
+    for name in names:
+        if not is_inside(name):
+            yield f"`weight_map` leads out of its folder: `{shorten(name)}`", "get it from its first source"
+        elif not name.endswith(".safetensors"):
+            yield f"`weight_map` names what is no safetensors file: `{shorten(name)}`", CONVERT
+
+
+def _bad_keys(config: Any, trust: bool, attention: str) -> Iterator[tuple[str, str]]:
+    """Yield what in a config would run or fetch code or lead out of its folder, at any depth, with the remedy."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _bad_keys(item, trust, attention)
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        bare = str(key).lstrip("_")
+        if key == "auto_map" and value and not trust:
+            yield (
+                f"`auto_map` names code of the model's own: {listed(_names(value), 2)}",
+                "read that code, then give --trust-remote-code; or take the key out: transformers may know the model",
+            )
+        elif bare in _ATTENTION and not _known(value, _attention_here(attention)):
+            yield (
+                f"`{key}` asks for an attention kernel from elsewhere: {listed(_names(value), 2)}",
+                "take the key out, or set `model.attention: sdpa`",
+            )
+        elif bare in _EXPERTS and not _known(value, _KNOWN_EXPERTS):
+            yield f"`{key}` asks for a kernel from elsewhere: {listed(_names(value), 2)}", "take the key out"
+        elif bare in _CODE and value:
+            yield f"`{key}` runs or fetches code", "take the key out"
+        elif key == "quantization_config" and isinstance(value, dict) and not _is_known_quantization(value):
+            method = shorten(str(value.get("quant_method")))
+            yield f"its weights are packed by `{method}`, which is not known here", "use the model it was made from"
+        elif key in _FILES:
+            for name in value if isinstance(value, list) else [value]:
+                if name is not None and not is_inside(name):
+                    yield f"`{key}` leads out of its folder: `{shorten(str(name))}`", "take the key out"
+        elif key == "chat_template" and isinstance(value, list):
+            for one in value:
+                if isinstance(one, dict) and not is_inside(one.get("name")):
+                    yield (
+                        f"a chat template's name leads out of its folder: `{shorten(str(one.get('name')))}`",
+                        "rename it",
+                    )
+        yield from _bad_keys(value, trust, attention)
+
+
+def _names(value: Any) -> list[str]:
+    if isinstance(value, (dict, list)):
+        return [name for item in (value.values() if isinstance(value, dict) else value) for name in _names(item)]
+    return [] if value is None else [shorten(str(value))]
+
+
+def _known(value: Any, known: Sequence[str]) -> bool:
+    return all(name.removeprefix("paged|") in known for name in _names(value))
+
+
+def _attention_here(attention: str) -> tuple[str, ...]:
+    """Return the kernels a config may ask for: transformers fetches flash attention where it is not installed."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    return (*_KNOWN_ATTENTION, *(["flash_attention_2"] if installed or attention != "auto" else []))
+
+
+def _is_known_quantization(value: dict[str, Any]) -> bool:
+    method = value.get("quant_method") or ("bitsandbytes" if any(key.startswith("load_in_") for key in value) else None)
+    return method in _QUANTIZED
+
+
+def _refuse(place: Path, message: str, hint: str) -> None:
+    raise SafetyError(Problem(message, Place(str(place)), hint))
