@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow check fix docs gpu-check clean
+.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make check      format, lint, types, layers, fast tests"
 	@echo "make fix        format and mend what the linter can"
 	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-faults  injected faults and hostile input, the long versions"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 
@@ -38,6 +39,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(call ON,slow tests)
 	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-faults: $(READY)
+	$(call ON,faults and hostile input)
+	@$(BIN)/python -m pytest -m "faults and not gpu"
 
 gpu-check: $(READY)
 	$(call ON,GPU tests)

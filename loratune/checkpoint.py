@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import Place, Problem, RunFolderError, StorageError
+from loratune.section import is_inside
 
 SCHEMA = 1
 
@@ -176,6 +177,8 @@ def verify(folder: Path) -> str | None:
         return "has no whole MANIFEST.json"
     for name, seal in manifest["files"].items():
         file = folder / name
+        if not is_inside(name) or not file.resolve().is_relative_to(folder.resolve()):
+            return f"`{name}` leads out of its folder"
         if not file.is_file():
             return f"`{name}` is missing"
         if _seal(file, sync=False) != seal:

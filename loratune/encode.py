@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from loratune import model
 from loratune.errors import ModelError, Place, Problem
 from loratune.formats import Conversation, Example, Plain, RowError
 from loratune.templates import TEMPLATES
@@ -46,6 +47,7 @@ def with_template(tokenizer: Any, choice: str | None) -> Any:
         choice: one of `TEMPLATES`, or the path of a file.
 
     Raises:
+        SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
         ModelError: when the file can't be read, or ChatML is asked of a tokenizer that has no token to end its turns.
     """
     if choice is None:
@@ -60,6 +62,7 @@ def with_template(tokenizer: Any, choice: str | None) -> Any:
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
+    model.check_template(tokenizer.chat_template, tokenizer, choice)
     return tokenizer
 
 

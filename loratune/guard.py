@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
+from loratune.section import is_inside
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 CONFIGS = (
@@ -141,24 +142,6 @@ def check_configs(files: dict[str, Path], trust: bool, attention: str = "auto") 
             problems = _bad_keys(read_object(path), trust, attention)
         if found := [Problem(message, Place(str(path)), hint) for message, hint in problems]:
             raise SafetyError(found)
-
-
-def check_plain(name: Any, place: Path, what: str) -> None:
-    """Refuse a file name that leads out of its folder.
-
-    Raises:
-        SafetyError: when it has a folder, a `..` or a NUL in it, or is no text.
-    """
-    if not is_inside(name):
-        _refuse(place, f"{what} `{shorten(str(name))}` leads out of its folder", "get it from its first source")
-
-
-def is_inside(name: Any) -> bool:
-    """Return whether a relative file name, as data name it, stays in its folder."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or ":" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and not name.startswith("~")
 
 
 def read_object(path: Path) -> dict[str, Any]:

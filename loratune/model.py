@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from loratune import guard
+from loratune import guard, templating
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Fp4, Int8, Model, Nf4
 
@@ -123,9 +123,22 @@ def load_tokenizer(section: Model, folder: str | None = None, trust: bool = Fals
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
     except Exception as error:  # its files come from elsewhere: they can fail in any way
         raise _unusable(section.base, error, "tokenizer") from None
+    templates = tokenizer.chat_template or ()
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else ():
+        check_template(template, tokenizer, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only ever masked
     return tokenizer
+
+
+def check_template(template: str, tokenizer: Any, source: str) -> None:
+    """Refuse a chat template that can harm, before it is used; `source` is the folder or file it comes from.
+
+    Raises:
+        SafetyError: when it takes too long, too much memory, or reaches out of its sandbox.
+    """
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    templating.check(template, tokens, Place(source), cache() / "templates")
 
 
 def local_folder(section: Model) -> str:

@@ -23,7 +23,7 @@ from loratune.nodes import Tree
 from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
-from loratune.section import BareWord, Cadence, Section, Share, as_tuple
+from loratune.section import BareWord, Cadence, Inside, Section, Share, as_tuple
 from loratune.templates import TEMPLATES
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -67,7 +67,7 @@ class Model(Section):
     """The base model and how it is loaded."""
 
     base: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: Inside | None = Field(None, description="branch, tag or commit of a hub model")
     quantization: Quantization = Field(
         NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA"
     )
@@ -83,9 +83,9 @@ class Source(Section):
     """Where rows come from."""
 
     path: str = Field(min_length=1, description="file, folder, glob, or hub data set")
-    subset: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    subset: Inside | None = Field(None, description="configuration of a hub data set")
+    split: Inside = Field("train", description="split of a hub data set")
+    revision: Inside | None = Field(None, description="branch, tag or commit of a hub data set")
     max_rows: int | None = Field(None, ge=1, description="read the first rows only")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row"

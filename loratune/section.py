@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
@@ -38,6 +47,23 @@ class BareWord:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string", "enum": self.words}, handler(schema)]}
+
+
+def is_inside(name: Any) -> bool:
+    """Return whether a relative name, as a recipe or other data give it, stays in its folder."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:|~|/", name):
+        return False
+    return ".." not in name.split("/")
+
+
+def _inside(value: str) -> str:
+    if not is_inside(value):
+        raise PydanticCustomError("expected", "must not lead out of its folder")
+    return value
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A word that becomes part of a path: a revision, a configuration of a data set."""
 
 
 def _cadence(value: Any) -> int | float:

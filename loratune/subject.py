@@ -13,6 +13,7 @@ import torch
 from loratune import adapter, checkpoint, decode, fingerprint, guard, model, nodes, recipe
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, shorten
 from loratune.recipe import Model, Recipe
+from loratune.section import is_inside
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(Problem("the adapter does not name its base model", Place(str(folder)), "name it with --base"))
-    if revision is not None and not guard.is_inside(revision):
+    if revision is not None and not is_inside(revision):
         raise SafetyError(
             Problem(f"the revision of its base `{shorten(str(revision))}` leads out of its folder", Place(str(folder)))
         )

@@ -37,6 +37,8 @@ LEVELS = (
         "model",
         "guard",
         "adapter",
+        "templating",
+        "_probe",
         "fingerprint",
         "checkpoint",
         "report",
