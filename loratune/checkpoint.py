@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import Place, Problem, RunFolderError, StorageError
+from loratune.secrecy import redact
 from loratune.section import is_inside
 
 SCHEMA = 1
@@ -94,7 +95,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file without secrets, whole or not at all.
 
     Raises:
         StorageError: when the disk is full or the folder can't be written.
@@ -102,7 +103,7 @@ def write_text(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with staged.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.write(redact(text))
             stream.flush()
             os.fsync(stream.fileno())
         staged.rename(path)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune import errors
+from loratune import errors, secrecy
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
@@ -290,6 +290,7 @@ def _problem(problem: errors.Problem) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in a message and its exit code, never in a traceback."""
+    secrecy.guard_streams()
     try:
         app(standalone_mode=True)
     except errors.LoratuneError as error:

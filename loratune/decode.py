@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from loratune.errors import Place, Problem, RecipeError, did_you_mean, listed, one_edit, shorten
 from loratune.nodes import FLOAT, INT, Node, Tree, parse
+from loratune.secrecy import looks_secret, names_secret
 from loratune.section import (
     BareWord,
     Section,
@@ -49,11 +50,57 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
         told = {problem.place for problem in problems}  # `012` need not be told to be no number as well
         found = [_problem(detail, tree, model, foreign or {}) for detail in error.errors(include_url=False)]
         problems += [problem for problem in found if problem and problem.place not in told]
+    problems = _without_secrets(problems, tree.root)
     if problems or result is None:
         problems = in_order(problems)
         more = len(problems) - MAX_PROBLEMS
         raise RecipeError(problems[:MAX_PROBLEMS] + ([Problem(f"and {more} more problems")] if more > 0 else []))
     return result
+
+
+def _without_secrets(problems: list[Problem], root: Node) -> list[Problem]:
+    """Return the problems, with one for each secret in the recipe in the place of all that would show it."""
+    secrets = [(name, node) for name, node in _scalars(root) if _is_secret(name, node)]
+    if not secrets:
+        return problems
+    lines = {(node.place.source, node.place.line) for _, node in secrets}
+    told = [_shown_without(problem, lines) for problem in problems]
+    bare = {(p.source, p.line, p.column) for _, node in secrets for p in (node.place, node.key) if p}
+    kept = [p for p in told if p.place is None or (p.place.source, p.place.line, p.place.column) not in bare]
+    return kept + [
+        Problem(f"`{shorten(name)}` looks like a secret", replace(node.key or node.place, text=""), _SECRET_HINT)
+        for name, node in secrets
+    ]
+
+
+_SECRET_HINT = (
+    "a recipe has no place for one: put it into the environment (HF_TOKEN), or `hf auth login` stores it; if it was "
+    "shared, revoke it"
+)
+
+
+def _is_secret(name: str, node: Node) -> bool:
+    known = isinstance(node.value, str) and node.value
+    return looks_secret(node.raw) or looks_secret(name) or bool(known and names_secret(name.rpartition(".")[2]))
+
+
+def _scalars(node: Node, name: str = "") -> Iterator[tuple[str, Node]]:
+    """Yield the values of a tree with their names, such as `data.train.0.path`."""
+    if isinstance(node.value, dict):
+        for key, child in node.value.items():
+            yield from _scalars(child, f"{name}.{key}" if name else key)
+    elif isinstance(node.value, list):
+        for index, child in enumerate(node.value):
+            yield from _scalars(child, f"{name}.{index}")
+    else:
+        yield name, node
+
+
+def _shown_without(problem: Problem, lines: Set[tuple[str, int]]) -> Problem:
+    place = problem.place
+    if place is None or (place.source, place.line) not in lines:
+        return problem
+    return replace(problem, place=replace(place, text=""))
 
 
 def in_order(problems: Sequence[Problem]) -> list[Problem]:

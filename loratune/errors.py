@@ -19,6 +19,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loratune.secrecy import redact, redact_line
+
 
 @dataclass(frozen=True)
 class Place:
@@ -53,18 +55,21 @@ class Problem:
     hint: str | None = None
 
     def __str__(self) -> str:
-        """Render as `place: message`, then the source line with a caret and the hint below it."""
-        head = f"{self.place}: {self.message}" if self.place else self.message
+        """Render as `place: message`, then the source line with a caret and the hint below it; without secrets."""
+        head = redact(f"{self.place}: {self.message}" if self.place else self.message)
+        hint = redact(self.hint or "")
         if self.place is None or not self.place.text.strip():
-            return f"{head}\n  {self.hint}" if self.hint else head
-        text = "".join(c if c.isprintable() else " " for c in self.place.text).rstrip()  # a tab is one column
+            return f"{head}\n  {hint}" if hint else head
+        text = "".join(
+            c if c.isprintable() else " " for c in redact_line(self.place.text)
+        ).rstrip()  # a tab is one column
         start = max(0, self.place.column - 61) if len(text) > 100 else 0  # keep the caret in sight on a long line
         number = str(self.place.line) if self.place.line else ""
         gutter = " " * len(number)
         caret = " " * (max(self.place.column, 1) - 1 - start) + "^"
         shown = text[start : start + 100]
         return "\n".join(
-            [head, f" {gutter} |", f" {number} | {shown}", f" {gutter} | {caret}{' ' + self.hint if self.hint else ''}"]
+            [head, f" {gutter} |", f" {number} | {shown}", f" {gutter} | {caret}{' ' + hint if hint else ''}"]
         )
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from loratune.errors import Place, Problem, StorageError
 from loratune.loop import Step
+from loratune.secrecy import redact
 
 QUIET = 15  # seconds between two lines about long work where there is no terminal
 
@@ -81,11 +82,11 @@ class Report:
 
     def note(self, line: str) -> None:
         """Print a line."""
-        self.console.print(line, markup=False)
+        self.console.print(redact(line), markup=False)
 
     def problem(self, line: str) -> None:
         """Print a line that must not be missed."""
-        self.console.print(line, markup=False, style="yellow")
+        self.console.print(redact(line), markup=False, style="yellow")
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[..., None]]:
@@ -197,7 +198,7 @@ class Report:
             return
         try:
             with self._metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(event) + "\n")
+                stream.write(redact(json.dumps(event)) + "\n")
         except OSError as error:
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(self._metrics)))) from None
 

@@ -51,7 +51,7 @@ class BareWord:
 
 def is_inside(name: Any) -> bool:
     """Return whether a relative name, as a recipe or other data give it, stays in its folder."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:|~|/", name):
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:/|~[^/]*/|/", name):
         return False
     return ".." not in name.split("/")
 

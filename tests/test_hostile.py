@@ -434,7 +434,7 @@ def test_a_manifest_that_leads_out_is_not_believed(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize("field", ["revision", "subset", "split"])
-@pytest.mark.parametrize("value", ["../../x", "/etc/passwd", "a\\..\\b", "~root"])
+@pytest.mark.parametrize("value", ["../../x", "/etc/passwd", "a\\..\\b", "~root/x"])
 def test_fields_that_lead_out(tmp_path: Path, base: Path, field: str, value: str) -> None:
     path = tiny.write_recipe(tmp_path, base)
     where = "model.revision" if field == "revision" else f"data.train.0.{field}"

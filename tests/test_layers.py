@@ -46,7 +46,7 @@ LEVELS = (
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
     ("decode", "nodes", "section", "foreign", "templates"),
-    ("errors",),
+    ("errors", "secrecy"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from loratune import decode, nodes
 from loratune.errors import RecipeError
 from loratune.recipe import Recipe, from_tree, load, schema
+from loratune.section import is_inside
 
 MINIMAL = "model: {base: some/model}\ndata: {train: some/rows}\noutput: run\n"
 
@@ -238,7 +239,8 @@ def typed(type_: str, **those: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]
 
 cadence = st.integers(1, 10**6) | st.floats(1e-6, 1.0)
 floor = st.floats(0, 1)
-source = fields(subset=texts, split=texts, revision=texts | st.none(), weight=st.floats(0.01, 1000)).flatmap(
+inside = texts.filter(is_inside)
+source = fields(subset=inside, split=inside, revision=inside | st.none(), weight=st.floats(0.01, 1000)).flatmap(
     lambda found: st.sampled_from(["org/rows", "squad"]).map(lambda path: {"path": path, **found})
 )
 sources = st.just("org/rows") | source | st.lists(st.just("a/b") | source, min_size=1, max_size=3)
@@ -246,7 +248,7 @@ adam = {"lr": positive, "beta1": part, "beta2": part, "eps": positive, "weight_d
 recipes = st.fixed_dictionaries(
     {
         "model": fields(
-            revision=texts,
+            revision=inside,
             dtype=st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
             quantization=typed("none") | typed("int8") | typed("nf4", double_quant=st.booleans()),
         ).map(lambda found: {"base": "org/model", **found}),
