@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,7 @@ def of_folder(folder: Path) -> Fingerprint:
                     start, end = entry.offsets
                     digest = hashlib.sha256(f"{entry.dtype} {entry.shape} ".encode())
                     for place, size in _places(start, end, whole):
-                        stream.seek(header.begin + place)
-                        digest.update(stream.read(size))
+                        digest.update(os.pread(stream.fileno(), size, header.begin + place))
                     seen.setdefault(_part(name), {})[name] = digest.hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None

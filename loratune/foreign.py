@@ -50,7 +50,7 @@ FOREIGN = {
     "save_total_limit": "write `train.keep`",
     "output_dir": "write `output`",
     "train_on_inputs": "leave it out: only the assistant's words are trained; for all of a text use `format: text`",
-    "trust_remote_code": "a recipe cannot run code",
+    "trust_remote_code": "a recipe cannot run code: read that of the model, then give --trust-remote-code",
     "hub_token": "a recipe has no place for a secret: `hf auth login` stores it",
     "hf_token": "a recipe has no place for a secret: `hf auth login` stores it",
 }

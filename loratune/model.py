@@ -153,14 +153,13 @@ def folder_of(section: Model) -> Path:
         ModelError: when a hub model is not in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     folder = Path(local_folder(section))
     if folder.is_dir():
         return folder
     try:
         return Path(snapshot_download(section.base, revision=section.revision, local_files_only=True))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, ValueError) as error:
         raise _unusable(section.base, error, "model") from None
 
 
@@ -241,7 +240,8 @@ def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments:
 
 def _check(section: Model, folder: str, trust: bool) -> None:
     """Check the files of a model before transformers sees them; those of a hub model are fetched first."""
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     if Path(folder).is_dir():
         guard.check_folder(Path(folder), trust, section.attention)
@@ -249,14 +249,10 @@ def _check(section: Model, folder: str, trust: bool) -> None:
     files: dict[str, Path] = {}
     for name in guard.CONFIGS:
         try:
-            found = cached_file(
-                folder, name, revision=section.revision, _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
-            )  # fmt: skip
-        except (OSError, ValueError):
-            break  # no such model: loading it says so
-        if found is not None:
-            files[name] = Path(found)
+            files[name] = Path(hf_hub_download(folder, name, revision=section.revision))
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            if name == "config.json" or not isinstance(error, EntryNotFoundError):
+                raise _unusable(section.base, error, "model") from None  # unseen files are not loaded
     guard.check_configs(files, trust, section.attention)
 
 

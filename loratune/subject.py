@@ -117,7 +117,8 @@ def check_base(subject: Subject, loaded: model.Loaded, section: Model, allow_mis
     """
     if subject.folder is None:
         return
-    found = fingerprint.compare(subject.folder, section, allow_mismatch, loaded.tokenizer)
+    tokenizer = loaded.tokenizer if subject.adapter is not None else None  # a whole model has its own
+    found = fingerprint.compare(subject.folder, section, allow_mismatch, tokenizer)
     loaded.notes += found.notes
     loaded.base_differs = found.differences
 
