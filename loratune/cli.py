@@ -123,11 +123,11 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import checkpoint, inspecting
+    from loratune import inspecting, storage
 
     shown = inspecting.inspect(loratune.load_recipe(recipe, set_), row=row, random=random, number=number)
     if html is not None:
-        checkpoint.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
+        storage.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))
     elif as_json:
         typer.echo(json.dumps(shown.as_json(), indent=2, ensure_ascii=False))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import checkpoint, model, report, subject
+from loratune import model, report, storage, subject
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -142,7 +142,7 @@ def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype) -> Non
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         merged.config.use_cache = True
         merged.config.dtype = dtype
-        checkpoint.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), {"merged": True})
+        storage.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), {"merged": True})
         if target.exists():
             target.rmdir()
         (staging / "model").rename(target)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import platform
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
-import loratune
-from loratune import batches, card, checkpoint, data, loop, model, plot
+from loratune import batches, card, checkpoint, data, loop, model, plot, states, storage, telling
 from loratune.checkpoint import Progress
 from loratune.data import Rows
 from loratune.encode import Encoder, with_template
@@ -28,8 +25,6 @@ from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
 from loratune.schedules import rate
-
-VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
     if accelerator.is_main_process:
         checkpoint.check_free(folder, resume, overwrite)
     accelerator.wait_for_everyone()
-    facts = _facts(recipe, accelerator)
+    facts = telling.facts(recipe, accelerator)
     status, begun = "failed", False
     try:
         job = _prepare(recipe, folder, accelerator, report, facts)
@@ -93,7 +88,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
         ) from None
     finally:
         if accelerator.is_main_process and begun:
-            checkpoint.write_json(folder / "run.json", {**facts, "status": status})
+            storage.write_json(folder / "run.json", {**facts, "status": status})
 
 
 @dataclass
@@ -136,10 +131,10 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     optimizer = recipe.optimizer.build(_trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
+    telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
-        data={"train": _counts(train_rows), "eval": _counts(eval_rows) if eval_rows else None},
+        data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
         steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
     )  # fmt: skip
     return _Job(
@@ -168,8 +163,8 @@ def _begin(job: _Job, resume: bool) -> Progress:
             job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
         job.report.go_on_from(progress.step)
     if job.first:
-        checkpoint.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
-        checkpoint.write_text(job.folder / "recipe.yaml", job.recipe.dump())
+        storage.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
+        storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
         ledger = job.folder / "ledger.jsonl"
         ledger.unlink(missing_ok=True)
         for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
@@ -186,7 +181,7 @@ def _restore(job: _Job, place: Path) -> None:
         hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
         where = Place(str(job.folder))
         raise RunFolderError(Problem(f"{place.name} does not fit this recipe: {what}", where, hint)) from None
-    if checkpoint.read_json(place / "MANIFEST.json").get("recipe") != job.recipe.hash():
+    if storage.read_json(place / "MANIFEST.json").get("recipe") != job.recipe.hash():
         job.report.problem(f"the recipe has changed since {place.name} was saved: going on with the new one")
 
 
@@ -260,7 +255,7 @@ def _any_process(accelerator: Accelerator, asked: list[int]) -> int:
 
 def _save(job: _Job, progress: Progress) -> None:
     """Commit a checkpoint; every process gives its random state, the first one writes."""
-    random = gather_object([checkpoint.random_state()])
+    random = gather_object([states.random_state()])
     if job.first:
         about = {"recipe": job.recipe.hash(), "versions": job.facts["versions"]}
         method = job.recipe.method
@@ -275,7 +270,7 @@ def _finish(job: _Job, progress: Progress) -> Run:
     if progress.best_step is not None and progress.best_step != progress.step:
         recipe.method.load(job.net, checkpoint.path_of(folder, progress.best_step))
         report.note(
-            f"the saved {_product(recipe)} is that of step {progress.best_step}, where the eval loss was lowest"
+            f"the saved {telling.product(recipe)} is that of step {progress.best_step}, where the eval loss was lowest"
         )
     last_loss = report.train[-1][1] if report.train else math.nan
     facts.update(
@@ -288,21 +283,17 @@ def _finish(job: _Job, progress: Progress) -> Run:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
 
-        checkpoint.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
+        storage.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
-        checkpoint.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
-        checkpoint.write_text(folder / "README.md", card.write(recipe, facts))
+        storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
+        storage.write_text(folder / "README.md", card.write(recipe, facts))
         facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-            f"{_product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
+            f"{telling.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
         )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
-
-
-def _product(recipe: Recipe) -> str:
-    return "adapter" if recipe.method.type == "lora" else "model"
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -356,77 +347,3 @@ def _evaluate(job: _Job, net: Any, rows: Rows, progress: Progress) -> tuple[bool
 def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
     early = recipe.train.early_stopping
     return early is not None and progress.evaluations_without_better >= early.patience
-
-
-def _facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    versions = {"loratune": loratune.__version__, "python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "recipe_sha256": recipe.hash(),
-        "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
-        "processes": accelerator.num_processes,
-        "versions": versions,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _counts(rows: Rows) -> dict[str, Any]:
-    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
-
-
-def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
-    """Yield what a person must know about the training rows beside their number."""
-    counts = rows.counts
-    if recipe.data.format.type == "auto":
-        yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
-    changed = {
-        "dropped, too long": counts.dropped,
-        "skipped, not usable": counts.skipped,
-        "cut": counts.truncated,
-        "split": counts.split,
-        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
-        "dropped, said before": counts.deduplicated,
-    }
-    if any(changed.values()):
-        told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
-        yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
-    if counts.duplicates > counts.deduplicated:
-        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
-
-
-def _tell_start(
-    report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
-    on_disk: int, checkpointing: bool,
-) -> None:  # fmt: skip
-    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
-    quantization = recipe.model.quantization.type
-    name = str(loaded.dtype).removeprefix("torch.")
-    report.note(
-        f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
-        f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
-    )
-    counts = rows.counts
-    report.note(
-        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
-        + (f", {len(held_out):,} held out" if held_out else "")
-    )
-    for line in _about_rows(recipe, rows):
-        report.note(f"         {line}")
-    for line in counts.first:
-        report.problem(f"         {line}")
-    trainable, total = model.count_parameters(net)
-    report.note(
-        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
-        f"({100 * trainable / total:.2f} %), "
-        f"{_product(recipe)} of {size(on_disk)} on disk"
-    )
-    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
-    for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
-        if note:
-            report.note(f"note     {note}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loratune import checkpoint
+from loratune import checkpoint, states
 from loratune.errors import RunFolderError, StorageError
 from loratune.report import Report
 from tests.conftest import Fit, Trained
@@ -218,7 +218,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_trained(fit: Fit, tmp_path:
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     straight = fit("straight", **SECTIONS)
-    save = checkpoint._save_optimizer
+    save = states.save_optimizer
 
     def fail(optimizer: Any, folder: Path) -> None:
         if "step-000006" in folder.name:
@@ -226,7 +226,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(fit: Fit, tmp_path: P
         save(optimizer, folder)
 
     with monkeypatch.context() as disk:
-        disk.setattr(checkpoint, "_save_optimizer", fail)
+        disk.setattr(states, "save_optimizer", fail)
         with pytest.raises(StorageError, match="No space left on device"):
             fit("a", **SECTIONS)
     left = sorted(path.name for path in (tmp_path / "a" / "run" / "checkpoints").iterdir())

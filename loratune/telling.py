@@ -1,0 +1,101 @@
+"""What a run tells a person before its first step, and what it writes down about itself."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import loratune
+from loratune import model
+from loratune.data import Rows
+from loratune.recipe import Recipe
+from loratune.report import Report, size
+
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+
+
+def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what run.json says of a run before anything is loaded."""
+    versions = {"loratune": loratune.__version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "recipe_sha256": recipe.hash(),
+        "seed": recipe.train.seed,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
+        "processes": accelerator.num_processes,
+        "versions": versions,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def counts(rows: Rows) -> dict[str, Any]:
+    """Return what run.json says of a set of rows."""
+    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
+
+
+def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
+    """Yield what a person must know about the training rows beside their number."""
+    counts = rows.counts
+    if recipe.data.format.type == "auto":
+        yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
+    changed = {
+        "dropped, too long": counts.dropped,
+        "skipped, not usable": counts.skipped,
+        "cut": counts.truncated,
+        "split": counts.split,
+        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
+        "dropped, said before": counts.deduplicated,
+    }
+    if any(changed.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
+        yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
+    if counts.duplicates > counts.deduplicated:
+        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
+
+
+def tell_start(
+    report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
+    on_disk: int, checkpointing: bool,
+) -> None:  # fmt: skip
+    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
+    quantization = recipe.model.quantization.type
+    name = str(loaded.dtype).removeprefix("torch.")
+    report.note(
+        f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
+        f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
+    )
+    counts = rows.counts
+    report.note(
+        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
+        + (f", {len(held_out):,} held out" if held_out else "")
+    )
+    for line in _about_rows(recipe, rows):
+        report.note(f"         {line}")
+    for line in counts.first:
+        report.problem(f"         {line}")
+    trainable, total = model.count_parameters(net)
+    report.note(
+        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %), "
+        f"{product(recipe)} of {size(on_disk)} on disk"
+    )
+    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
+        if note:
+            report.note(f"note     {note}")
+
+
+def product(recipe: Recipe) -> str:
+    """Return the word for what a run leaves behind."""
+    return "adapter" if recipe.method.type == "lora" else "model"
