@@ -1,60 +1,108 @@
-"""The run folder: what is in it, how a checkpoint is saved, found again and rotated."""
+"""The run folder: who may use it, how a checkpoint is saved, found again and rotated."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import states, storage
+from loratune import lock, states, storage
 from loratune.errors import Place, Problem, RunFolderError, StorageError
+
+_OURS = re.compile(r"\.lock|\.(staging|trash|replaced)-.+")  # what a run leaves that was killed early
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what the loop needs beside weights, optimizer and random states to go on."""
+    """Where a run stands: what the loop needs beside weights, optimizer and random states to go on.
+
+    Attributes:
+        step: number of steps done.
+        best_loss, best_step: of the best evaluation so far.
+        evaluations_without_better: since that one.
+        pending: whether the evaluation after `step` is still to be done: a signal came in the middle of it.
+    """
 
     step: int
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_better: int = 0
+    pending: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that verifies.
+
+    Attributes:
+        folder: where it lies.
+        progress: where the run stood.
+        seal: its manifest.
+        finished: whether its run had come to its end.
+        bad: a line about each newer one that does not verify.
+    """
+
+    folder: Path
+    progress: Progress
+    seal: dict[str, Any]
+    finished: bool
+    bad: list[str]
+
+
+def status(folder: Path) -> str | None:
+    """Return what a run folder's run is: running, killed, interrupted, failed or complete; None where there is none.
+
+    A run that says `running` while nobody holds the folder's lock was killed.
+    """
+    known = storage.read_json(folder / "run.json").get("status")
+    return "killed" if known == "running" and lock.holder(folder) is None else known
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Check that a run folder may be used.
+    """Check that a run folder, whose lock is held, may be used.
 
     Raises:
         RunFolderError: when it holds a run and neither `resume` nor `overwrite` was asked for, or when it holds
             something else: what is no run is never overwritten.
     """
-    status = storage.read_json(folder / "run.json").get("status")
-    if status is None and not resume and folder.exists() and not _is_bare(folder):
+    known = storage.read_json(folder / "run.json").get("status")
+    saved = _all(folder)
+    if known is None and not (resume and saved) and folder.exists() and not _is_bare(folder):
         raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
     if resume or overwrite:
         return
-    if status == "complete":
+    if known == "complete":
         hint = "give another `output`, --overwrite it, or --resume it with more epochs"
         raise RunFolderError(Problem("this run is finished", Place(str(folder)), hint))
-    if status is not None and list((folder / "checkpoints").glob("step-*")):
+    if known is not None and saved:
+        was = "was killed" if known == "running" else f"is {known}"  # it can't be running: the lock is ours
         raise RunFolderError(
-            Problem(f"a run that is {status} lies here", Place(str(folder)), "--resume it, or --overwrite it")
+            Problem(f"a run that {was} lies here", Place(str(folder)), "--resume it, or --overwrite it")
         )
 
 
 def _is_bare(folder: Path) -> bool:
     """Return whether a folder is empty, or a run that was killed before it began."""
-    return folder.is_dir() and all(f.name == "checkpoints" and not any(f.iterdir()) for f in folder.iterdir())
+
+    def ours(path: Path) -> bool:
+        return bool(_OURS.fullmatch(path.name)) or (path.name == "checkpoints" and not any(path.iterdir()))
+
+    return folder.is_dir() and all(ours(path) for path in folder.iterdir())
 
 
-def make_run(folder: Path, resume: bool) -> None:
-    """Make the run folder; what an earlier run left there is taken away, unless it is resumed.
+def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> None:
+    """Write run.json, and take away what an earlier run left in the folder, unless it is resumed.
 
     Raises:
-        StorageError: when it can't be made.
+        StorageError: when it can't be written.
     """
+    # first of all: whoever comes after a kill must not take half an old run for a whole one
+    storage.write_json(folder / "run.json", {**facts, "status": "running"})
     try:
         if not resume:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -68,7 +116,8 @@ def make_run(folder: Path, resume: bool) -> None:
             ):
                 for file in folder.glob(pattern):
                     file.unlink()
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "ledger.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(Problem(f"the run folder can't be made: {error.strerror}", Place(str(folder)))) from None
 
@@ -78,48 +127,96 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+def _all(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [f for f in (run / "checkpoints").glob("step-*") if f.name[5:].isdecimal()]
+    return sorted(found, key=lambda f: int(f.name[5:]))
+
+
 def save(
-    run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any,
+    run: Path, progress: Progress, write_model: Callable[[Path], None], optimizer: Any, scaler: Any,
     random: list[dict[str, Any]], about: dict[str, Any],
-) -> Path:  # fmt: skip
-    """Commit a checkpoint: the model's trained tensors, optimizer, random state of each process, and progress."""
+) -> int:  # fmt: skip
+    """Commit a checkpoint and return its bytes.
+
+    Args:
+        run: the run folder.
+        progress: where the run stands.
+        write_model: writes the trained tensors into a folder.
+        optimizer: whose state is kept.
+        scaler: of float16 training, or None.
+        random: state of the random generators of each process.
+        about: what the manifest is to say.
+
+    Raises:
+        StorageError: when the disk is full or can't be written; the checkpoints before are untouched.
+        TrainingError: when the optimizer's state is not finite.
+    """
 
     def write(folder: Path) -> None:
         write_model(folder)
         states.save_optimizer(optimizer, folder)
-        (folder / "state.json").write_text(json.dumps({"progress": progress.__dict__, "random": random}))
+        state = {"progress": progress.__dict__, "random": random, "scaler": scaler.state_dict() if scaler else None}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    target = path_of(run, progress.step)
-    storage.commit(target, write, {"step": progress.step, **about})
-    return target
+    return storage.commit(path_of(run, progress.step), write, {"step": progress.step, **about})
 
 
-def newest(run: Path) -> tuple[Path, Progress, list[str]] | None:
-    """Return the newest checkpoint that verifies, its progress, and a line about each newer one that does not."""
-    bad: list[str] = []
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        wrong = storage.verify(folder)
-        if wrong is None:
-            return folder, Progress(**storage.read_json(folder / "state.json")["progress"]), bad
-        bad.append(f"{folder.name} {wrong}: not used")
+def newest(run: Path) -> Found | None:
+    """Return the newest checkpoint that verifies; newer ones that don't are moved to checkpoints/.quarantine.
+
+    Raises:
+        StorageError: when there are checkpoints, and none verifies; they stay where they are then.
+    """
+    storage.sweep(run)
+    storage.sweep(run / "checkpoints")
+    bad: list[tuple[Path, str]] = []
+    for folder in reversed(_all(run)):
+        wrong = storage.verify(folder, alone=True)
+        if wrong is not None:
+            bad.append((folder, wrong))
+            continue
+        seal = storage.read_json(folder / storage.MANIFEST)
+        progress = Progress(**storage.read_json(folder / "state.json")["progress"])
+        finished = progress.step >= seal["steps"] or storage.read_json(run / "run.json").get("status") == "complete"
+        return Found(folder, progress, seal, finished, [_quarantine(*one) for one in bad])
     if bad:
-        raise StorageError(
-            Problem("no valid checkpoint: " + "; ".join(bad), Place(str(run)), "start again with --overwrite")
-        )
+        told = "; ".join(f"{folder.name} {wrong}" for folder, wrong in bad)
+        raise StorageError(Problem(f"no valid checkpoint: {told}", Place(str(run)), "start again with --overwrite"))
     return None
 
 
-def restore(folder: Path, optimizer: Any, process: int) -> None:
-    """Put the optimizer's state and the random state of a process (from 0) back."""
+def _quarantine(folder: Path, wrong: str) -> str:
+    """Move a bad checkpoint out of the way; return what to tell about it."""
+    place = folder.parent / ".quarantine" / folder.name
+    number = 1
+    while place.exists():
+        number += 1
+        place = place.with_name(f"{folder.name}-{number}")
+    with suppress(OSError):
+        place.parent.mkdir(exist_ok=True)
+        folder.rename(place)
+        return f"{folder.name} {wrong}: not used, moved to {place.relative_to(folder.parent.parent)}"
+    return f"{folder.name} {wrong}: not used"
+
+
+def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
+    """Put the optimizer's state, the scaler's and the random state of a process (from 0) back."""
     states.load_optimizer(optimizer, folder)
-    random = storage.read_json(folder / "state.json")["random"]
-    states.set_random_state(random[process % len(random)])
+    state = storage.read_json(folder / "state.json")
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    states.set_random_state(state["random"][process % len(state["random"])])
 
 
-def rotate(run: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; the best one stays."""
-    for folder in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
-        if best is None or folder != path_of(run, best):
-            trash = folder.with_name(f".trash-{folder.name}")
-            folder.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+def rotate(run: Path, keep: int, progress: Progress) -> None:
+    """Delete all but the newest `keep` checkpoints; the one just saved stays, and so does the best one.
+
+    Raises:
+        StorageError: when one can't be taken away.
+    """
+    last, best = path_of(run, progress.step), path_of(run, progress.best_step or progress.step)
+    found = _all(run)
+    for folder in found[:-keep]:
+        if folder not in (last, best):
+            storage.discard(folder)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +13,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import batches, card, checkpoint, data, loop, model, plot, states, storage, telling
-from loratune.checkpoint import Progress
+from loratune import (
+    batches,
+    card,
+    checkpoint,
+    data,
+    drift,
+    fit,
+    lock,
+    loop,
+    model,
+    plot,
+    signals,
+    states,
+    storage,
+    telling,
+)  # fmt: skip
+from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
-from loratune.encode import Encoder, with_template
-from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError
+from loratune.encode import Encoder, Row, with_template
+from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError, StorageError
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
-from loratune.schedules import rate
+from loratune.schedules import rate, warmup_steps
+from loratune.signals import Signals
+from loratune.states import Randomness
 
 
 @dataclass(frozen=True)
@@ -46,13 +62,14 @@ class Run:
     seconds: float
 
 
-def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_drift: bool = False) -> Run:
     """Train what the recipe says and fill its run folder.
 
     Args:
         recipe: from `load_recipe`.
         resume: go on from the newest valid checkpoint of the run folder.
         overwrite: begin anew in a run folder that holds a run.
+        allow_drift: go on although recipe, rows or base are no longer those the run was begun with.
 
     Returns:
         The finished run.
@@ -63,32 +80,67 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Run:
     model.quiet()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe)
-    report = Report(active=accelerator.is_main_process, metrics=folder / "metrics.jsonl")
+    first = accelerator.is_main_process
+    report = Report(active=first, metrics=folder / "metrics.jsonl")
+    with signals.listening() as asked, _folder_alone(folder, first, report):
+        status, begun = "failed", False
+        facts = telling.facts(recipe, accelerator)
+        try:
+            found = _find(folder, resume, overwrite, accelerator, report)
+            if found:
+                drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
+            job = _prepare(recipe, folder, accelerator, report, facts)
+            progress = _resume(job, found, allow_drift) if found else _start(job, resume)
+            _open(job, progress, resume)
+            begun = True  # from here on the run folder is this run's
+            progress = _loop(job, progress, asked)
+            run = _finish(job, progress)
+            status = "complete"
+            return run
+        except (signals.Leave, Interrupted) as error:
+            status = "interrupted"
+            if isinstance(error, Interrupted):
+                raise
+            raise signals.interrupted(asked.number, 0) from None
+        except (MemoryError, RuntimeError) as error:
+            if not fit.is_out_of_memory(error):
+                raise
+            raise SetupError(f"out of memory on {facts['device']}", fit.advice(recipe, facts)) from None
+        except OSError as error:
+            if error.filename is None or isinstance(error, ConnectionError):
+                raise
+            raise StorageError(Problem(f"{error.strerror}", Place(str(error.filename)))) from None
+        finally:
+            if first and begun:
+                with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
+                    storage.write_json(folder / "run.json", {**facts, "status": status})
+
+
+@contextmanager
+def _folder_alone(folder: Path, first: bool, report: Report) -> Iterator[None]:
+    """Hold the run folder's lock, before anything is read that takes time; the first process does for all."""
+    if not first:
+        yield
+        return
+    with lock.held(folder) as before:
+        if before:
+            report.problem(before)
+        yield
+
+
+def _find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, report: Report) -> Found | None:
+    """Return the checkpoint to go on from, the same one on every process."""
+    found = None
     if accelerator.is_main_process:
         checkpoint.check_free(folder, resume, overwrite)
-    accelerator.wait_for_everyone()
-    facts = telling.facts(recipe, accelerator)
-    status, begun = "failed", False
-    try:
-        job = _prepare(recipe, folder, accelerator, report, facts)
-        progress = _begin(job, resume)
-        begun = True  # from here on the run folder is this run's
-        progress = _loop(job, progress)
-        run = _finish(job, progress)
-        status = "complete"
-        return run
-    except (KeyboardInterrupt, Interrupted):
-        status = "interrupted"
-        raise
-    except torch.OutOfMemoryError:
-        raise SetupError(
-            f"out of memory on {facts['device']}",
-            "cheapest first: train.micro_batch_size: 1, train.gradient_checkpointing: all, "
-            "model.quantization: nf4, a smaller data.max_length",
-        ) from None
-    finally:
-        if accelerator.is_main_process and begun:
-            storage.write_json(folder / "run.json", {**facts, "status": status})
+        found = checkpoint.newest(folder) if resume else None
+        for line in found.bad if found else ():
+            report.problem(line)
+        if resume and checkpoint.status(folder) == "running":
+            report.note("the run before was killed: it said nothing at its end")
+    if accelerator.num_processes > 1:
+        (found,) = broadcast_object_list([found])
+    return found
 
 
 @dataclass
@@ -109,6 +161,7 @@ class _Job:
     eval_rows: Rows | None
     per_epoch: int
     steps: int
+    checkpoint_bytes: int  # of the last one; before that an estimate
 
     @property
     def first(self) -> bool:
@@ -136,145 +189,157 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
         steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
+        fingerprints=telling.fingerprints(train_rows, eval_rows), sources=telling.sources(recipe),
+        memory=fit.measure(recipe, loaded, net, train_rows),
     )  # fmt: skip
     return _Job(
         recipe, folder, accelerator, report, facts, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, per_epoch, steps,
+        train_rows, eval_rows, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
-def _begin(job: _Job, resume: bool) -> Progress:
-    """Make the run folder, or go on from its newest valid checkpoint; return where the run stands."""
-    if job.first:
-        checkpoint.make_run(job.folder, resume)
-    job.accelerator.wait_for_everyone()
+def _start(job: _Job, resume: bool) -> Progress:
+    """Begin at the first step."""
     set_seed(job.recipe.train.seed, device_specific=True)
-    progress = Progress(0)
     if resume:
-        found = checkpoint.newest(job.folder)
-        if found is None:
-            job.report.note("no checkpoint to resume from: beginning at step 1")
-        else:
-            place, progress, bad = found
-            for line in bad:
-                job.report.problem(line)
-            _restore(job, place)
-            left = job.steps - progress.step
-            job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
-        job.report.go_on_from(progress.step)
-    if job.first:
-        storage.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
-        storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
-        ledger = job.folder / "ledger.jsonl"
-        ledger.unlink(missing_ok=True)
-        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
-            rows.ledger.append_to(ledger)
-    return progress
+        job.report.note("no checkpoint to resume from: beginning at step 1")
+    return Progress(0)
 
 
-def _restore(job: _Job, place: Path) -> None:
+def _resume(job: _Job, found: Found, allow_drift: bool) -> Progress:
+    """Put everything back to where a checkpoint was saved; return where the run stands."""
+    changed = drift.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
+    drift.check(job.folder, found, changed, allow_drift, job.facts, job.report)
+    progress = found.progress
     try:
-        job.recipe.method.load(job.net, place)
-        checkpoint.restore(place, job.optimizer, job.accelerator.process_index)
+        job.recipe.method.load(job.net, found.folder)
+        checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
     except (RuntimeError, ValueError, KeyError) as error:
         what = str(error).splitlines()[0]
         hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
         where = Place(str(job.folder))
-        raise RunFolderError(Problem(f"{place.name} does not fit this recipe: {what}", where, hint)) from None
-    if storage.read_json(place / "MANIFEST.json").get("recipe") != job.recipe.hash():
-        job.report.problem(f"the recipe has changed since {place.name} was saved: going on with the new one")
-
-
-def _loop(job: _Job, progress: Progress) -> Progress:
-    """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
-    recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
-    schedule, steps = settings.schedule, job.steps
-    warmup = settings.warmup if isinstance(settings.warmup, int) else round(settings.warmup * steps)
-    several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
-    net = accelerator.prepare_model(job.net) if several else job.net
-    optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
-    order = batches.batches(
-        job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
-        progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-        job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
-    log_every, eval_every, save_every = (
-        _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
-    )
-    with report.training(progress.step, steps, log_every), _signals() as asked:
-        for step in loop.steps(
-            net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
-            accelerator, settings.max_grad_norm, progress.step,
-        ):  # fmt: skip
-            report.step(step)
-            progress = replace(progress, step=step.number)
-            end, better = step.number == steps, False
-            if job.eval_rows and (step.number % eval_every == 0 or end):
-                better, progress = _evaluate(job, net, job.eval_rows, progress)
-            stop, signalled = _out_of_patience(recipe, progress), _any_process(accelerator, asked)
-            if step.number % save_every == 0 or better or end or stop or signalled:
-                _save(job, progress)
-            if signalled and not end:
-                name = signal.Signals(signalled).name
-                raise Interrupted(
-                    f"{name}: stopped after step {step.number}, a checkpoint is saved", signalled, "go on with --resume"
-                )
-            if stop:
-                times = progress.evaluations_without_better
-                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
-                break
+        raise RunFolderError(Problem(f"{found.folder.name} does not fit this recipe: {what}", where, hint)) from None
+    left = job.steps - progress.step
+    job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
     return progress
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one of a kind acts at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody listen
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _any_process(accelerator: Accelerator, asked: list[int]) -> int:
-    """Return the signal that came to any of the processes, or 0: all must stop at the same step."""
-    number = max(asked, default=0)
-    if accelerator.num_processes > 1:
-        number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-    return number
-
-
-def _save(job: _Job, progress: Progress) -> None:
-    """Commit a checkpoint; every process gives its random state, the first one writes."""
-    random = gather_object([states.random_state()])
+def _open(job: _Job, progress: Progress, resume: bool) -> None:
+    """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
     if job.first:
-        about = {"recipe": job.recipe.hash(), "versions": job.facts["versions"]}
-        method = job.recipe.method
-        checkpoint.save(job.folder, progress, lambda f: method.save(job.net, f, None, {}), job.optimizer, random, about)
-        checkpoint.rotate(job.folder, job.recipe.train.keep, progress.best_step)
+        _check_space(job, resume)
+        checkpoint.make_run(job.folder, job.facts, resume)
+        if resume:
+            job.report.go_on_from(progress.step, evaluated=not progress.pending)
+        storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
+        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
+            rows.ledger.append_to(job.folder / "ledger.jsonl")
+    elif resume:
+        job.report.go_on_from(progress.step, evaluated=not progress.pending)
     job.accelerator.wait_for_everyone()
+
+
+def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
+    """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
+    recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
+    schedule, steps = settings.schedule, job.steps
+    warmup = warmup_steps(settings.warmup, steps)
+    several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
+    net = accelerator.prepare_model(job.net) if several else job.net
+    optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
+    log_every, eval_every, save_every = (
+        _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
+    )
+    # several processes must leave at the same point, and only at the end of a step are they known to meet
+    poll = asked.poll if accelerator.num_processes == 1 else signals.never
+    asked.training = True
+    saved, random = progress, states.randomness()
+    try:
+        if progress.pending:
+            progress = saved = _save(job, _evaluate(job, net, progress, poll)[1], random)
+        order = batches.batches(
+            job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
+            progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
+            job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        with report.training(progress.step, steps, log_every):
+            for step in loop.steps(
+                net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
+                accelerator, settings.max_grad_norm, progress.step, poll,
+            ):  # fmt: skip
+                report.step(step)
+                end, better = step.number == steps, False
+                due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
+                progress, random = replace(progress, step=step.number, pending=due), states.randomness()
+                if due:
+                    better, progress = _evaluate(job, net, progress, poll)
+                stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
+                if step.number % save_every == 0 or better or end or stop or signalled:
+                    saved = _save(job, progress, random)
+                if signalled and not end:
+                    raise signals.interrupted(signalled, step.number)
+                if stop:
+                    times = progress.evaluations_without_better
+                    report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
+                    break
+    except signals.Asked:  # what was begun after the last whole step is given up, its random numbers too
+        if saved != progress:
+            _save(job, progress, random)
+        raise signals.interrupted(asked.number, progress.step) from None
+    return progress
+
+
+def _save(job: _Job, progress: Progress, random: Randomness) -> Progress:
+    """Commit a checkpoint; every process gives its random state, the first one writes. Return what lies on the disk."""
+    everybody = gather_object([random.as_json()])
+    if job.first:
+        states.check_finite(dict(_trainable(job.net)), f"step {progress.step}: what is trained")
+        hint = "the checkpoints before are whole: free some space, then --resume"
+        storage.check_space(job.folder, job.checkpoint_bytes, f"the checkpoint of step {progress.step}", hint)
+        job.checkpoint_bytes = checkpoint.save(
+            job.folder, progress, lambda f: job.recipe.method.save(job.net, f, None, {}), job.optimizer,
+            job.accelerator.scaler, everybody, _about(job),
+        )  # fmt: skip
+        checkpoint.rotate(job.folder, job.recipe.train.keep, progress)
+    job.accelerator.wait_for_everyone()
+    return progress
+
+
+def _about(job: _Job) -> dict[str, Any]:
+    """Return what a manifest says about the run its files come from."""
+    named = ("fingerprints", "sources", "steps", "processes", "versions")
+    settings = job.recipe.model_dump(mode="json")
+    return {"recipe": job.recipe.hash(), "settings": settings, **{name: job.facts[name] for name in named}}
+
+
+def _check_space(job: _Job, resume: bool) -> None:
+    """Check that the disk will hold the checkpoints that are kept, the one being written and the final files."""
+    settings = job.recipe.train
+    saves = -(-job.steps // _in_steps(settings.save_every, job.per_epoch))
+    kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one
+    final = 2 * int(job.facts["adapter_bytes_predicted"])
+    there = storage.size(job.folder / "checkpoints") if resume else 0
+    needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
+    what = f"{kept} checkpoints, one more while it is written, and the {telling.product(job.recipe)}"
+    hint = "free some space, lower train.keep, or give another `output`"
+    storage.check_space(job.folder, needed, what, hint)
 
 
 def _finish(job: _Job, progress: Progress) -> Run:
     """Write the adapter (or model) of the best step, tokenizer, loss curve and card into the run folder."""
     recipe, folder, report, facts = job.recipe, job.folder, job.report, job.facts
+    kept = progress.step
     if progress.best_step is not None and progress.best_step != progress.step:
-        recipe.method.load(job.net, checkpoint.path_of(folder, progress.best_step))
-        report.note(
-            f"the saved {telling.product(recipe)} is that of step {progress.best_step}, where the eval loss was lowest"
-        )
+        best = checkpoint.path_of(folder, progress.best_step)
+        if wrong := storage.verify(best, alone=True):
+            report.problem(f"{best.name}, where the eval loss was lowest, {wrong}: not used, the last step is saved")
+        else:
+            kept = progress.best_step
+            recipe.method.load(job.net, best)
+            report.note(f"the saved {telling.product(recipe)} is that of step {kept}, where the eval loss was lowest")
     last_loss = report.train[-1][1] if report.train else math.nan
     facts.update(
-        step=progress.step, saved_step=progress.best_step or progress.step, train_loss=last_loss,
+        step=progress.step, saved_step=kept, train_loss=last_loss,
         best_eval_loss=progress.best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
     )  # fmt: skip
     if job.first:
@@ -283,7 +348,8 @@ def _finish(job: _Job, progress: Progress) -> Run:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
 
-        storage.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
+        states.check_finite(dict(_trainable(job.net)), f"the {telling.product(recipe)}")
+        storage.publish(folder, write, {"step": kept, **_about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
         storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", card.write(recipe, facts))
@@ -330,18 +396,26 @@ def _in_steps(cadence: int | float, per_epoch: int) -> int:
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
 
 
-def _evaluate(job: _Job, net: Any, rows: Rows, progress: Progress) -> tuple[bool, Progress]:
+def _evaluate(job: _Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
+    assert job.eval_rows is not None
     began = time.perf_counter()
-    parts = batches.in_length_order(rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
-    loss, count = loop.measure(net, job.recipe.objective, parts, job.accelerator)
+    parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
+    loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator)
     early = job.recipe.train.early_stopping
     margin = early.min_delta if early else 0.0
     better = progress.best_loss is None or loss < progress.best_loss - margin
     job.report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
+    progress = replace(progress, pending=False)
     if better:
         return True, replace(progress, best_loss=loss, best_step=progress.step, evaluations_without_better=0)
     return False, replace(progress, evaluations_without_better=progress.evaluations_without_better + 1)
+
+
+def _polled(parts: Iterable[list[Row]], poll: Callable[[], None]) -> Iterator[list[Row]]:
+    for part in parts:
+        poll()
+        yield part
 
 
 def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,34 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from loratune.errors import TrainingError
+
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
-    """Write an optimizer's state: tensors into safetensors, the rest and the shape of it all into JSON."""
+    """Write an optimizer's state: tensors into safetensors, the rest and the shape of it all into JSON.
+
+    Raises:
+        TrainingError: when a number in it is not finite.
+    """
     tensors: dict[str, torch.Tensor] = {}
     plain = _without_tensors(optimizer.state_dict(), "", tensors)
+    check_finite(tensors, "the optimizer's state")
     save_file(tensors, folder / "optimizer.safetensors")
     (folder / "optimizer.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Check that nothing is saved that a training can't go on from.
+
+    Raises:
+        TrainingError: naming the first tensor with a number that is not finite.
+    """
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if floating and not bool(torch.stack([t.isfinite().all().cpu() for t in floating.values()]).all()):
+        bad = next(name for name, tensor in floating.items() if not bool(tensor.isfinite().all()))
+        raise TrainingError(
+            f"{what} is not finite (`{bad}`): nothing was saved", "lower optimizer.lr, or set model.dtype: float32"
+        )
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:
@@ -65,22 +88,35 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of every random generator as JSON."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
-        if torch.cuda.is_available()
-        else [],
-    }
+@dataclass(frozen=True)
+class Randomness:
+    """The state of every random generator at one moment: cheap to take after each step, written out only on a save."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        version, words, gauss = self.python
+        _, keys, position, has_gauss, cached = self.numpy
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+            "torch": self.cpu.numpy().tobytes().hex(),
+            "cuda": [state.numpy().tobytes().hex() for state in self.cuda],
+        }
+
+
+def randomness() -> Randomness:
+    """Return the state of every random generator."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return Randomness(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random generator back to a state of `random_state`."""
+    """Put every random generator back to a state of `Randomness.as_json`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = state["numpy"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from loratune import decode, model, nodes, recipe
+from loratune import checkpoint, decode, model, nodes, recipe
 from loratune.errors import LoratuneError, ModelError, Place, Problem
 from loratune.recipe import Model, Recipe
 
@@ -51,10 +51,10 @@ def open_subject(name: str, base: str | None = None) -> Subject:
         section = _adapter_base(folder, known, base)
         return Subject(name, section, folder.resolve(), None, known)
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
+        status = checkpoint.status(folder) or "unknown"
         raise ModelError(
             Problem(
-                f"this run is {status} and has no adapter yet",
+                f"this run {'was' if status == 'killed' else 'is'} {status} and has no adapter yet",
                 Place(name),
                 "loratune train RECIPE --resume, or name a folder of its checkpoints",
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -16,6 +19,7 @@ from loratune import model
 from loratune.data import Rows
 from loratune.recipe import Recipe
 from loratune.report import Report, size
+from loratune.rows import files
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
@@ -37,6 +41,28 @@ def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
+    """Return a sha256 (hex) of what is trained on and measured with: what the rows say, their lengths and weights."""
+
+    def of(rows: Rows) -> str:
+        digest = hashlib.sha256()
+        for array in (rows.contents, rows.lengths, rows.weights):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    return {"data": of(train), "eval": of(held_out) if held_out is not None else None}
+
+
+def sources(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return path, bytes and time of every local data file, to name one that has changed."""
+    named = [*recipe.data.train, *(recipe.data.eval or ())]
+    found = []
+    for path in dict.fromkeys(file for one in named if Path(one.path).is_absolute() for file in files(Path(one.path))):
+        about = path.stat()
+        found.append({"path": str(path), "bytes": about.st_size, "time": about.st_mtime})
+    return found
 
 
 def counts(rows: Rows) -> dict[str, Any]:
