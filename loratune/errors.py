@@ -123,7 +123,7 @@ class StorageError(LoratuneError):
 
 
 class RunFolderError(LoratuneError):
-    """The run folder holds a run that must not be overwritten."""
+    """The run folder is in use, or holds a run that must not be overwritten or goes by another recipe."""
 
     exit_code = 6
 

@@ -6,14 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 
 from loratune import (
     batches,
@@ -22,7 +21,7 @@ from loratune import (
     data,
     drift,
     fit,
-    lock,
+    keeping,
     loop,
     model,
     plot,
@@ -31,16 +30,16 @@ from loratune import (
     storage,
     telling,
 )  # fmt: skip
-from loratune.checkpoint import Found, Progress
+from loratune.checkpoint import Progress
 from loratune.data import Rows
 from loratune.encode import Encoder, Row, with_template
-from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError, StorageError
+from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
+from loratune.keeping import Job
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
 from loratune.schedules import rate, warmup_steps
 from loratune.signals import Signals
-from loratune.states import Randomness
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,17 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_d
     accelerator = _accelerator(recipe)
     first = accelerator.is_main_process
     report = Report(active=first, metrics=folder / "metrics.jsonl")
-    with signals.listening() as asked, _folder_alone(folder, first, report):
+    with signals.listening() as asked, keeping.alone(folder, first, report):
         status, begun = "failed", False
         facts = telling.facts(recipe, accelerator)
         try:
-            found = _find(folder, resume, overwrite, accelerator, report)
+            found = keeping.find(folder, resume, overwrite, accelerator, report)
             if found:
+                facts["drift"] = found.seal["drift"]
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
             job = _prepare(recipe, folder, accelerator, report, facts)
-            progress = _resume(job, found, allow_drift) if found else _start(job, resume)
-            _open(job, progress, resume)
+            progress = keeping.resume(job, found, allow_drift) if found else keeping.start(job, resume)
+            keeping.open_folder(job, progress, resume)
             begun = True  # from here on the run folder is this run's
             progress = _loop(job, progress, asked)
             run = _finish(job, progress)
@@ -116,60 +116,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_d
                     storage.write_json(folder / "run.json", {**facts, "status": status})
 
 
-@contextmanager
-def _folder_alone(folder: Path, first: bool, report: Report) -> Iterator[None]:
-    """Hold the run folder's lock, before anything is read that takes time; the first process does for all."""
-    if not first:
-        yield
-        return
-    with lock.held(folder) as before:
-        if before:
-            report.problem(before)
-        yield
-
-
-def _find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, report: Report) -> Found | None:
-    """Return the checkpoint to go on from, the same one on every process."""
-    found = None
-    if accelerator.is_main_process:
-        checkpoint.check_free(folder, resume, overwrite)
-        found = checkpoint.newest(folder) if resume else None
-        for line in found.bad if found else ():
-            report.problem(line)
-        if resume and checkpoint.status(folder) == "running":
-            report.note("the run before was killed: it said nothing at its end")
-    if accelerator.num_processes > 1:
-        (found,) = broadcast_object_list([found])
-    return found
-
-
-@dataclass
-class _Job:
-    """Everything one training needs, joined once; `facts` grows into run.json."""
-
-    recipe: Recipe
-    folder: Path
-    accelerator: Accelerator
-    report: Report
-    facts: dict[str, Any]
-    tokenizer: Any
-    loaded: model.Loaded
-    net: Any
-    initial: dict[str, torch.Tensor]
-    optimizer: Any
-    train_rows: Rows
-    eval_rows: Rows | None
-    per_epoch: int
-    steps: int
-    checkpoint_bytes: int  # of the last one; before that an estimate
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return bool(self.accelerator.is_main_process)
-
-
-def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
+def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     tokenizer = with_template(model.load_tokenizer(recipe.model), recipe.data.chat_template)
@@ -181,7 +128,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
     initial = recipe.method.initial(net)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
-    optimizer = recipe.optimizer.build(_trainable(net), where.type)
+    optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
     telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing)
@@ -192,54 +139,13 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
         fingerprints=telling.fingerprints(train_rows, eval_rows), sources=telling.sources(recipe),
         memory=fit.measure(recipe, loaded, net, train_rows),
     )  # fmt: skip
-    return _Job(
+    return Job(
         recipe, folder, accelerator, report, facts, tokenizer, loaded, net, initial, optimizer,
         train_rows, eval_rows, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
-def _start(job: _Job, resume: bool) -> Progress:
-    """Begin at the first step."""
-    set_seed(job.recipe.train.seed, device_specific=True)
-    if resume:
-        job.report.note("no checkpoint to resume from: beginning at step 1")
-    return Progress(0)
-
-
-def _resume(job: _Job, found: Found, allow_drift: bool) -> Progress:
-    """Put everything back to where a checkpoint was saved; return where the run stands."""
-    changed = drift.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
-    drift.check(job.folder, found, changed, allow_drift, job.facts, job.report)
-    progress = found.progress
-    try:
-        job.recipe.method.load(job.net, found.folder)
-        checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
-    except (RuntimeError, ValueError, KeyError) as error:
-        what = str(error).splitlines()[0]
-        hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
-        where = Place(str(job.folder))
-        raise RunFolderError(Problem(f"{found.folder.name} does not fit this recipe: {what}", where, hint)) from None
-    left = job.steps - progress.step
-    job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
-    return progress
-
-
-def _open(job: _Job, progress: Progress, resume: bool) -> None:
-    """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
-    if job.first:
-        _check_space(job, resume)
-        checkpoint.make_run(job.folder, job.facts, resume)
-        if resume:
-            job.report.go_on_from(progress.step, evaluated=not progress.pending)
-        storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
-        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
-            rows.ledger.append_to(job.folder / "ledger.jsonl")
-    elif resume:
-        job.report.go_on_from(progress.step, evaluated=not progress.pending)
-    job.accelerator.wait_for_everyone()
-
-
-def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
+def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
     schedule, steps = settings.schedule, job.steps
@@ -248,7 +154,8 @@ def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
     net = accelerator.prepare_model(job.net) if several else job.net
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     log_every, eval_every, save_every = (
-        _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
+        keeping.in_steps(cadence, job.per_epoch)
+        for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
     # several processes must leave at the same point, and only at the end of a step are they known to meet
     poll = asked.poll if accelerator.num_processes == 1 else signals.never
@@ -256,7 +163,7 @@ def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
     saved, random = progress, states.randomness()
     try:
         if progress.pending:
-            progress = saved = _save(job, _evaluate(job, net, progress, poll)[1], random)
+            progress = saved = keeping.save(job, _evaluate(job, net, progress, poll)[1], random)
         order = batches.batches(
             job.train_rows, settings.batch_size, settings.micro_batch_size, settings.seed,
             progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
@@ -275,7 +182,7 @@ def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
                     better, progress = _evaluate(job, net, progress, poll)
                 stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
                 if step.number % save_every == 0 or better or end or stop or signalled:
-                    saved = _save(job, progress, random)
+                    saved = keeping.save(job, progress, random)
                 if signalled and not end:
                     raise signals.interrupted(signalled, step.number)
                 if stop:
@@ -284,48 +191,12 @@ def _loop(job: _Job, progress: Progress, asked: Signals) -> Progress:
                     break
     except signals.Asked:  # what was begun after the last whole step is given up, its random numbers too
         if saved != progress:
-            _save(job, progress, random)
+            keeping.save(job, progress, random)
         raise signals.interrupted(asked.number, progress.step) from None
     return progress
 
 
-def _save(job: _Job, progress: Progress, random: Randomness) -> Progress:
-    """Commit a checkpoint; every process gives its random state, the first one writes. Return what lies on the disk."""
-    everybody = gather_object([random.as_json()])
-    if job.first:
-        states.check_finite(dict(_trainable(job.net)), f"step {progress.step}: what is trained")
-        hint = "the checkpoints before are whole: free some space, then --resume"
-        storage.check_space(job.folder, job.checkpoint_bytes, f"the checkpoint of step {progress.step}", hint)
-        job.checkpoint_bytes = checkpoint.save(
-            job.folder, progress, lambda f: job.recipe.method.save(job.net, f, None, {}), job.optimizer,
-            job.accelerator.scaler, everybody, _about(job),
-        )  # fmt: skip
-        checkpoint.rotate(job.folder, job.recipe.train.keep, progress)
-    job.accelerator.wait_for_everyone()
-    return progress
-
-
-def _about(job: _Job) -> dict[str, Any]:
-    """Return what a manifest says about the run its files come from."""
-    named = ("fingerprints", "sources", "steps", "processes", "versions")
-    settings = job.recipe.model_dump(mode="json")
-    return {"recipe": job.recipe.hash(), "settings": settings, **{name: job.facts[name] for name in named}}
-
-
-def _check_space(job: _Job, resume: bool) -> None:
-    """Check that the disk will hold the checkpoints that are kept, the one being written and the final files."""
-    settings = job.recipe.train
-    saves = -(-job.steps // _in_steps(settings.save_every, job.per_epoch))
-    kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one
-    final = 2 * int(job.facts["adapter_bytes_predicted"])
-    there = storage.size(job.folder / "checkpoints") if resume else 0
-    needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
-    what = f"{kept} checkpoints, one more while it is written, and the {telling.product(job.recipe)}"
-    hint = "free some space, lower train.keep, or give another `output`"
-    storage.check_space(job.folder, needed, what, hint)
-
-
-def _finish(job: _Job, progress: Progress) -> Run:
+def _finish(job: Job, progress: Progress) -> Run:
     """Write the adapter (or model) of the best step, tokenizer, loss curve and card into the run folder."""
     recipe, folder, report, facts = job.recipe, job.folder, job.report, job.facts
     kept = progress.step
@@ -348,8 +219,8 @@ def _finish(job: _Job, progress: Progress) -> Run:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
 
-        states.check_finite(dict(_trainable(job.net)), f"the {telling.product(recipe)}")
-        storage.publish(folder, write, {"step": kept, **_about(job)})
+        states.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
+        storage.publish(folder, write, {"step": kept, **keeping.about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
         storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", card.write(recipe, facts))
@@ -378,10 +249,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed, cpu=where.type == "cpu")
 
 
-def _trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad)
-
-
 def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
     settings = recipe.train
@@ -392,11 +259,7 @@ def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator
             yield {key: value.to(device) for key, value in recipe.objective.collate(part).items()}
 
 
-def _in_steps(cadence: int | float, per_epoch: int) -> int:
-    return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
-
-
-def _evaluate(job: _Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
+def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
     assert job.eval_rows is not None
     began = time.perf_counter()

@@ -31,6 +31,7 @@ LEVELS = (
         "checkpoint",
         "drift",
         "fit",
+        "keeping",
         "lock",
         "signals",
         "states",

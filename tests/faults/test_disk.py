@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import loratune
 from loratune import checkpoint, storage
 from loratune.errors import StorageError
 from tests.conftest import Fit
@@ -276,3 +277,23 @@ def test_what_is_replaced_comes_back_when_the_rename_fails(tmp_path: Path, monke
     (tmp_path / ".staging-step-000001-0").mkdir()
     storage.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+# ---------------------------------------------------------------- merges
+
+
+def test_a_merge_on_a_full_disk_leaves_nothing(fit: Fit, disk: Any, monkeypatch: pytest.MonkeyPatch):
+    done = fit("a", **scene.SECTIONS)
+    place = disk(200)
+    with pytest.raises(StorageError, match=r"0\.4 MB are needed for the merged model, 0\.2 MB are free"):
+        loratune.merge(done.folder, place / "merged")
+    with monkeypatch.context() as blind:
+        blind.setattr(storage, "check_space", lambda *_: None)
+        with pytest.raises(StorageError, match="can't be written: No space left on device"):
+            loratune.merge(done.folder, place / "merged")
+    assert list(place.iterdir()) == []
+    disk(20_000)
+    (place / "merged").mkdir()
+    merged = loratune.merge(done.folder, place / "merged")
+    assert storage.verify(merged.folder, alone=True) is None
+    assert [path.name for path in place.iterdir()] == ["merged"]

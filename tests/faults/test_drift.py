@@ -149,6 +149,8 @@ def test_a_changed_recipe_is_refused_with_all_its_changes_and_allowed_when_asked
     done = fit("a", resume=True, allow_drift=True, **changed)
     assert done.facts()["drift"] == ["after step 5: optimizer.lr: 0.01 -> 0.001", "after step 5: train.seed: 0 -> 1"]
     assert done.column("lr")[5] < done.column("lr")[4] / 5
+    again = fit("a", resume=True, **changed)
+    assert again.facts()["drift"] == done.facts()["drift"], "it is not forgotten by the next resume"
 
 
 def test_a_changed_data_file_is_named(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

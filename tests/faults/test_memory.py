@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratune import fit as fits
-from loratune import run
+from loratune import keeping, run, storage
 from loratune.errors import SetupError
 from loratune.objectives import Sft
 from tests.conftest import Fit
@@ -96,15 +96,15 @@ def test_the_bytes_of_a_checkpoint_are_known_beforehand(
     fit: Fit, kind: str, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[int] = []
-    check = run._check_space
+    check = keeping.check_space
 
     def spy(job: Any, resume: bool) -> None:
         sizes.append(job.checkpoint_bytes)
         check(job, resume)
 
-    monkeypatch.setattr(run, "_check_space", spy)
+    monkeypatch.setattr(keeping, "check_space", spy)
     done = fit("a", method=method, optimizer={"type": kind, "lr": 1e-3})
-    real = run.storage.size(scene.saved(done.folder)[-1])
+    real = storage.size(scene.saved(done.folder)[-1])
     assert real <= sizes[0] <= real + 140_000 + real // 10
 
 
