@@ -14,7 +14,7 @@ help:
 	@echo "make check      format, lint, types, layers, fast tests"
 	@echo "make fix        format and mend what the linter can"
 	@echo "make test-slow  the tests that take minutes each"
-	@echo "make test-faults  kills, full disks and signals by the hundred (about ten minutes)"
+	@echo "make test-faults  kills, full disks and signals by the hundred (about 15 minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 

@@ -99,6 +99,7 @@ def disk(tmp_path: Path) -> Iterator[Any]:
         remount = "remount," if os.path.ismount(place) else ""
         how = ",".join([f"{remount}size={size}k", *options])
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(place)], capture_output=True, check=False)  # fmt: skip
+        assert not (done.returncode and remount), done.stderr
         if done.returncode:
             pytest.skip("mounts are not allowed here")
         return place
@@ -111,9 +112,8 @@ def disk(tmp_path: Path) -> Iterator[Any]:
 def _full(tmp_path: Path, base: Path, straight: Path, disk: Any, sizes: list[int]) -> None:  # fmt: skip
     whole = 0
     for size in sizes:
-        place = disk(size)
-        output = place / "run"
-        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(tmp_path / "disk" / "run", ignore_errors=True)  # else it can't be made smaller
+        output = disk(size) / "run"
         recipe = scene.write(tmp_path / f"full{size}", base)
         recipe.write_text(recipe.read_text().replace("output: run", f"output: {output}"))
         done = run(recipe, plan=Plan(str(output), hook="blind_to_space"))
@@ -277,6 +277,26 @@ def test_what_is_replaced_comes_back_when_the_rename_fails(tmp_path: Path, monke
     (tmp_path / ".staging-step-000001-0").mkdir()
     storage.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_rotation_never_takes_the_last_or_the_best(tmp_path: Path):
+    rng = random.Random(4)
+    for turn in range(200):
+        run_folder, best, kept = tmp_path / f"run{turn}", None, []
+        step = rng.choice([0, 999_990])  # names grow by a digit there
+        for _ in range(12):
+            step += rng.randint(1, 5)
+            checkpoint.path_of(run_folder, step).mkdir(parents=True)
+            best = step if rng.random() < 0.3 else best
+            keep = rng.randint(1, 3)
+            checkpoint.rotate(run_folder, keep, checkpoint.Progress(step, best_step=best))
+            kept = sorted(int(path.name[5:]) for path in (run_folder / "checkpoints").iterdir())
+            assert kept[-1] == step
+            assert best is None or best in kept
+            assert len(kept) <= keep + 1
+        (run_folder / "checkpoints" / "step-9999999").mkdir()  # of another run
+        checkpoint.rotate(run_folder, 1, checkpoint.Progress(step))
+        assert checkpoint.path_of(run_folder, step).exists()
 
 
 # ---------------------------------------------------------------- merges
