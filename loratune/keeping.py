@@ -103,7 +103,6 @@ def resume(job: Job, found: Found, allow_drift: bool) -> Progress:
 def open_folder(job: Job, progress: Progress, resume: bool) -> None:
     """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
     if job.first:
-        check_space(job, resume)
         checkpoint.make_run(job.folder, job.facts, resume)
         if resume:
             job.report.go_on_from(progress.step, evaluated=not progress.pending)
@@ -133,6 +132,8 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 
 def check_space(job: Job, resume: bool) -> None:
     """Check that the disk will hold the checkpoints that are kept, the one being written and the final files."""
+    if not job.first:
+        return
     settings = job.recipe.train
     saves = -(-job.steps // in_steps(settings.save_every, job.per_epoch))
     kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one

@@ -91,8 +91,9 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_d
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
             job = _prepare(recipe, folder, accelerator, report, facts)
             progress = keeping.resume(job, found, allow_drift) if found else keeping.start(job, resume)
-            keeping.open_folder(job, progress, resume)
+            keeping.check_space(job, resume)
             begun = True  # from here on the run folder is this run's
+            keeping.open_folder(job, progress, resume)
             progress = _loop(job, progress, asked)
             run = _finish(job, progress)
             status = "complete"
