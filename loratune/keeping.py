@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import checkpoint, drift, lock, model, states, storage, telling
+from loratune import checkpoint, drift, fit, lock, model, states, storage, telling
 from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
 from loratune.errors import Place, Problem, RunFolderError
@@ -91,6 +91,8 @@ def resume(job: Job, found: Found, allow_drift: bool) -> Progress:
         job.recipe.method.load(job.net, found.folder)
         checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
     except (RuntimeError, ValueError, KeyError) as error:
+        if fit.is_out_of_memory(error):
+            raise
         what = str(error).splitlines()[0]
         hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
         where = Place(str(job.folder))

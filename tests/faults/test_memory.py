@@ -44,6 +44,17 @@ def test_memory_of_a_gpu_that_runs_out(fit: Fit, monkeypatch: pytest.MonkeyPatch
     assert caught.value.exit_code == 3
 
 
+def test_memory_that_runs_out_at_a_resume(fit: Fit, monkeypatch: pytest.MonkeyPatch):
+    fit("a", **scene.SECTIONS)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(keeping.checkpoint, "restore", full)
+    with pytest.raises(SetupError, match="out of memory"):
+        fit("a", resume=True, **scene.SECTIONS)
+
+
 def test_a_base_that_does_not_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
