@@ -3,17 +3,18 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+comma   := ,
 ON      = @echo "==> $(1)"
 
 .PHONY: help setup demo test test-slow test-faults check fix docs gpu-check clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
-	@echo "make test       all tests but the slow ones"
+	@echo "make test       all tests but the slow ones and the faults"
 	@echo "make check      format, lint, types, layers, fast tests"
 	@echo "make fix        format and mend what the linter can"
 	@echo "make test-slow  the tests that take minutes each"
-	@echo "make test-faults  injected faults and hostile input, the long versions"
+	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 
@@ -34,15 +35,15 @@ demo: $(READY)
 
 test: $(READY)
 	$(call ON,tests (without the slow ones))
-	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not faults"
 
 test-slow: $(READY)
 	$(call ON,slow tests)
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(BIN)/python -m pytest -m "slow and not gpu and not faults"
 
 test-faults: $(READY)
-	$(call ON,faults and hostile input)
-	@$(BIN)/python -m pytest -m "faults and not gpu"
+	$(call ON,faults: kills$(comma) full disks$(comma) signals)
+	@$(BIN)/python -m pytest -m faults -s
 
 gpu-check: $(READY)
 	$(call ON,GPU tests)
@@ -56,7 +57,7 @@ check: $(READY)
 	$(call ON,types)
 	@$(BIN)/mypy
 	$(call ON,fast tests)
-	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu" --ignore tests/oracle --ignore tests/test_recipes.py
+	@$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not faults" --ignore tests/oracle --ignore tests/test_recipes.py
 
 fix: $(READY)
 	@$(BIN)/ruff format

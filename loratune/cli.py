@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loratune import errors, secrecy
+from loratune import errors, secrecy, signals
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
-    "4 training failed · 5 storage · 6 run folder in use or finished · 7 refused for safety · "
-    "8 wrong base · 130 interrupted"
+    "4 training failed · 5 storage · 6 run folder in use, finished or of another recipe · 7 refused for safety · "
+    "8 wrong base · 130 interrupted (Ctrl-C), 143 by SIGTERM or SIGUSR1, after a valid checkpoint"
 )
 
 app = typer.Typer(
@@ -82,23 +83,29 @@ def train(
     set_: Set = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that holds a run")] = False,
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="with --resume: go on although recipe or rows have changed")] = False,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train what a recipe says; the result lies in its `output` folder."""
     import loratune
 
     if resume and overwrite:
         raise errors.UsageError("--resume and --overwrite exclude each other")
+    if allow_drift and not resume:
+        raise errors.UsageError("--allow-drift is about what has changed before a --resume")
     loaded = loratune.load_recipe(recipe, set_)
-    run = loratune.train(
-        loaded, resume=resume, overwrite=overwrite, allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
+    with signals.at_once():
+        start = loratune.train
+    run = start(
+        loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift, allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(str(run.folder))
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Check a recipe without loading a model: every problem with its place, or a summary."""
     import loratune
@@ -126,7 +133,7 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
     typer.echo(f"  output     {loaded.output}")
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def inspect(
     recipe: RecipePath,
     set_: Set = [],  # noqa: B006
@@ -138,11 +145,11 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import checkpoint, inspecting
+    from loratune import inspecting, storage
 
     shown = inspecting.inspect(loratune.load_recipe(recipe, set_), row=row, random=random, number=number)
     if html is not None:
-        checkpoint.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
+        storage.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))
     elif as_json:
         typer.echo(json.dumps(shown.as_json(), indent=2, ensure_ascii=False))
@@ -242,7 +249,7 @@ def merge(
         typer.echo(str(result.folder))
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def chat(
     subject: Subject,
     prompt: Annotated[
@@ -288,9 +295,16 @@ def _problem(problem: errors.Problem) -> dict[str, Any]:
     }
 
 
+def _terminated(number: int, frame: Any) -> None:
+    """End on SIGTERM as on Ctrl-C: what is half-written is cleared up on the way out."""
+    print("terminated", file=sys.stderr)
+    sys.exit(signals.exit_code(number))
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in a message and its exit code, never in a traceback."""
     secrecy.guard_streams()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(standalone_mode=True)
     except errors.LoratuneError as error:

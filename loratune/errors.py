@@ -8,7 +8,7 @@ LoratuneError                 1  unexpected
 ├── SetupError                3  this machine lacks something: an extra, a GPU, memory
 ├── TrainingError             4  the training itself failed: a non-finite loss
 ├── StorageError              5  nothing could be written, or no valid checkpoint found
-├── RunFolderError            6  the run folder is already finished or in use
+├── RunFolderError            6  the run folder is in use, finished, or of another recipe
 ├── SafetyError               7  refused because it could run foreign code
 └── Interrupted         130, 143  a signal came; a checkpoint was saved first
 """
@@ -128,17 +128,23 @@ class StorageError(LoratuneError):
 
 
 class RunFolderError(LoratuneError):
-    """The run folder holds a run that must not be overwritten."""
+    """The run folder is in use, or holds a run that must not be overwritten or goes by another recipe."""
 
     exit_code = 6
 
 
 class Interrupted(LoratuneError):
-    """A signal asked the training to end; a checkpoint was saved first."""
+    """A signal asked the training to end; a checkpoint was saved first.
 
-    def __init__(self, message: str, number: int, hint: str | None = None):
+    Args:
+        message: which, and where the training stopped.
+        exit_code: 130 for SIGINT, 143 for the others.
+        hint: how to go on.
+    """
+
+    def __init__(self, message: str, exit_code: int, hint: str | None = None):
         super().__init__(message, hint)
-        self.exit_code = 128 + number
+        self.exit_code = exit_code
 
 
 class SafetyError(LoratuneError):

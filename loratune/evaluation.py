@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import checkpoint, data, decode, generate, metrics, model, nodes, report, subject
+from loratune import data, decode, generate, metrics, model, nodes, report, storage, subject
 from loratune.batches import in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -302,5 +302,5 @@ def _write_predictions(
         for system, texts in answered.items():
             row |= {system: texts[index], f"{system} scores": per_row[system][index]}
         lines.append(json.dumps(row, ensure_ascii=False))
-    checkpoint.write_text(out, "\n".join(lines) + "\n")
+    storage.write_text(out, "\n".join(lines) + "\n")
     return out

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Literal
 
 from loratune.errors import Place
+from loratune.secrecy import redact
 
 Fate = Literal["kept", "cut", "split", "by turn", "dropped", "duplicate", "skipped", "refused"]
 
@@ -86,5 +87,7 @@ class Ledger:
             counts.by_turn += fate == "by turn"
         if reason and len(counts.first) < 5:
             counts.first.append(f"{place}: {reason}")
-        line = {"set": self.name, "place": str(place), "fate": fate, "tokens": tokens}
-        self._lines.write(json.dumps({**line, **({"lost": lost, "reason": reason} if reason else {})}) + "\n")
+        line: dict[str, Any] = {"set": self.name, "place": str(place), "fate": fate, "tokens": tokens}
+        if reason:  # it may tell what the row says
+            line |= {"lost": lost, "reason": redact(reason)}
+        self._lines.write(json.dumps(line) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Step:
 
 def steps(
     model: Any, objective: Objective, batches: Iterable[Batch], optimizer: Any, factor: Callable[[int], float],
-    accelerator: Any, max_grad_norm: float, start: int = 0,
+    accelerator: Any, max_grad_norm: float, start: int = 0, poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Step]:  # fmt: skip
     """Train on batches, one optimizer step each, and yield after each step.
 
@@ -67,9 +68,11 @@ def steps(
         accelerator: accelerate's, for gradient synchronisation and fp16 scaling.
         max_grad_norm: longest gradient; a longer one is scaled down.
         start: number of steps already done.
+        poll: called before each micro-batch; what it raises gives the step up before the optimizer has stepped.
 
     Raises:
-        TrainingError: when loss or gradient are not finite; the optimizer has not stepped then.
+        TrainingError: when loss or gradient are not finite, or the first step shows that something would never be
+            trained; the optimizer has not stepped then.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, world = accelerator.device, accelerator.num_processes
@@ -92,6 +95,7 @@ def steps(
         count, tokens = (int(size) for size in sizes)
         total = torch.zeros((), device=device)
         for index, part in enumerate(micro):
+            poll()
             last = index == len(micro) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 loss = objective.total(model, _on(device, part))
@@ -107,6 +111,8 @@ def steps(
         ).tolist()  # the one sync
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
+        if number == start + 1:
+            _check_first(model, number, loss_value, norm_value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield Step(
@@ -151,6 +157,23 @@ def _on(device: torch.device, part: dict[str, Any]) -> dict[str, Any]:
 def _tokens(part: dict[str, Any]) -> int:
     """Return the tokens of a micro-batch: all of a packed one, those of a padded one without padding."""
     return int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
+
+
+def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
+    """Check on the first step that something is learned, and by everything that is to be trained."""
+    if number == 1 and loss == 0.0:
+        raise TrainingError("step 1: the loss is exactly 0: nothing would be learned", "look at rows and base model")
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # an expert that no token was sent to has no gradient yet
+    without = [name for name, p in trained if p.grad is None and not re.search(r"(^|[._])experts?[._]", name)]
+    if without:
+        names = ", ".join(f"`{name}`" for name in without[:4]) + (", ..." if len(without) > 4 else "")
+        raise TrainingError(
+            f"step {number}: {len(without)} of {len(trained)} trained tensors have no gradient: {names}",
+            "the model passes them by: leave them out of method.target_modules, or set model.attention: eager",
+        )
+    if number == 1 and norm == 0.0:
+        raise TrainingError("step 1: the gradient is exactly 0: nothing would be learned", "look at rows and method")
 
 
 def _not_finite(number: int, batch: Batch, loss: float) -> TrainingError:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratune import checkpoint, model, report, subject
+from loratune import model, report, storage, subject
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -147,21 +145,15 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any]) -> None:
-    staging = None
+    merged.config.use_cache = True
+    merged.config.dtype = dtype
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        merged.config.use_cache = True
-        merged.config.dtype = dtype
-        checkpoint.commit(staging / "model", lambda folder: _save(folder, merged, tokenizer), about)
-        if target.exists():
-            target.rmdir()
-        (staging / "model").rename(target)
     except OSError as error:
-        raise StorageError(Problem(f"can't be written: {error.strerror or error}", Place(str(target)))) from None
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(target)))) from None
+    needed = sum(p.numel() * p.itemsize for p in merged.parameters())
+    storage.check_space(target.parent, needed, "the merged model", "free some space, or name another folder with --out")
+    storage.commit(target, lambda folder: _save(folder, merged, tokenizer), about, replace=False)
 
 
 def _save(folder: Path, merged: Any, tokenizer: Any) -> None:

@@ -21,6 +21,8 @@ from loratune import guard, templating
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Fp4, Int8, Model, Nf4
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @dataclass
 class Loaded:
@@ -35,6 +37,13 @@ class Loaded:
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     base_differs: tuple[str, ...] = ()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory has run out, on a GPU or a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def device() -> torch.device:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from loratune import storage
 from loratune.errors import Place, Problem, StorageError
 from loratune.loop import Step
 from loratune.secrecy import redact
@@ -202,21 +203,34 @@ class Report:
         except OSError as error:
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(self._metrics)))) from None
 
-    def go_on_from(self, step: int) -> None:
-        """Take up the metrics of a run that is resumed after `step`; later ones are cut off."""
+    def go_on_from(self, step: int, evaluated: bool = True) -> None:
+        """Take up the metrics of a run that is resumed after `step`; later ones are cut off.
+
+        Args:
+            step: the last one done.
+            evaluated: whether the evaluation after it is done as well.
+        """
         if self._metrics is None or not self._metrics.exists():
             return
-        events = [
-            json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
-        kept = [event for event in events if event["number"] <= step]
+        last = {"step": step, "eval": step if evaluated else step - 1}
+        events = map(_event, self._metrics.read_text(encoding="utf-8", errors="replace").splitlines())
+        kept = [event for event in events if event and event["number"] <= last[event["kind"]]]
         for event in kept:
             (self.train if event["kind"] == "step" else self.evaluation).append((event["number"], event["loss"]))
             if event["kind"] == "step":
                 self._seconds += event["seconds"]
                 self._tokens += event["tokens"]
         if self.active:
-            self._metrics.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            storage.write_text(self._metrics, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, or None for one that a kill or the power has cut."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and event.get("kind") in ("step", "eval") else None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
-import loratune
-from loratune import apart, batches, card, checkpoint, data, fingerprint, loop, model, plot
-from loratune.apart import Packing
+from loratune import (
+    apart,
+    batches,
+    card,
+    checkpoint,
+    data,
+    drift,
+    fingerprint,
+    fit,
+    keeping,
+    loop,
+    model,
+    plot,
+    signals,
+    states,
+    storage,
+    telling,
+)  # fmt: skip
 from loratune.checkpoint import Progress
 from loratune.data import Rows
-from loratune.encode import Encoder, with_template
-from loratune.errors import Interrupted, Place, Problem, RunFolderError, SetupError
+from loratune.encode import Encoder, Row, with_template
+from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
+from loratune.keeping import Job
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
-from loratune.schedules import rate
-
-VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+from loratune.schedules import rate, warmup_steps
+from loratune.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,8 @@ class Run:
 
 
 def train(
-    recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_base_mismatch: bool = False,
-    trust_remote_code: bool = False,
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_drift: bool = False,
+    allow_base_mismatch: bool = False, trust_remote_code: bool = False,
 ) -> Run:  # fmt: skip
     """Train what the recipe says and fill its run folder.
 
@@ -62,6 +73,7 @@ def train(
         recipe: from `load_recipe`.
         resume: go on from the newest valid checkpoint of the run folder.
         overwrite: begin anew in a run folder that holds a run.
+        allow_drift: go on although recipe or rows are no longer those the run was begun with; recorded in run.json.
         allow_base_mismatch: resume on another base than the run was begun on; recorded in run.json.
         trust_remote_code: run code that comes with the base model; recorded in run.json.
 
@@ -74,68 +86,48 @@ def train(
     model.quiet()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe)
-    report = Report(active=accelerator.is_main_process, metrics=folder / "metrics.jsonl")
-    if accelerator.is_main_process:
-        checkpoint.check_free(folder, resume, overwrite)
-    accelerator.wait_for_everyone()
-    facts = {**_facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
-    status, begun = "failed", False
-    try:
-        job = _prepare(recipe, folder, accelerator, report, facts)
-        progress = _begin(job, resume, allow_base_mismatch)
-        begun = True  # from here on the run folder is this run's
-        progress = _loop(job, progress)
-        run = _finish(job, progress)
-        status = "complete"
-        return run
-    except (KeyboardInterrupt, Interrupted):
-        status = "interrupted"
-        raise
-    except torch.OutOfMemoryError:
-        raise SetupError(
-            f"out of memory on {facts['device']}",
-            "cheapest first: train.micro_batch_size: 1, train.gradient_checkpointing: all, "
-            "model.quantization: nf4, a smaller data.max_length",
-        ) from None
-    finally:
-        if accelerator.is_main_process and begun:
-            checkpoint.write_json(folder / "run.json", {**facts, "status": status})
+    first = accelerator.is_main_process
+    report = Report(active=first, metrics=folder / "metrics.jsonl")
+    with signals.listening() as asked, keeping.alone(folder, first, report):
+        status, begun = "failed", False
+        facts = {**telling.facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
+        try:
+            found = keeping.find(folder, resume, overwrite, accelerator, report)
+            if found:
+                facts["drift"] = found.seal["drift"]
+                drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
+            job = _prepare(recipe, folder, accelerator, report, facts)
+            if found:
+                progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
+            else:
+                progress = keeping.start(job, resume)
+            keeping.check_space(job, resume)
+            begun = True  # from here on the run folder is this run's
+            keeping.open_folder(job, progress, resume)
+            progress = _loop(job, progress, asked)
+            run = _finish(job, progress)
+            status = "complete"
+            return run
+        except (signals.Leave, Interrupted) as error:
+            status = "interrupted"
+            if isinstance(error, Interrupted):
+                raise
+            raise signals.interrupted(asked.number, 0) from None
+        except (MemoryError, RuntimeError) as error:
+            if not model.is_out_of_memory(error):
+                raise
+            raise SetupError(f"out of memory on {facts['device']}", fit.advice(recipe, facts)) from None
+        except OSError as error:
+            if error.filename is None or isinstance(error, ConnectionError):
+                raise
+            raise StorageError(Problem(f"{error.strerror}", Place(str(error.filename)))) from None
+        finally:
+            if first and begun:
+                with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
+                    storage.write_json(folder / "run.json", {**facts, "status": status})
 
 
-@dataclass
-class _Job:
-    """Everything one training needs, joined once; `facts` grows into run.json, `about` goes beside each adapter."""
-
-    recipe: Recipe
-    folder: Path
-    accelerator: Accelerator
-    report: Report
-    facts: dict[str, Any]
-    about: dict[str, Any]
-    tokenizer: Any
-    loaded: model.Loaded
-    net: Any
-    initial: dict[str, torch.Tensor]
-    optimizer: Any
-    train_rows: Rows
-    eval_rows: Rows | None
-    packing: Packing
-    per_epoch: int
-    steps: int
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def micro_batch_size(self) -> int | str:
-        """Rows or packs at once; with a mask every token of a pack meets every other, so that one pack is enough."""
-        chosen = self.recipe.train.micro_batch_size
-        return 1 if self.packing.by == "mask" and chosen == "auto" else chosen
-
-
-def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> _Job:
+def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
@@ -143,177 +135,102 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where, trust=trust)
-    about = fingerprint.record(recipe.model, tokenizer)
+    origin = fingerprint.record(recipe.model, tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
-    optimizer = recipe.optimizer.build(_trainable(net), where.type)
+    optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    batching = _batching(recipe, packing, train_rows, accelerator)
-    _tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing, batching)
+    batching = telling.batching(recipe, packing, train_rows, accelerator.num_processes)
+    telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing, batching)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
-        data={"train": _counts(train_rows), "eval": _counts(eval_rows) if eval_rows else None},
-        fingerprints={"base": about["base"]["sha256"], "tokenizer": about["tokenizer"]["sha256"]},
+        data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
         batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
+        fingerprints={
+            **telling.fingerprints(train_rows, eval_rows),
+            "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
+        },
+        sources=telling.sources(recipe),
+        memory=fit.measure(recipe, loaded, net, train_rows),
     )  # fmt: skip
-    return _Job(
-        recipe, folder, accelerator, report, facts, about, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, packing, per_epoch, steps,
+    return Job(
+        recipe, folder, accelerator, report, facts, origin, tokenizer, loaded, net, initial, optimizer,
+        train_rows, eval_rows, packing, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
-def _begin(job: _Job, resume: bool, allow_base_mismatch: bool) -> Progress:
-    """Make the run folder, or go on from its newest valid checkpoint; return where the run stands."""
-    if job.first:
-        checkpoint.make_run(job.folder, resume)
-    job.accelerator.wait_for_everyone()
-    set_seed(job.recipe.train.seed, device_specific=True)
-    progress = Progress(0)
-    if resume:
-        found = checkpoint.newest(job.folder)
-        if found is None:
-            job.report.note("no checkpoint to resume from: beginning at step 1")
-        else:
-            place, progress, bad = found
-            for line in bad:
-                job.report.problem(line)
-            _compare_base(job, place, allow_base_mismatch)
-            _restore(job, place)
-            left = job.steps - progress.step
-            job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
-        job.report.go_on_from(progress.step)
-    if job.first:
-        checkpoint.write_json(job.folder / "run.json", {**job.facts, "status": "running"})
-        checkpoint.write_text(job.folder / "recipe.yaml", job.recipe.dump())
-        ledger = job.folder / "ledger.jsonl"
-        ledger.unlink(missing_ok=True)
-        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
-            rows.append_ledger(ledger)
-    return progress
-
-
-def _compare_base(job: _Job, place: Path, allow: bool) -> None:
-    """Hold the base against the one a checkpoint was trained on."""
-    found = fingerprint.compare(place, job.recipe.model, allow, job.tokenizer)
-    for line in found.notes:
-        job.report.problem(line)
-    if found.differences:
-        job.facts["base_differs"] = list(found.differences)
-
-
-def _restore(job: _Job, place: Path) -> None:
-    try:
-        job.recipe.method.load(job.net, place)
-        checkpoint.restore(place, job.optimizer, job.accelerator.process_index)
-    except (RuntimeError, ValueError, KeyError) as error:
-        what = str(error).splitlines()[0]
-        hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
-        where = Place(str(job.folder))
-        raise RunFolderError(Problem(f"{place.name} does not fit this recipe: {what}", where, hint)) from None
-    if checkpoint.read_json(place / "MANIFEST.json").get("recipe") != job.recipe.hash():
-        job.report.problem(f"the recipe has changed since {place.name} was saved: going on with the new one")
-
-
-def _loop(job: _Job, progress: Progress) -> Progress:
+def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
     schedule, steps = settings.schedule, job.steps
-    warmup = settings.warmup if isinstance(settings.warmup, int) else round(settings.warmup * steps)
+    warmup = warmup_steps(settings.warmup, steps)
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
     net = accelerator.prepare_model(job.net) if several else job.net
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
-    order = batches.batches(
-        job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
-        progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-        job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
-        recipe.data.max_length if job.packing.packed else None,
-    )  # fmt: skip
     log_every, eval_every, save_every = (
-        _in_steps(cadence, job.per_epoch) for cadence in (settings.log_every, settings.eval_every, settings.save_every)
+        keeping.in_steps(cadence, job.per_epoch)
+        for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
-    with report.training(progress.step, steps, log_every), _signals() as asked:
-        for step in loop.steps(
-            net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
-            accelerator, settings.max_grad_norm, progress.step,
-        ):  # fmt: skip
-            report.step(step)
-            progress = replace(progress, step=step.number)
-            end, better = step.number == steps, False
-            if job.eval_rows and (step.number % eval_every == 0 or end):
-                better, progress = _evaluate(job, net, job.eval_rows, progress)
-            stop, signalled = _out_of_patience(recipe, progress), _any_process(accelerator, asked)
-            if step.number % save_every == 0 or better or end or stop or signalled:
-                _save(job, progress)
-            if signalled and not end:
-                name = signal.Signals(signalled).name
-                raise Interrupted(
-                    f"{name}: stopped after step {step.number}, a checkpoint is saved", signalled, "go on with --resume"
-                )
-            if stop:
-                times = progress.evaluations_without_better
-                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
-                break
+    # several processes must leave at the same point, and only at the end of a step are they known to meet
+    poll = asked.poll if accelerator.num_processes == 1 else signals.never
+    asked.training = True
+    saved, random = progress, states.randomness()
+    try:
+        if progress.pending:
+            progress = saved = keeping.save(job, _evaluate(job, net, progress, poll)[1], random)
+        order = batches.batches(
+            job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
+            progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
+            job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
+            recipe.data.max_length if job.packing.packed else None,
+        )  # fmt: skip
+        with report.training(progress.step, steps, log_every):
+            for step in loop.steps(
+                net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
+                accelerator, settings.max_grad_norm, progress.step, poll,
+            ):  # fmt: skip
+                report.step(step)
+                end, better = step.number == steps, False
+                due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
+                progress, random = replace(progress, step=step.number, pending=due), states.randomness()
+                if due:
+                    better, progress = _evaluate(job, net, progress, poll)
+                stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
+                if step.number % save_every == 0 or better or end or stop or signalled:
+                    saved = keeping.save(job, progress, random)
+                if signalled and not end:
+                    raise signals.interrupted(signalled, step.number)
+                if stop:
+                    times = progress.evaluations_without_better
+                    report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
+                    break
+    except signals.Asked:  # what was begun after the last whole step is given up, its random numbers too
+        if saved != progress:
+            keeping.save(job, progress, random)
+        raise signals.interrupted(asked.number, progress.step) from None
     return progress
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one of a kind acts at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody listen
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _any_process(accelerator: Accelerator, asked: list[int]) -> int:
-    """Return the signal that came to any of the processes, or 0: all must stop at the same step."""
-    number = max(asked, default=0)
-    if accelerator.num_processes > 1:
-        number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-    return number
-
-
-def _save(job: _Job, progress: Progress) -> None:
-    """Commit a checkpoint; every process gives its random state, the first one writes."""
-    random = gather_object([checkpoint.random_state()])
-    if job.first:
-        about = {"recipe": job.recipe.hash(), "versions": job.facts["versions"]}
-
-        def write(target: Path) -> None:
-            job.recipe.method.save(job.net, target, None, {})
-            fingerprint.write(target, job.about)
-
-        checkpoint.save(job.folder, progress, write, job.optimizer, random, about)
-        checkpoint.rotate(job.folder, job.recipe.train.keep, progress.best_step)
-    job.accelerator.wait_for_everyone()
-
-
-def _finish(job: _Job, progress: Progress) -> Run:
+def _finish(job: Job, progress: Progress) -> Run:
     """Write the adapter (or model) of the best step, tokenizer, loss curve and card into the run folder."""
     recipe, folder, report, facts = job.recipe, job.folder, job.report, job.facts
+    kept = progress.step
     if progress.best_step is not None and progress.best_step != progress.step:
-        recipe.method.load(job.net, checkpoint.path_of(folder, progress.best_step))
-        report.note(
-            f"the saved {_product(recipe)} is that of step {progress.best_step}, where the eval loss was lowest"
-        )
+        best = checkpoint.path_of(folder, progress.best_step)
+        if wrong := storage.verify(best, alone=True):
+            report.problem(f"{best.name}, where the eval loss was lowest, {wrong}: not used, the last step is saved")
+        else:
+            kept = progress.best_step
+            recipe.method.load(job.net, best)
+            report.note(f"the saved {telling.product(recipe)} is that of step {kept}, where the eval loss was lowest")
     last_loss = report.train[-1][1] if report.train else math.nan
     facts.update(
-        step=progress.step, saved_step=progress.best_step or progress.step, train_loss=last_loss,
+        step=progress.step, saved_step=kept, train_loss=last_loss,
         best_eval_loss=progress.best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
     )  # fmt: skip
     if job.first:
@@ -321,23 +238,20 @@ def _finish(job: _Job, progress: Progress) -> Run:
         def write(target: Path) -> None:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
-            fingerprint.write(target, job.about)
+            fingerprint.write(target, job.origin)
 
-        checkpoint.publish(folder, write, {"step": facts["saved_step"], "recipe": facts["recipe_sha256"]})
+        states.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
+        storage.publish(folder, write, {"step": kept, **keeping.about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
-        checkpoint.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
-        checkpoint.write_text(folder / "README.md", card.write(recipe, facts))
+        storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
+        storage.write_text(folder / "README.md", card.write(recipe, facts))
         facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-            f"{_product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
+            f"{telling.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
         )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
-
-
-def _product(recipe: Recipe) -> str:
-    return "adapter" if recipe.method.type == "lora" else "model"
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -356,10 +270,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed, cpu=where.type == "cpu")
 
 
-def _trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad)
-
-
 def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
     settings = recipe.train
@@ -370,116 +280,28 @@ def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator
             yield {key: value.to(device) for key, value in recipe.objective.collate(part).items()}
 
 
-def _in_steps(cadence: int | float, per_epoch: int) -> int:
-    return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
-
-
-def _evaluate(job: _Job, net: Any, rows: Rows, progress: Progress) -> tuple[bool, Progress]:
+def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
+    assert job.eval_rows is not None
     began = time.perf_counter()
-    parts = batches.in_length_order(rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
-    loss, count = loop.measure(net, job.recipe.objective, parts, job.accelerator)
+    parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
+    loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator)
     early = job.recipe.train.early_stopping
     margin = early.min_delta if early else 0.0
     better = progress.best_loss is None or loss < progress.best_loss - margin
     job.report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
+    progress = replace(progress, pending=False)
     if better:
         return True, replace(progress, best_loss=loss, best_step=progress.step, evaluations_without_better=0)
     return False, replace(progress, evaluations_without_better=progress.evaluations_without_better + 1)
 
 
+def _polled(parts: Iterable[list[Row]], poll: Callable[[], None]) -> Iterator[list[Row]]:
+    for part in parts:
+        poll()
+        yield part
+
+
 def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
     early = recipe.train.early_stopping
     return early is not None and progress.evaluations_without_better >= early.patience
-
-
-def _facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    versions = {"loratune": loratune.__version__, "python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "recipe_sha256": recipe.hash(),
-        "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
-        "processes": accelerator.num_processes,
-        "versions": versions,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _counts(rows: Rows) -> dict[str, Any]:
-    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
-
-
-def _batching(recipe: Recipe, packing: Packing, rows: Rows, accelerator: Accelerator) -> dict[str, Any]:
-    """Return how the rows of a step are put together, for run.json and the start report."""
-    if not packing.packed:
-        return {"packed": False, "why_not": packing.why_not}
-    settings, capacity = recipe.train, recipe.data.max_length
-    each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, accelerator.num_processes)
-    return {"packed": True, "by": packing.by, "rows_per_pack": round(each, 2), "filled": round(filled, 4)}
-
-
-def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
-    """Yield what a person must know about the training rows beside their number."""
-    counts = rows.counts
-    if recipe.data.format.type == "auto":
-        yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
-    changed = {
-        "dropped, too long": counts.dropped,
-        "skipped, not usable": counts.skipped,
-        "cut": counts.truncated,
-        "split": counts.split,
-        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
-        "dropped, said before": counts.deduplicated,
-    }
-    if any(changed.values()):
-        told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
-        yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
-    if counts.duplicates > counts.deduplicated:
-        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
-
-
-def _tell_start(
-    report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
-    on_disk: int, checkpointing: bool, batching: dict[str, Any],
-) -> None:  # fmt: skip
-    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
-    quantization = recipe.model.quantization.type
-    name = str(loaded.dtype).removeprefix("torch.")
-    report.note(
-        f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
-        f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
-    )
-    counts = rows.counts
-    report.note(
-        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
-        + (f", {len(held_out):,} held out" if held_out else "")
-        + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
-    )
-    for line in _about_rows(recipe, rows):
-        report.note(f"         {line}")
-    for line in counts.first:
-        report.problem(f"         {line}")
-    trainable, total = model.count_parameters(net)
-    report.note(
-        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
-        f"({100 * trainable / total:.2f} %), "
-        f"{_product(recipe)} of {size(on_disk)} on disk"
-    )
-    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
-    if batching["packed"]:
-        report.note(
-            f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
-            f"tokens on average, {100 * batching['filled']:.0f} % filled"
-            + (", kept apart by a mask" if batching["by"] == "mask" else "")
-        )
-    else:
-        report.note(f"batches  padded ({batching['why_not']})")
-    for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
-        if note:
-            report.note(f"note     {note}")

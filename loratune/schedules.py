@@ -75,6 +75,11 @@ Schedule = Annotated[
 ]
 
 
+def warmup_steps(warmup: int | float, steps: int) -> int:
+    """Return a recipe's `warmup` in steps: a whole number is that already, a fraction is a part of all steps."""
+    return warmup if isinstance(warmup, int) else round(warmup * steps)
+
+
 def rate(schedule: Constant | Linear | Cosine | WarmupStableDecay, step: int, steps: int, warmup: int) -> float:
     """Return the part of `lr` (0-1) at a step: a linear warmup, then the schedule over the rest.
 

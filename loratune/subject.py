@@ -59,10 +59,10 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
         section = _adapter_base(folder, known, base)
         return Subject(name, section, folder.resolve(), None, known, trust)
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        status = shorten(str(checkpoint.read_json(folder / "run.json").get("status", "unknown")))
+        status = shorten(checkpoint.status(folder) or "unknown")
         raise ModelError(
             Problem(
-                f"this run is {status} and has no adapter yet",
+                f"this run {'was' if status == 'killed' else 'is'} {status} and has no adapter yet",
                 Place(name),
                 "loratune train RECIPE --resume, or name a folder of its checkpoints",
             )

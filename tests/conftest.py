@@ -63,8 +63,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     """Return a function that writes a recipe for the tiny base, trains it and returns run, recipe and model.
 
-    Its first argument names the folder of recipe and run; `rows`, `resume` and `overwrite` are passed on, everything
-    else is a section of the recipe.
+    Its first argument names the folder of recipe and run; `rows`, `resume`, `overwrite` and `allow_drift` are passed
+    on, everything else is a section of the recipe.
     """
     nets: list[Any] = []
     finish = run._finish
@@ -82,12 +82,13 @@ def fit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         rows: int = 24,
         resume: bool = False,
         overwrite: bool = False,
+        allow_drift: bool = False,
         **sections: Any,
     ) -> Trained:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         loaded = recipe.load(tiny.write_recipe(folder, on or base, rows=rows, **sections))
-        done = run.train(loaded, resume=resume, overwrite=overwrite)
+        done = run.train(loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift)
         return Trained(done, loaded, nets.pop())
 
     return train

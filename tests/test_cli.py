@@ -185,6 +185,12 @@ def test_wrong_words(words: tuple[str, ...]) -> None:
     assert "Usage:" in done.stderr
 
 
+def test_allow_drift_goes_with_resume(sound: Path) -> None:
+    done = call("train", sound, "--allow-drift")
+    assert isinstance(done.exception, loratune.UsageError)
+    assert str(done.exception) == "--allow-drift is about what has changed before a --resume"
+
+
 def test_resume_and_overwrite_exclude_each_other(sound: Path) -> None:
     done = call("train", sound, "--resume", "--overwrite")
     assert isinstance(done.exception, loratune.UsageError)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import chatting, checkpoint, cli, fingerprint, recipe, run, subject
+from loratune import chatting, cli, fingerprint, recipe, run, storage, subject
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.recipe import Model
 from tests import tiny
@@ -134,7 +134,7 @@ def test_what_is_allowed_is_told_and_recorded(
     assert "are others" in told
     merged = loratune.merge(trained, tmp_path / "merged", base=other, allow_base_mismatch=True)
     assert merged.base_differs == (told,)
-    assert checkpoint.read_json(tmp_path / "merged" / "MANIFEST.json")["base_differs"] == [told]
+    assert storage.read_json(tmp_path / "merged" / "MANIFEST.json")["base_differs"] == [told]
     chatting.chat(trained, prompt="a", base=other, max_new_tokens=1, allow_base_mismatch=True)
     assert "as allowed" in capsys.readouterr().err
 
@@ -166,8 +166,8 @@ def test_a_run_remembers_its_base(trained: Path, base: Path) -> None:
     }
     assert about["base"]["sha256"] == fingerprint.of_folder(base).sha256
     assert about["base"]["name"] == str(base)
-    assert checkpoint.verify(trained) is None
-    assert "loratune.json" in checkpoint.read_json(trained / "MANIFEST.json")["files"]
+    assert storage.verify(trained) is None
+    assert "loratune.json" in storage.read_json(trained / "MANIFEST.json")["files"]
     (point,) = (trained / "checkpoints").glob("step-*")
     assert (point / "loratune.json").read_text() == (trained / "loratune.json").read_text()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import checkpoint, encode, model, recipe, run, section, subject, templating
+from loratune import encode, model, recipe, run, section, storage, subject, templating
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.recipe import Model
 from tests import templates, tiny
@@ -399,7 +399,7 @@ def test_trusted_code_runs_only_with_the_flag(fit: Fit, base: Path, tmp_path: Pa
     assert not Path("CANARY").exists()
     done = run.train(recipe.load(path), trust_remote_code=True)
     assert Path("CANARY").exists()
-    assert checkpoint.read_json(done.folder / "run.json")["trust_remote_code"] is True
+    assert storage.read_json(done.folder / "run.json")["trust_remote_code"] is True
     with pytest.raises(SafetyError):
         subject.load(subject.open_subject(str(done.folder)))
     assert subject.load(subject.open_subject(str(done.folder), trust=True)).notes == []
@@ -430,7 +430,7 @@ def test_a_manifest_that_leads_out_is_not_believed(fit: Fit) -> None:
     manifest = json.loads((done.folder / "MANIFEST.json").read_text())
     manifest["files"]["../outside"] = {"bytes": 1, "sha256": "0"}
     (done.folder / "MANIFEST.json").write_text(json.dumps(manifest))
-    assert checkpoint.verify(done.folder) == "`../outside` leads out of its folder"
+    assert storage.verify(done.folder) == "`../outside` leads out of its folder"
 
 
 @pytest.mark.parametrize("field", ["revision", "subset", "split"])

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import batches, checkpoint, data, loop, model, recipe, run
+from loratune import batches, checkpoint, data, loop, model, recipe, run, storage
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
@@ -36,7 +36,7 @@ def test_a_run_folder_has_everything_in_it(fit: Fit, base: Path):
         "loss.svg", "metrics.jsonl", "recipe.yaml", "run.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert sorted(path.name for path in (done.folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
-    assert checkpoint.verify(done.folder) is None, "the manifest covers what lies beside it"
+    assert storage.verify(done.folder) is None, "the manifest covers what lies beside it"
     facts = done.facts()
     assert facts["status"] == "complete"
     assert facts["steps"] == facts["step"] == done.run.steps == 6

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune import checkpoint, recipe, secrecy
+from loratune import recipe, secrecy, storage
 from loratune.errors import LoratuneError, Place, Problem, RecipeError
 from loratune.report import Report
 from tests import tiny
@@ -100,7 +100,7 @@ def test_problems_reports_and_files(environment: None, tmp_path: Path, capsys: p
     report.note(OPENAI)
     report.problem(f"{ENVIRONMENT['MY_CREDENTIALS']}")
     assert not hits(capsys.readouterr().err)
-    checkpoint.write_json(tmp_path / "run.json", {"a": [SECRETS]})
+    storage.write_json(tmp_path / "run.json", {"a": [SECRETS]})
     assert not hits((tmp_path / "run.json").read_text())
     assert json.loads((tmp_path / "run.json").read_text())["a"][0][0] == "***"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -37,3 +38,7 @@ class Adafactor(Section):
     def note(self, device: str) -> str | None:
         """Return what a person must know about this optimizer on `device`."""
         return None
+
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of state of a parameter: a mean per row and per column of a matrix."""
+        return 4 * (sum(shape) if len(shape) == 2 else math.prod(shape))

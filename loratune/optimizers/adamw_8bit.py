@@ -23,3 +23,7 @@ class AdamW8bit(AdamFields):
     def note(self, device: str) -> str | None:
         """Return what a person must know about this optimizer on `device`."""
         return None
+
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of state of a parameter."""
+        return bnb.state_bytes_8bit(shape)

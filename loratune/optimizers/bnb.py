@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from loratune.optimizers.groups import AdamFields, Named
@@ -26,6 +27,12 @@ def build(fields: AdamFields, params: Named, kind: Kind) -> torch.optim.Optimize
         fields.groups(params), lr=fields.lr, betas=(fields.beta1, fields.beta2), eps=fields.eps
     )
     return optimizer
+
+
+def state_bytes_8bit(shape: tuple[int, ...]) -> int:
+    """Return the bytes of 8-bit state: two bytes a number and two scales a block of 256; small tensors keep 32 bit."""
+    count = math.prod(shape)
+    return 8 * count if count < 4096 else 2 * count + 8 * -(-count // 256)
 
 
 def unpaged_note(name: str, device: str) -> str | None:

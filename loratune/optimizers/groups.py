@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,10 @@ class AdamFields(Section):
     def groups(self, named: Named) -> list[dict[str, Any]]:
         """Return torch's parameter groups for these fields."""
         return groups(named, self.lr, self.weight_decay, self.loraplus_lr_ratio)
+
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of state of a parameter: a mean and a mean of squares, both float32."""
+        return 8 * math.prod(shape)
 
 
 def groups(

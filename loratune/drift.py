@@ -1,0 +1,174 @@
+"""What has changed since a checkpoint was saved, and whether the training would still be the one that was begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratune.checkpoint import Found
+from loratune.errors import Place, Problem, RunFolderError, shorten
+from loratune.recipe import Recipe, Train
+from loratune.report import Report
+from loratune.schedules import rate, warmup_steps
+
+# Keys that decide nothing of what is optimized: where and how often something is written or measured, and how much is
+# computed at once. Every other key is refused, so that a new one is never forgotten here.
+FREE = {
+    "output",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.early_stopping",
+}
+LENGTH = {"train.epochs", "train.max_steps"}
+# Keys that say where something is found: it may move, as long as what is found there has the same fingerprint.
+FOUND = {"data": ("data", "eval"), "model.base": ("base",), "model.revision": ("base",)}
+NAMES = {
+    "data": "the training rows",
+    "eval": "the held-out rows",
+    "tokenizer": "the tokenizer or its chat template",
+}
+
+
+@dataclass
+class Drift:
+    """What has changed: `refused` would make it another training, `told` would not. One line each."""
+
+    refused: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+
+def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
+    """Return what a recipe alone can tell: nothing has to be loaded for it.
+
+    Args:
+        seal: the manifest of the checkpoint.
+        recipe: that the run is to go on with.
+    """
+    drift = Drift()
+    for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
+        line = f"{key}: {_shown(before)} -> {_shown(now)}"
+        if _is_under(key, FREE):
+            drift.told.append(line)
+        elif not _is_under(key, FOUND) and key not in LENGTH:
+            drift.refused.append(line)
+    return drift
+
+
+def of_run(
+    seal: Mapping[str, Any], recipe: Recipe, fingerprints: Mapping[str, str | None], facts: Mapping[str, Any],
+    finished: bool,
+) -> Drift:  # fmt: skip
+    """Return what is known only with rows and model at hand: their fingerprints, and how the rate moves.
+
+    Args:
+        seal: the manifest of the checkpoint.
+        recipe: that the run is to go on with.
+        fingerprints: of rows, base and the like; compared where the checkpoint has them too.
+        facts: of this run: `steps`, `sources`, `versions`, `processes`.
+        finished: whether the run had come to its end: then more epochs are a wish, not an accident.
+    """
+    drift = Drift()
+    known = seal["fingerprints"]
+    for name in fingerprints.keys() & known.keys() - {"base"}:  # another base has its own error
+        if fingerprints[name] != known[name]:
+            files = _files(seal["sources"], facts["sources"]) if name in ("data", "eval") else ""
+            drift.refused.append(f"{NAMES.get(name, name)} are not the same{files}")
+    for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
+        line = f"{key}: {_shown(before)} -> {_shown(now)}"
+        if key in LENGTH:
+            moved = _moved_rates(recipe.train, seal, facts["steps"])
+            drift.refused.append(line + moved) if moved and not finished else drift.told.append(line + moved)
+        elif _is_under(key, FOUND):
+            judges = next(names for prefix, names in FOUND.items() if _is_under(key, {prefix}))
+            if all(name in known and name in fingerprints for name in judges):
+                drift.told.append(line)  # its fingerprint has the say
+            else:
+                drift.refused.append(line)
+    if seal["processes"] != facts["processes"]:
+        drift.told.append(f"processes: {seal['processes']} -> {facts['processes']}; sums are rounded in another order")
+    for name, now in facts["versions"].items():
+        if seal["versions"].get(name) != now:
+            drift.told.append(f"{name}: {seal['versions'].get(name)} -> {now}; the last digits may differ")
+    return drift
+
+
+def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: dict[str, Any], report: Report) -> None:
+    """Tell what has changed since a checkpoint was saved; refuse what would make it another training.
+
+    Args:
+        folder: the run folder.
+        found: the checkpoint.
+        changed: since it was saved.
+        allow_drift: whether to go on all the same; `facts` then remember it, for run.json.
+        facts: of the run.
+        report: that tells it.
+
+    Raises:
+        RunFolderError: with every change that is refused.
+    """
+    for line in changed.told:
+        report.note(f"changed since {found.folder.name}: {line}")
+    if not changed.refused:
+        return
+    if not allow_drift:
+        shown = [Problem(f"changed since {found.folder.name}: {line}", Place(str(folder))) for line in changed.refused]
+        hint = "resume with what it was begun with (recipe.yaml there), accept it with --allow-drift, or --overwrite it"
+        raise RunFolderError([*shown, Problem("this would be another training than the one that was begun", hint=hint)])
+    facts["drift"] = [*facts.get("drift", ()), *(f"after step {found.progress.step}: {x}" for x in changed.refused)]
+    for line in changed.refused:
+        report.problem(f"changed since {found.folder.name}, and allowed: {line}")
+
+
+def _changes(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, before, now) of every leaf that differs; a choice of another type counts as one leaf."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("type") == now.get("type"):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield path, before, now
+
+
+def _is_under(key: str, prefixes: Any) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "type" in value:
+        value = value["type"]
+    return "none" if value is None else shorten(str(value))
+
+
+def _files(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """Return which files of rows differ in size or time, as far as that shows."""
+    olds, news = ({one["path"]: one for one in files} for files in (before, now))
+    told = []
+    for path in dict.fromkeys((*olds, *news)):
+        old, new = olds.get(path), news.get(path)
+        if old is None or new is None:
+            told.append(f"{path} is {'new' if old is None else 'no longer there'}")
+        elif old != new:
+            size = "" if old["bytes"] == new["bytes"] else f": {old['bytes']:,} -> {new['bytes']:,} bytes"
+            told.append(f"{path} has changed{size}")
+    return f" ({'; '.join(told[:3])}{f'; and {len(told) - 3} more' if len(told) > 3 else ''})" if told else ""
+
+
+def _moved_rates(train: Train, seal: Mapping[str, Any], steps: int) -> str:
+    """Return what another number of steps does to the rate, or nothing where the steps done would have had the same."""
+    done, before = seal["step"], seal["steps"]
+
+    def curve(length: int) -> list[float]:
+        warmup = warmup_steps(train.warmup, length)
+        return [rate(train.schedule, number, length, warmup) for number in range(min(done, length))]
+
+    if curve(before)[:steps] == curve(steps)[:before]:
+        return ""
+    warmup, kind = warmup_steps(train.warmup, steps), train.schedule.type
+    after = rate(train.schedule, min(done, steps), steps, warmup)
+    last = rate(train.schedule, done, max(before, done), warmup_steps(train.warmup, before))
+    return f" ({before} -> {steps} steps: `{kind}` goes on at {after:.3g} of the rate, was at {last:.3g})"

@@ -1,0 +1,184 @@
+"""A training and its run folder: found, opened, resumed and saved. What is trained, and how, is decided elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+
+from loratune import checkpoint, drift, fingerprint, lock, model, states, storage, telling
+from loratune.apart import Packing
+from loratune.checkpoint import Found, Progress
+from loratune.data import Rows
+from loratune.errors import Place, Problem, RunFolderError
+from loratune.recipe import Recipe
+from loratune.report import Report
+from loratune.states import Randomness
+
+
+@contextmanager
+def alone(folder: Path, first: bool, report: Report) -> Iterator[None]:
+    """Hold the run folder's lock, before anything is read that takes time; the first process does for all."""
+    if not first:
+        yield
+        return
+    with lock.held(folder) as before:
+        if before:
+            report.problem(before)
+        yield
+
+
+def find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, report: Report) -> Found | None:
+    """Return the checkpoint to go on from, the same one on every process."""
+    found = None
+    if accelerator.is_main_process:
+        checkpoint.check_free(folder, resume, overwrite)
+        found = checkpoint.newest(folder) if resume else None
+        for line in found.bad if found else ():
+            report.problem(line)
+        if resume and checkpoint.status(folder) == "running":
+            report.note("the run before was killed: it said nothing at its end")
+    if accelerator.num_processes > 1:
+        (found,) = broadcast_object_list([found])
+    return found
+
+
+@dataclass
+class Job:
+    """Everything one training needs, joined once; `facts` grows into run.json, `origin` goes beside each adapter."""
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    report: Report
+    facts: dict[str, Any]
+    origin: dict[str, Any]
+    tokenizer: Any
+    loaded: model.Loaded
+    net: Any
+    initial: dict[str, torch.Tensor]
+    optimizer: Any
+    train_rows: Rows
+    eval_rows: Rows | None
+    packing: Packing
+    per_epoch: int
+    steps: int
+    checkpoint_bytes: int  # of the last one; before that an estimate
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def micro_batch_size(self) -> int | str:
+        """Rows or packs at once; with a mask every token of a pack meets every other, so that one pack is enough."""
+        chosen = self.recipe.train.micro_batch_size
+        return 1 if self.packing.by == "mask" and chosen == "auto" else chosen
+
+
+def start(job: Job, resume: bool) -> Progress:
+    """Begin at the first step."""
+    set_seed(job.recipe.train.seed, device_specific=True)
+    if resume:
+        job.report.note("no checkpoint to resume from: beginning at step 1")
+    return Progress(0)
+
+
+def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool) -> Progress:
+    """Put everything back to where a checkpoint was saved; return where the run stands."""
+    base = fingerprint.compare(found.folder, job.recipe.model, allow_base_mismatch, job.tokenizer)
+    for line in base.notes:
+        job.report.problem(line)
+    if base.differences:
+        job.facts["base_differs"] = list(base.differences)
+    changed = drift.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
+    drift.check(job.folder, found, changed, allow_drift, job.facts, job.report)
+    progress = found.progress
+    try:
+        job.recipe.method.load(job.net, found.folder)
+        checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if model.is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0]
+        hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
+        where = Place(str(job.folder))
+        raise RunFolderError(Problem(f"{found.folder.name} does not fit this recipe: {what}", where, hint)) from None
+    left = job.steps - progress.step
+    job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
+    return progress
+
+
+def open_folder(job: Job, progress: Progress, resume: bool) -> None:
+    """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
+    if job.first:
+        checkpoint.make_run(job.folder, job.facts, resume)
+        if resume:
+            job.report.go_on_from(progress.step, evaluated=not progress.pending)
+        storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
+        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
+            rows.append_ledger(job.folder / "ledger.jsonl")
+    elif resume:
+        job.report.go_on_from(progress.step, evaluated=not progress.pending)
+    job.accelerator.wait_for_everyone()
+
+
+def save(job: Job, progress: Progress, random: Randomness) -> Progress:
+    """Commit a checkpoint; every process gives its random state, the first one writes. Return what lies on the disk."""
+    everybody = gather_object([random.as_json()])
+
+    def write(folder: Path) -> None:
+        job.recipe.method.save(job.net, folder, None, {})
+        fingerprint.write(folder, job.origin)
+
+    if job.first:
+        states.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
+        hint = "the checkpoints before are whole: free some space, then --resume"
+        storage.check_space(job.folder, job.checkpoint_bytes, f"the checkpoint of step {progress.step}", hint)
+        job.checkpoint_bytes = checkpoint.save(
+            job.folder, progress, write, job.optimizer,
+            job.accelerator.scaler, everybody, about(job),
+        )  # fmt: skip
+        checkpoint.rotate(job.folder, job.recipe.train.keep, progress)
+    job.accelerator.wait_for_everyone()
+    return progress
+
+
+def check_space(job: Job, resume: bool) -> None:
+    """Check that the disk will hold the checkpoints that are kept, the one being written and the final files."""
+    if not job.first:
+        return
+    settings = job.recipe.train
+    saves = -(-job.steps // in_steps(settings.save_every, job.per_epoch))
+    kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one
+    final = 2 * int(job.facts["adapter_bytes_predicted"])
+    there = storage.size(job.folder / "checkpoints") if resume else 0
+    needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
+    what = f"{kept} checkpoints, one more while it is written, and the {telling.product(job.recipe)}"
+    hint = "free some space, lower train.keep, or give another `output`"
+    storage.check_space(job.folder, needed, what, hint)
+
+
+def about(job: Job) -> dict[str, Any]:
+    """Return what a manifest says about the run its files come from."""
+    named = ("fingerprints", "sources", "steps", "processes", "versions")
+    settings, accepted = job.recipe.model_dump(mode="json"), job.facts.get("drift", [])
+    known = {name: job.facts[name] for name in named}
+    return {"recipe": job.recipe.hash(), "settings": settings, "drift": accepted, **known}
+
+
+def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield name and parameter of everything that is trained."""
+    return ((name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad)
+
+
+def in_steps(cadence: int | float, per_epoch: int) -> int:
+    """Return a cadence in steps: a whole number is that already, a fraction is a part of an epoch."""
+    return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))

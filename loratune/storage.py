@@ -1,0 +1,275 @@
+"""How files get onto the disk whole or not at all: text, JSON, and folders sealed by a manifest.
+
+A folder is written beside its place, each file is flushed to the disk, `MANIFEST.json` with the size and sha256 of
+every file comes last, then the folder is renamed into place. So it is whole or isn't there. The manifest holds a sha256
+of itself as well: a flipped byte in it is noticed, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Place, Problem, StorageError
+from loratune.secrecy import redact
+from loratune.section import is_inside
+
+SCHEMA = 2
+MANIFEST = "MANIFEST.json"
+_NO_SEAL = "0" * 64
+_MARGIN = 64 * 1024  # bytes: folders, and blocks that are not full
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file without secrets, whole or not at all.
+
+    Raises:
+        StorageError: when the disk is full or the folder can't be written.
+    """
+    staged = _beside(path, "staging")
+    try:
+        with staged.open("w", encoding="utf-8") as stream:
+            stream.write(redact(text))
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.rename(path)
+    except OSError as error:
+        _forget(staged)
+        raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or return an empty one where the file is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_space(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Check that a disk has room before anything is written to it.
+
+    Args:
+        folder: on that disk; it exists.
+        needed: bytes.
+        what: that will need them, for the message.
+        hint: what would do beside freeing some space.
+
+    Raises:
+        StorageError: when there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + _MARGIN:
+        told = f"{_megabytes(needed)} are needed for {what}, {_megabytes(free)} are free"
+        raise StorageError(Problem(told, Place(str(folder)), hint))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any], replace: bool = True) -> int:
+    """Let `write` fill a staging folder, seal it with a manifest and rename it to `target`.
+
+    Args:
+        target: where the folder will be.
+        write: fills the folder it is given.
+        about: what the manifest says beside its files.
+        replace: whether a folder that stands there is replaced; else it must be empty or missing.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        StorageError: when anything can't be written; `target` is then as it was.
+    """
+    staging = _beside(target, "staging")
+    try:
+        staging.mkdir(parents=True)
+        mode = staging.stat().st_mode & 0o666
+        write(staging)
+        files = {f.relative_to(staging).as_posix(): _seal(f) for f in sorted(staging.rglob("*")) if f.is_file()}
+        for file in files:
+            (staging / file).chmod(mode)  # safetensors leaves its files readable by their owner only
+        (staging / MANIFEST).write_text(_sealed({"schema": SCHEMA, **about, "files": files}), encoding="utf-8")
+        _fsync(staging / MANIFEST)
+        for folder in (*(f for f in staging.rglob("*") if f.is_dir()), staging):
+            _fsync(folder)
+        _move(staging, target, replace)
+        _fsync(target.parent)
+        return sum(int(seal["bytes"]) for seal in files.values())
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        hint = "free some space; what was saved before is whole"
+        raise StorageError(Problem(f"can't be written: {reason}", Place(str(target)), hint)) from None
+    finally:
+        _forget(staging)
+
+
+def _move(staging: Path, target: Path, replace: bool) -> None:
+    """Rename a folder to its place; one that stands there is put aside first, and comes back when that fails."""
+    if not (replace and target.exists()):
+        staging.rename(target)  # over an empty folder too
+        return
+    aside = target.with_name(f".replaced-{target.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    _forget(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Clear up what a killed process left in a folder: half-written files go, a folder put aside comes back."""
+    for aside in folder.glob(".replaced-*"):
+        target = aside.with_name(aside.name.removeprefix(".replaced-"))
+        if target.exists():
+            _forget(aside)
+        else:
+            aside.rename(target)
+    for pattern in (".staging-*", ".trash-*"):
+        for left in folder.glob(pattern):
+            _forget(left)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder: by a rename first, so that half a folder is never taken for a whole one.
+
+    Raises:
+        StorageError: when it can't be renamed.
+    """
+    trash = _beside(folder, "trash")
+    try:
+        folder.rename(trash)
+    except OSError as error:
+        raise StorageError(Problem(f"can't be deleted: {error.strerror}", Place(str(folder)))) from None
+    _forget(trash)
+
+
+def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
+    """Commit the final files of a run beside its checkpoints, then move them into the run folder, the manifest last.
+
+    Raises:
+        StorageError: when anything can't be written.
+    """
+    staging = folder / "checkpoints" / "final"
+    commit(staging, write, about)
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here on it would speak of other files
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == MANIFEST):
+            place = folder / file.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            file.replace(place)
+        staging.rmdir()
+        _fsync(folder)
+    except OSError as error:
+        raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
+
+
+def verify(folder: Path, alone: bool = False) -> str | None:
+    """Return what is wrong with a committed folder, or None when every file is as it was written.
+
+    Args:
+        folder: that `commit` made.
+        alone: whether nothing else may lie in it.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        seal, files = manifest["seal"], manifest["files"]
+        whole = text.count(seal) == 1 and _hash(text.replace(seal, _NO_SEAL)) == seal and isinstance(files, dict)
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        return f"has no whole {MANIFEST}"
+    for name, known in files.items():
+        file = folder / name
+        if not is_inside(name) or not file.resolve().is_relative_to(folder.resolve()):
+            return f"`{name}` leads out of its folder"
+        if not file.is_file():
+            return f"`{name}` is missing"
+        try:
+            same = file.stat().st_size == known["bytes"] and _seal(file, sync=False) == known
+        except OSError as error:
+            return f"`{name}` can't be read: {error.strerror}"
+        if not same:
+            return f"`{name}` is not as it was written"
+    if alone:
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder).as_posix()
+            if file.is_file() and name != MANIFEST and name not in files:
+                return f"`{name}` was not written with it"
+    return None
+
+
+def why_not_written(error: Exception) -> str | None:
+    """Return why the disk took nothing, or None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))  # as the writers of safetensors and tokenizers say it
+    return found[1].strip() if found else None
+
+
+def _sealed(value: dict[str, Any]) -> str:
+    """Return JSON that holds the sha256 of its own text, with zeros in the place of the hash."""
+    text = json.dumps({**value, "seal": _NO_SEAL}, indent=1)
+    assert text.count(_NO_SEAL) == 1
+    return text.replace(_NO_SEAL, _hash(text))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _seal(file: Path, sync: bool = True) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        if sync:
+            os.fsync(stream.fileno())
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{what}-{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _forget(path: Path) -> None:
+    """Delete a file or folder; where that can't be done it lies there until the next start sweeps it up."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,146 @@
+"""What a run tells a person before its first step, and what it writes down about itself."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+import loratune
+from loratune import batches, model
+from loratune.apart import Packing
+from loratune.data import Rows
+from loratune.recipe import Recipe
+from loratune.report import Report, size
+from loratune.rows import files
+
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+
+
+def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what run.json says of a run before anything is loaded."""
+    versions = {"loratune": loratune.__version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "recipe_sha256": recipe.hash(),
+        "seed": recipe.train.seed,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
+        "processes": accelerator.num_processes,
+        "versions": versions,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
+    """Return a sha256 (hex) of what is trained on and measured with: what the rows say, their lengths and weights."""
+
+    def of(rows: Rows) -> str:
+        digest = hashlib.sha256()
+        for array in (rows.contents, rows.lengths, rows.weights):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    return {"data": of(train), "eval": of(held_out) if held_out is not None else None}
+
+
+def sources(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return path, bytes and time of every local data file, to name one that has changed."""
+    named = [*recipe.data.train, *(recipe.data.eval or ())]
+    found = []
+    for path in dict.fromkeys(file for one in named if Path(one.path).is_absolute() for file in files(Path(one.path))):
+        about = path.stat()
+        found.append({"path": str(path), "bytes": about.st_size, "time": about.st_mtime})
+    return found
+
+
+def counts(rows: Rows) -> dict[str, Any]:
+    """Return what run.json says of a set of rows."""
+    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
+
+
+def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> dict[str, Any]:
+    """Return how the rows of a step are put together, for run.json and the start report."""
+    if not packing.packed:
+        return {"packed": False, "why_not": packing.why_not}
+    settings, capacity = recipe.train, recipe.data.max_length
+    each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, processes)
+    return {"packed": True, "by": packing.by, "rows_per_pack": round(each, 2), "filled": round(filled, 4)}
+
+
+def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
+    """Yield what a person must know about the training rows beside their number."""
+    counts = rows.counts
+    if recipe.data.format.type == "auto":
+        yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
+    changed = {
+        "dropped, too long": counts.dropped,
+        "skipped, not usable": counts.skipped,
+        "cut": counts.truncated,
+        "split": counts.split,
+        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
+        "dropped, said before": counts.deduplicated,
+    }
+    if any(changed.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
+        yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
+    if counts.duplicates > counts.deduplicated:
+        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
+
+
+def tell_start(
+    report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
+    on_disk: int, checkpointing: bool, batching: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
+    quantization = recipe.model.quantization.type
+    name = str(loaded.dtype).removeprefix("torch.")
+    report.note(
+        f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
+        f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
+    )
+    counts = rows.counts
+    report.note(
+        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
+        + (f", {len(held_out):,} held out" if held_out else "")
+        + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
+    )
+    for line in _about_rows(recipe, rows):
+        report.note(f"         {line}")
+    for line in counts.first:
+        report.problem(f"         {line}")
+    trainable, total = model.count_parameters(net)
+    report.note(
+        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %), "
+        f"{product(recipe)} of {size(on_disk)} on disk"
+    )
+    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    if batching["packed"]:
+        report.note(
+            f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
+            f"tokens on average, {100 * batching['filled']:.0f} % filled"
+            + (", kept apart by a mask" if batching["by"] == "mask" else "")
+        )
+    else:
+        report.note(f"batches  padded ({batching['why_not']})")
+    for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
+        if note:
+            report.note(f"note     {note}")
+
+
+def product(recipe: Recipe) -> str:
+    """Return the word for what a run leaves behind."""
+    return "adapter" if recipe.method.type == "lora" else "model"

@@ -1,0 +1,183 @@
+"""What has changed between a stop and a resume: shown, and refused where it would be another training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune import drift, recipe, run
+from loratune.errors import Interrupted, RunFolderError
+from loratune.recipe import Recipe
+from loratune.report import Report
+from loratune.schedules import Constant, Cosine
+from loratune.signals import Signals
+from tests import tiny
+from tests.conftest import Fit
+from tests.faults import scene
+
+
+def _leaves(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}" if path else key)]
+    return [path]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return recipe.load(tiny.write_recipe(tmp_path_factory.mktemp("a"), tiny.save(tmp_path_factory.mktemp("base"))))
+
+
+def _seal(known: Recipe) -> dict[str, Any]:
+    fingerprints = {"data": "1", "eval": None, "base": "2"}
+    return {
+        "settings": json.loads(json.dumps(known.model_dump(mode="json"))), "fingerprints": fingerprints, "sources": [],
+        "steps": 9, "step": 5, "versions": {"torch": "2"}, "processes": 1,
+    }  # fmt: skip
+
+
+FACTS = {"steps": 9, "sources": [], "versions": {"torch": "2"}, "processes": 1}
+
+
+def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
+    """Whatever is not known to be harmless is refused, so that no key is ever forgotten."""
+    leaves = _leaves(whole.model_dump(mode="json"))
+    assert len(leaves) > 50
+    refused, told = set(), set()
+    for leaf in leaves:
+        seal = _seal(whole)
+        place = seal["settings"]
+        for key in leaf.split(".")[:-1]:
+            place = place[key]
+        place[leaf.split(".")[-1]] = "another"
+        early = drift.of_recipe(seal, whole)
+        late = drift.of_run(seal, whole, seal["fingerprints"], FACTS, finished=False)
+        assert len(early.refused + early.told + late.refused + late.told) == 1, leaf
+        (refused if early.refused or late.refused else told).add(leaf)
+    assert {leaf for leaf in told if not leaf.startswith("data.")} == {
+        "model.base", "model.revision", "output", "train.early_stopping", "train.epochs", "train.eval_every",
+        "train.gradient_checkpointing", "train.keep", "train.log_every", "train.max_steps", "train.micro_batch_size",
+        "train.save_every",
+    }  # fmt: skip
+    assert {"optimizer.lr", "method.r", "train.seed", "train.batch_size", "train.schedule.type"} <= refused
+    for name in ("data", "base"):  # what is found elsewhere must be the same there
+        seal = _seal(whole)
+        other = {**seal["fingerprints"], name: "other"}
+        assert len(drift.of_run(seal, whole, other, FACTS, finished=False).refused) == 1
+    seal = _seal(whole)
+    seal["settings"]["model"]["base"] = "another"
+    unknown = {"data": "1", "eval": None}
+    assert drift.of_run(seal, whole, unknown, FACTS, finished=False).refused == [
+        f"model.base: another -> {whole.model.base}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "finished", "refused"),
+    [("constant", False, False), ("cosine", False, True), ("cosine", True, False)],
+)
+def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cut(
+    whole: Recipe, schedule: str, finished: bool, refused: bool
+):
+    kinds = {"constant": Constant(), "cosine": Cosine()}
+    train = whole.train.model_copy(update={"epochs": 2.0, "warmup": 0, "schedule": kinds[schedule]})
+    longer = whole.model_copy(update={"train": train})
+    seal = _seal(longer)
+    seal["settings"]["train"]["epochs"] = 1.0
+    found = drift.of_run(seal, longer, seal["fingerprints"], {**FACTS, "steps": 18}, finished)
+    (line,) = found.refused or found.told
+    assert bool(found.refused) == refused
+    if schedule == "constant":
+        assert line == "train.epochs: 1.0 -> 2.0"
+    else:
+        assert line == "train.epochs: 1.0 -> 2.0 (9 -> 18 steps: `cosine` goes on at 0.821 of the rate, was at 0.413)"
+
+
+def test_versions_and_processes_are_told(whole: Recipe):
+    seal = _seal(whole)
+    found = drift.of_run(seal, whole, {}, {**FACTS, "processes": 2, "versions": {"torch": "3"}}, finished=False)
+    assert found.refused == []
+    assert found.told == [
+        "processes: 1 -> 2; sums are rounded in another order",
+        "torch: 2 -> 3; the last digits may differ",
+    ]
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def _stopped(fit: Fit, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None:
+    record = Report.step
+
+    def stop(self: Report, step: Any) -> None:
+        record(self, step)
+        if step.number == 5:
+            asked[0].note(15, None)
+
+    asked: list[Signals] = []
+    true = run._loop
+
+    def loop(job: Any, progress: Any, signals: Signals) -> Any:
+        asked.append(signals)
+        return true(job, progress, signals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "step", stop)
+        patch.setattr(run, "_loop", loop)
+        with pytest.raises(Interrupted):
+            fit("a", **{**scene.SECTIONS, **sections})
+
+
+def test_a_changed_recipe_is_refused_with_all_its_changes_and_allowed_when_asked(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    _stopped(fit, monkeypatch)
+    before = {f: f.read_bytes() for f in (tmp_path / "a" / "run").rglob("*") if f.is_file()}
+    changed = {**scene.SECTIONS, "optimizer": {"type": "adamw", "lr": 1e-3}, "train": {**scene.SECTIONS["train"], "seed": 1, "keep": 5}}  # fmt: skip
+    with pytest.raises(RunFolderError) as caught:
+        fit("a", resume=True, **changed)
+    assert caught.value.exit_code == 6
+    text = str(caught.value)
+    assert "changed since step-000005: optimizer.lr: 0.01 -> 0.001" in text
+    assert "changed since step-000005: train.seed: 0 -> 1" in text
+    assert "train.keep" not in text
+    assert "--allow-drift" in text
+    assert "changed since step-000005: train.keep: 2 -> 5" in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in (tmp_path / "a" / "run").rglob("*") if f.is_file()} == before
+    done = fit("a", resume=True, allow_drift=True, **changed)
+    assert done.facts()["drift"] == ["after step 5: optimizer.lr: 0.01 -> 0.001", "after step 5: train.seed: 0 -> 1"]
+    assert done.column("lr")[5] < done.column("lr")[4] / 5
+    again = fit("a", resume=True, **changed)
+    assert again.facts()["drift"] == done.facts()["drift"], "it is not forgotten by the next resume"
+
+
+def test_a_changed_data_file_is_named(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _stopped(fit, monkeypatch)
+    size = (tmp_path / "a" / "train.jsonl").stat().st_size
+    with pytest.raises(RunFolderError) as caught:
+        fit("a", resume=True, rows=23, **scene.SECTIONS)
+    file = tmp_path / "a" / "train.jsonl"
+    said = f"the training rows are not the same ({file} has changed: {size:,} -> {file.stat().st_size:,} bytes"
+    assert f"changed since step-000005: {said}" in str(caught.value)
+
+
+def test_rows_may_move(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    straight = fit("straight", **scene.SECTIONS)
+    _stopped(fit, monkeypatch)
+    tiny.write_jsonl(tmp_path / "a" / "moved.jsonl", tiny.chats(24))
+    done = fit("a", resume=True, **{**scene.SECTIONS, "data": {"eval": "eval.jsonl", "train": "moved.jsonl"}})
+    assert scene.result(done.folder) == scene.result(straight.folder)
+
+
+def test_the_manifest_says_what_it_was_made_with(fit: Fit):
+    done = fit("a", **scene.SECTIONS)
+    for folder in (done.folder, scene.saved(done.folder)[-1]):
+        seal = json.loads((folder / "MANIFEST.json").read_text())
+        assert seal["recipe"] == done.recipe.hash()
+        assert Recipe.model_validate_json(json.dumps(seal["settings"])) == done.recipe
+        assert set(seal["fingerprints"]) >= {"data", "eval"}
+        assert all(len(value) == 64 for value in seal["fingerprints"].values())
+        assert (seal["steps"], seal["step"], seal["processes"]) == (12, 12, 1)
+        assert [Path(one["path"]).name for one in seal["sources"]] == ["train.jsonl", "eval.jsonl"]
