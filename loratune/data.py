@@ -135,7 +135,7 @@ def _read(
         size = sum(one.size for some in given for one in some)
         blocks = (block for source in sources for block in rows.blocks(source))
         done = 0
-        for block, prepared in workers.prepared(blocks, data, encoder, 1 if size < workers.SMALL else workers.cores()):
+        for block, prepared in workers.prepared(blocks, data, encoder, workers.number(size)):
             for one in prepared:
                 account.add(one, block.weight)
             done += block.size

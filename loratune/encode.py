@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loratune import model
-from loratune.errors import ModelError, Place, Problem
+from loratune.errors import ModelError, Place
 from loratune.formats import Conversation, Example, Plain, RowError
-from loratune.templates import TEMPLATES
 from loratune.turns import LaterTurnsChangeIt, Span, Turns
 
 
@@ -39,33 +36,6 @@ class Row:
         return int(self.trained[1:].sum())
 
 
-def with_template(tokenizer: Any, choice: str | None) -> Any:
-    """Give a tokenizer the chat template a recipe names (None: it keeps its own); it is saved with the tokenizer.
-
-    Args:
-        tokenizer: of the base model.
-        choice: one of `TEMPLATES`, or the path of a file.
-
-    Raises:
-        SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
-        ModelError: when the file can't be read, or ChatML is asked of a tokenizer that has no token to end its turns.
-    """
-    if choice is None:
-        return tokenizer
-    if choice in TEMPLATES:
-        if choice == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
-            hint = "`chat_template: alpaca` ends turns with the end of text, which every base model has"
-            raise ModelError("`data.chat_template: chatml`: this tokenizer has no token `<|im_end|>`", hint)
-        tokenizer.chat_template = ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + TEMPLATES[choice]
-        return tokenizer
-    try:
-        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
-    model.check_template(tokenizer.chat_template, tokenizer, choice)
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class _Draft:
     """A row before it is tokenized: texts that are tokenized apart, and the trained spans of the first (characters)."""
@@ -75,7 +45,8 @@ class _Draft:
     spans: tuple[Span, ...] = ()
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos_itself(tokenizer: Any) -> bool:
+    """Return whether a tokenizer puts BOS before a text when nobody asks for it."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
@@ -108,7 +79,7 @@ class Encoder:
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
         self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
         self._is_special[list(self.special)] = True
-        self.adds_bos = _adds_bos(tokenizer)
+        self.adds_bos = adds_bos_itself(tokenizer)
 
     def encode(self, example: Example, place: Place) -> Row:
         """Return an example as a row of tokens.
@@ -159,6 +130,9 @@ class Encoder:
             return [self._draft(example)]
         except LaterTurnsChangeIt:
             assert isinstance(example, Conversation)
+            if example.whole:
+                what = "the chat template renders earlier turns differently once others follow"
+                raise RowError("", f"can't be trained as a whole: {what}; `train_on: assistant` can") from None
             turns = [index for index, trained in enumerate(example.trained) if trained]
             return [
                 self._draft(

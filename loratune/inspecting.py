@@ -11,7 +11,7 @@ import numpy as np
 
 from loratune import data, model, report
 from loratune.data import Rows
-from loratune.encode import Encoder, Row, with_template
+from loratune.encode import Encoder, Row
 from loratune.errors import UsageError
 from loratune.recipe import Recipe
 
@@ -67,7 +67,9 @@ def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number
         DataError: when the rows can't be used, as `train` would say.
     """
     model.quiet()
-    tokenizer = with_template(model.load_tokenizer(recipe.model), recipe.data.chat_template)
+    tokenizer = model.with_template(
+        model.load_tokenizer(recipe.model), recipe.data.chat_template, recipe.data.chat_template_kwargs
+    )
     encoder = Encoder(tokenizer)
     with report.Report().counting("reading rows") as progress:
         rows, _ = data.of(recipe, encoder, progress)

@@ -6,11 +6,14 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from typing import Any
 import torch
 
 from loratune import guard, templating
-from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
+from loratune.encode import adds_bos_itself
+from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, listed, shorten
 from loratune.recipe import Fp4, Int8, Model, Nf4
+from loratune.templates import TEMPLATES
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -148,6 +153,48 @@ def check_template(template: str, tokenizer: Any, source: str) -> None:
     """
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     templating.check(template, tokens, Place(source), cache() / "templates")
+
+
+def with_template(tokenizer: Any, choice: str | None, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Give a tokenizer the chat template a recipe names (None: it keeps its own); it is saved with the tokenizer.
+
+    Args:
+        tokenizer: of the base model.
+        choice: one of `TEMPLATES`, or the path of a file.
+        arguments: values of variables the template asks for. They are written into it, so that whoever serves the
+            adapter renders what was trained.
+
+    Raises:
+        SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
+        ModelError: when the file can't be read, ChatML is asked of a tokenizer that has no token to end its turns, or
+            the template never asks for an argument.
+    """
+    tokenizer = _chosen(tokenizer, choice)
+    if not arguments:
+        return tokenizer
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    if unused := [name for name in arguments if not re.search(rf"\b{name}\b", template)]:
+        raise ModelError(f"`data.chat_template_kwargs`: the chat template does not know {listed(unused)}")
+    given = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in arguments.items())
+    tokenizer.chat_template = given + template
+    return tokenizer
+
+
+def _chosen(tokenizer: Any, choice: str | None) -> Any:
+    if choice is None:
+        return tokenizer
+    if choice in TEMPLATES:
+        if choice == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
+            hint = "`chat_template: alpaca` ends turns with the end of text, which every base model has"
+            raise ModelError("`data.chat_template: chatml`: this tokenizer has no token `<|im_end|>`", hint)
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos_itself(tokenizer) else "") + TEMPLATES[choice]
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
+    check_template(tokenizer.chat_template, tokenizer, choice)
+    return tokenizer
 
 
 def local_folder(section: Model) -> str:

@@ -120,6 +120,11 @@ class Data(Section):
         None,
         description="template of a base model that has none: a file, or one of chatml, alpaca; saved with the adapter",
     )
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[a-zA-Z_]\w*$")], bool | int | float | str] = Field(
+        {},
+        description="values of variables the chat template asks for, such as enable_thinking: false; written into the "
+        "template that is saved with the adapter",
+    )
     max_length: int = Field(2048, ge=2, description="longest row in tokens")
     on_long: Literal["error", "drop", "truncate", "split"] = Field(
         "error",

@@ -288,7 +288,7 @@ def _parquet(file: Path | io.BytesIO, name: str, size: int) -> Iterator[Block]:
         table = pq.ParquetFile(file)
         for batch in table.iter_batches(batch_size=READY):
             values = enumerate(batch.to_pylist(), number + 1)
-            ready = tuple(RawRow(Place(f"{name} row {row}"), value) for row, value in values)
+            ready = tuple(RawRow(Place(f"{name} row {row}"), _as_written(value)) for row, value in values)
             number += len(ready)
             yield Block(ready=ready, size=size * len(ready) // table.metadata.num_rows)
     except UnicodeDecodeError:
@@ -300,7 +300,21 @@ def _parquet(file: Path | io.BytesIO, name: str, size: int) -> Iterator[Block]:
 
 def _hub(source: Source) -> Iterator[RawRow]:
     for number, value in enumerate(hub(source), 1):
-        yield RawRow(Place(f"{source.path}[{source.split}] row {number}"), dict(value))
+        yield RawRow(Place(f"{source.path}[{source.split}] row {number}"), _as_written(dict(value)))
+
+
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of an Arrow table without the nulls inside its objects.
+
+    All objects of a column have the keys of any of them there: what a tool's schema never said stands in it as null.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def hub(source: Source) -> Any:

@@ -34,7 +34,7 @@ from loratune import (
 )  # fmt: skip
 from loratune.checkpoint import Progress
 from loratune.data import Rows
-from loratune.encode import Encoder, Row, with_template
+from loratune.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.keeping import Job
 from loratune.methods import saved
@@ -131,7 +131,9 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
-    tokenizer = with_template(model.load_tokenizer(recipe.model, trust=trust), recipe.data.chat_template)
+    tokenizer = model.with_template(
+        model.load_tokenizer(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs
+    )
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where, trust=trust)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from loratune.formats import Conversation, RowError
 
@@ -66,7 +66,7 @@ class Turns:
         if self.template is None and tokenizer.chat_template is not None:
             self.template = tokenizer.get_chat_template()
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._shapes: dict[tuple[str, ...], Shape | Literal[False]] = {}
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
@@ -95,12 +95,7 @@ class Turns:
         if any("</think>" in message["content"] for message in example.messages):
             return None  # templates look into thoughts
         roles = tuple(message["role"] for message in example.messages)
-        if roles not in self._shapes:
-            if len(self._shapes) >= 4096:  # a file of long conversations, no two alike
-                self._shapes.clear()
-                self._skeletons.clear()
-            self._shapes[roles] = self._shape_of(roles)
-        shape = self._shapes[roles]
+        shape = self._shape(roles)
         if shape is None:
             return None
         text = self._render(example.messages, None)
@@ -117,13 +112,22 @@ class Turns:
             return None
         return text, spans
 
+    def _shape(self, roles: tuple[str, ...]) -> Shape | None:
+        """Return the shape of a sequence of roles, or None; several threads may ask at once."""
+        kept = self._shapes.get(roles)
+        if kept is None:
+            if len(self._shapes) >= 4096:  # a file of long conversations, no two alike
+                self._shapes, self._skeletons = {}, {}
+            kept = self._shapes[roles] = self._shape_of(roles) or False
+        return kept or None
+
     def _skeleton(self, roles: tuple[str, ...], prompt: bool = False) -> str:
         """Render placeholders said by `roles`; most conversations begin alike, so the renders are kept."""
-        key = (roles, prompt)
-        if key not in self._skeletons:
+        kept = self._skeletons.get((roles, prompt))
+        if kept is None:
             messages = [{"role": role, "content": _placeholder(index)} for index, role in enumerate(roles)]
-            self._skeletons[key] = self._render(messages, None, prompt=prompt)
-        return self._skeletons[key]
+            kept = self._skeletons[roles, prompt] = self._render(messages, None, prompt=prompt)
+        return kept
 
     def _shape_of(self, roles: tuple[str, ...]) -> Shape | None:
         turns = [index for index, role in enumerate(roles) if role == "assistant"]
@@ -241,6 +245,10 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
     content = message["content"]
     if content.strip() not in turn and "".join(content.split()) not in "".join(turn.split()):
         raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        thought = message.get(name)
+        if isinstance(thought, str) and "".join(thought.split()) not in "".join(turn.split()):
+            raise RowError(f"messages[{index}].{name}", "is not shown by the chat template")
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     if hidden := [name for name, number in calls.items() if turn.count(name) < number]:
         raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")

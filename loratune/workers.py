@@ -1,6 +1,7 @@
-"""Processes that prepare blocks of rows: as many as there are cores, light ones, that end with the one that asked.
+"""Blocks of rows prepared side by side: in threads on a few cores, in processes on many.
 
-A worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which is
+Tokenizing holds no lock of Python's: threads fill two or three cores and need no memory of their own. Above that a
+worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which is
 not safe beside torch's threads, or import the caller's main module again, and their workers outlive a killed parent.
 """
 
@@ -23,7 +24,8 @@ from loratune.prepare import Prepared, prepare
 from loratune.recipe import Data
 from loratune.rows import Block
 
-SMALL = 1 << 20  # bytes of data files that one process reads faster than others start
+SMALL = 8 << 20  # bytes of data files that are read before processes would have started
+MANY = 4  # cores from which Python's lock would be what threads wait for
 AHEAD = 2  # blocks per worker on their way, so that none waits for the next
 
 
@@ -32,8 +34,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def number(size: int) -> int:
+    """Return how many processes prepare so many bytes of data files best; 1: threads of this one."""
+    return cores() if cores() >= MANY and size > SMALL else 1
+
+
 def prepared(
-    blocks: Iterable[Block], data: Data, encoder: Encoder, number: int
+    blocks: Iterable[Block], data: Data, encoder: Encoder, processes: int
 ) -> Iterator[tuple[Block, list[Prepared]]]:
     """Yield each block with what became of its rows, in order.
 
@@ -41,14 +48,24 @@ def prepared(
         blocks: of a source.
         data: how rows are read and fitted.
         encoder: of the base model's tokenizer.
-        number: of processes; below 2 this one does it all (tokenizing in several threads).
+        processes: how many; below 2 threads of this one do it.
 
     Raises:
         SetupError: when a worker dies, for want of memory most likely.
     """
-    if number < 2:
-        yield from ((block, prepare(block, data, encoder)) for block in blocks)
+    if processes > 1:
+        yield from _by_processes(blocks, data, encoder, processes)
         return
+    threads = ThreadPoolExecutor(cores() + 1)  # one more: while the others tokenize it renders
+    try:
+        yield from _windowed(blocks, lambda block: threads.submit(prepare, block, data, encoder), cores() + 2)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _by_processes(
+    blocks: Iterable[Block], data: Data, encoder: Encoder, number: int
+) -> Iterator[tuple[Block, list[Prepared]]]:
     workers = [_Worker(data, encoder) for _ in range(number)]
     threads = ThreadPoolExecutor(number)  # a thread waits for each worker
     free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

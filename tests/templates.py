@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loratune.encode import with_template
+from loratune.model import with_template
 from loratune.templates import ALPACA
 from tests import tiny
 

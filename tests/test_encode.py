@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune.encode import Encoder, Row, with_template
+from loratune.encode import Encoder, Row
 from loratune.errors import ModelError, Place
 from loratune.formats import Chat, Completion, Conversation, RowError, Text
+from loratune.model import with_template
 from tests import templates, tiny
 from tests.templates import FAMILIES, Family
 

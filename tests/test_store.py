@@ -121,7 +121,18 @@ def test_the_code_that_decides_is_named() -> None:
     listing = "import sys, loratune.prepare; print(*[m for m in sys.modules if m.startswith('loratune.')])"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
     passed = {name.split(".")[1] for name in done.stdout.split()}
-    sections = {"recipe", "decode", "nodes", "foreign", "errors", "methods", "objectives", "optimizers", "schedules"}
+    sections = {
+        "secrecy",
+        "recipe",
+        "decode",
+        "nodes",
+        "foreign",
+        "errors",
+        "methods",
+        "objectives",
+        "optimizers",
+        "schedules",
+    }
     assert passed - sections <= set(inputs._MODULES)
     assert len(inputs._code()) == 32
 
@@ -232,8 +243,7 @@ def test_rows_of_a_hub_data_set_that_lies_in_memory(monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let any file be large enough for two processes, in many blocks."""
-    monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "number", lambda size: 2)
     monkeypatch.setattr(rows, "BLOCK", 1 << 10)
 
 
@@ -256,6 +266,24 @@ def test_processes_read_what_one_reads(tmp_path: Path, request: pytest.FixtureRe
     assert book(together, tmp_path) == book(alone, tmp_path)
     assert alone.counts.deduplicated > 0
     assert (alone.counts.skipped, alone.counts.dropped) == (2, 1)
+
+
+def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the shapes of conversations are forgotten all the time."""
+    source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(400, seed=3))))
+    wanted = content(load(source))
+    shutil.rmtree(model.cache())
+    monkeypatch.setattr(rows, "BLOCK", 1 << 10)
+    monkeypatch.setattr(workers, "cores", lambda: 7)
+    assert content(load(source)) == wanted
+
+
+def test_many_cores_are_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for cores in (1, 3, 4, 64):
+        monkeypatch.setattr(workers, "cores", lambda cores=cores: cores)
+        found[cores] = workers.number(workers.SMALL), workers.number(workers.SMALL + 1)
+    assert found == {1: (1, 1), 3: (1, 1), 4: (1, 4), 64: (1, 64)}
 
 
 def test_processes_render_what_one_renders(tmp_path: Path, request: pytest.FixtureRequest) -> None:

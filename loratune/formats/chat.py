@@ -90,6 +90,8 @@ def _message(turn: Any, name: str) -> dict[str, Any]:
         raise RowError(f"{name}.role", f"must be one of {listed(_ROLES)}, given {given}")
     message = {key: value for key, value in turn.items() if value is not None and key not in ("train", "weight")}
     message["content"] = _content(turn, name)
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{name}.tool_calls")
     return message

@@ -12,7 +12,7 @@ from tests import tiny
 
 SECTIONS: dict[str, Any] = {
     "method": {"type": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-    "data": {"eval": "eval.jsonl"},
+    "data": {"eval": "eval.jsonl", "packing": "off"},  # rows of a micro-batch are counted; packed in test_every_step
     "train": {"batch_size": 4, "micro_batch_size": 2, "epochs": 2, "save_every": 2, "eval_every": 3, "keep": 2},
 }  # 12 steps of 2 micro-batches, 2 epochs
 

@@ -52,7 +52,9 @@ def _every(fit: Fit, tmp_path: Path, optimizer: str, packing: str, stops: list[i
             fit(f"stop{stop}", rows=ROWS, **sections)
         assert scene.newest_step(tmp_path / f"stop{stop}" / "run") == stop
         assert scene.result(fit(f"stop{stop}", rows=ROWS, resume=True, **sections).folder) == straight, stop
-    print(f"{optimizer}, packing {packing}: stopped after each of {len(stops)} steps, the same 24 losses and norms, the same adapter")
+    print(
+        f"{optimizer}, packing {packing}: stopped after each of {len(stops)} steps, the same 24 losses and norms, the same adapter"
+    )
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
