@@ -173,7 +173,8 @@ def with_template(tokenizer: Any, choice: str | None, arguments: Mapping[str, An
     if not arguments:
         return tokenizer
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    if unused := [name for name in arguments if not re.search(rf"\b{name}\b", template)]:
+    words = set(re.findall(r"\w+", template))
+    if unused := [name for name in arguments if not name.isidentifier() or name not in words]:
         raise ModelError(f"`data.chat_template_kwargs`: the chat template does not know {listed(unused)}")
     given = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in arguments.items())
     tokenizer.chat_template = given + template

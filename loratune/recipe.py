@@ -120,7 +120,7 @@ class Data(Section):
         None,
         description="template of a base model that has none: a file, or one of chatml, alpaca; saved with the adapter",
     )
-    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[a-zA-Z_]\w*$")], bool | int | float | str] = Field(
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
         {},
         description="values of variables the chat template asks for, such as enable_thinking: false; written into the "
         "template that is saved with the adapter",

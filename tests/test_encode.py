@@ -548,6 +548,42 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHATML
 
 
+def test_arguments_are_written_into_the_template() -> None:
+    """So that whoever serves the adapter renders what was trained."""
+    (family,) = (family for family in FAMILIES if family.name == "qwen3")
+    plain = Encoder(family.tokenizer()).turns.prompt(TURNS[:1])
+    tokens = with_template(family.tokenizer(), None, {"enable_thinking": False})
+    assert plain.endswith("<|im_start|>assistant\n")
+    served = tokens.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+    assert served == Encoder(tokens).turns.prompt(TURNS[:1]) == plain + "<think>\n\n</think>\n\n"
+    for wrong in ("enable_thinkin", "a b", "x %}{{ 1 }}{% set y"):
+        with pytest.raises(ModelError, match="the chat template does not know"):
+            with_template(family.tokenizer(), None, {wrong: True})
+    with pytest.raises(ModelError, match="the chat template does not know"):
+        with_template(tiny.tokenizer(None), None, {"enable_thinking": True})
+    odd = 'a "quoted" %} {{ x }}'
+    tokens = with_template(tiny.tokenizer("{{ remark }}" + tiny.CHATML), None, {"remark": odd})
+    assert Encoder(tokens).turns.prompt(TURNS[:1]).startswith(odd)
+
+
+def test_thoughts_that_are_not_shown_are_refused() -> None:
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "because  of a"}
+    with pytest.raises(RowError, match=r"`messages\[1\].reasoning_content` is not shown by the chat template"):
+        encode(Encoder(tiny.tokenizer()), {"messages": [TURNS[0], answer]})
+    (family,) = (family for family in FAMILIES if family.name == "qwen3")
+    encoder = Encoder(family.tokenizer())
+    row = encode(encoder, {"messages": [TURNS[0], answer]})
+    assert trained_turns(encoder, row) == ["<think>\nbecause  of a\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_conversation_that_becomes_several_rows_cant_be_trained_whole() -> None:
+    (family,) = (family for family in FAMILIES if family.name == "qwen3")
+    thinks = {"role": "assistant", "content": "<think>\nso\n</think>\n\nb"}
+    example = Chat(train_on="all").read({"messages": [TURNS[0], thinks, *TURNS[2:]]})
+    with pytest.raises(RowError, match="can't be trained as a whole: the chat template renders earlier turns"):
+        Encoder(family.tokenizer()).rows(example, PLACE)
+
+
 # ---------------------------------------------------------------- one render instead of many
 
 

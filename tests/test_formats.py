@@ -244,3 +244,8 @@ def test_other_marks_are_refused(mark: dict[str, Any], said: str) -> None:
     with pytest.raises(RowError) as caught:
         Chat().read({"messages": [*TALK[:2], {**TALK[2], **mark}]})
     assert str(caught.value) == said
+
+
+def test_an_empty_list_of_calls_is_none() -> None:
+    read = Chat().read({"messages": [USER, {"role": "assistant", "content": "b", "tool_calls": []}]})
+    assert read.messages[1] == {"role": "assistant", "content": "b"}

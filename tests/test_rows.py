@@ -349,3 +349,12 @@ def test_damaged_files_give_rows_or_an_error(tmp_path: Path, kind: str, zipped: 
             assert error.problems[0].place is not None, "no place"  # noqa: PT017 - the error is one of two right ends
     if zipped or kind in (".json", ".parquet"):
         assert errors > 5
+
+
+def test_tools_of_a_table_have_no_keys_of_other_tools(tmp_path: Path) -> None:
+    """Arrow gives each object of a column the keys of all: what a schema never said is null there."""
+    one = {"type": "function", "function": {"name": "a", "parameters": {"properties": {"x": {"type": "string"}}}}}
+    two = {"type": "function", "function": {"name": "b", "parameters": {"properties": {"y": {"type": "number"}}}}}
+    values = [{"id": 1, "tools": [one]}, {"id": None, "tools": [two]}]
+    assert pa.Table.from_pylist(values).to_pylist() != values
+    assert [row.value for row in read(write(tmp_path, "a.parquet", as_parquet(values)))] == values
