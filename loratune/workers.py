@@ -1,6 +1,6 @@
-"""Blocks of rows prepared side by side: in threads on a few cores, in processes on many.
+"""Blocks of rows prepared side by side: small data in threads, large data in as many processes as there are cores.
 
-Tokenizing holds no lock of Python's: threads fill two or three cores and need no memory of their own. Above that a
+Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock. A
 worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which is
 not safe beside torch's threads, or import the caller's main module again, and their workers outlive a killed parent.
 """
@@ -25,7 +25,6 @@ from loratune.recipe import Data
 from loratune.rows import Block
 
 SMALL = 8 << 20  # bytes of data files that are read before processes would have started
-MANY = 4  # cores from which Python's lock would be what threads wait for
 AHEAD = 2  # blocks per worker on their way, so that none waits for the next
 
 
@@ -36,7 +35,7 @@ def cores() -> int:
 
 def number(size: int) -> int:
     """Return how many processes prepare so many bytes of data files best; 1: threads of this one."""
-    return cores() if cores() >= MANY and size > SMALL else 1
+    return cores() if size > SMALL else 1
 
 
 def prepared(
