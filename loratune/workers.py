@@ -1,8 +1,8 @@
 """Blocks of rows prepared side by side: small data in threads, large data in as many processes as there are cores.
 
-Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock. A
-worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which is
-not safe beside torch's threads, or import the caller's main module again, and their workers outlive a killed parent.
+Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock.
+A worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which
+is not safe beside torch's threads, or import the caller's main module again, and outlive a parent that is killed.
 """
 
 from __future__ import annotations
