@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from loratune.errors import Place, Problem, RecipeError, did_you_mean, listed, one_edit, shorten
+from loratune.errors import Place, Problem, RecipeError, SafetyError, did_you_mean, listed, one_edit, shorten
 from loratune.nodes import FLOAT, INT, Node, Tree, parse
 from loratune.secrecy import looks_secret, names_secret
 from loratune.section import (
+    LEADS_OUT,
     BareWord,
     Section,
     all_keys,
@@ -41,8 +42,10 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
 
     Raises:
         RecipeError: with every problem of the tree and of the values, in the order of their places.
+        SafetyError: in its place, when one of them leads out of a folder.
     """
     problems = list(tree.problems)
+    kind: type[RecipeError | SafetyError] = RecipeError
     result: M | None = None
     try:
         result = model.model_validate(tree.root.plain())
@@ -50,11 +53,13 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
         told = {problem.place for problem in problems}  # `012` need not be told to be no number as well
         found = [_problem(detail, tree, model, foreign or {}) for detail in error.errors(include_url=False)]
         problems += [problem for problem in found if problem and problem.place not in told]
+        if any(detail["type"] == LEADS_OUT for detail in error.errors(include_url=False)):
+            kind = SafetyError
     problems = _without_secrets(problems, tree.root)
     if problems or result is None:
         problems = in_order(problems)
         more = len(problems) - MAX_PROBLEMS
-        raise RecipeError(problems[:MAX_PROBLEMS] + ([Problem(f"and {more} more problems")] if more > 0 else []))
+        raise kind(problems[:MAX_PROBLEMS] + ([Problem(f"and {more} more problems")] if more > 0 else []))
     return result
 
 
@@ -161,7 +166,7 @@ def _problem(detail: ErrorDetails, tree: Tree, model: type[Section], foreign: Ma
     if kind in _EXPECTED:
         hint = spot.description if node.value is None else _remedy(kind, node)
         return Problem(f"`{name}` must be {_EXPECTED[kind]}, given {node.given()}", node.place, hint)
-    if kind == "expected":
+    if kind in ("expected", LEADS_OUT):
         return Problem(f"`{name}` {detail['msg']}, given {node.given()}", node.place, _remedy("float_type", node))
     return Problem(f"`{name}`: {detail['msg'][:1].lower()}{detail['msg'][1:]}", node.place)
 

@@ -49,6 +49,9 @@ class BareWord:
         return {"anyOf": [{"type": "string", "enum": self.words}, handler(schema)]}
 
 
+LEADS_OUT = "leads_out"  # pydantic's type of an error that is refused for safety
+
+
 def is_inside(name: Any) -> bool:
     """Return whether a relative name, as a recipe or other data give it, stays in its folder."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:/|~[^/]*/|/", name):
@@ -58,7 +61,7 @@ def is_inside(name: Any) -> bool:
 
 def _inside(value: str) -> str:
     if not is_inside(value):
-        raise PydanticCustomError("expected", "must not lead out of its folder")
+        raise PydanticCustomError(LEADS_OUT, "must not lead out of its folder")
     return value
 
 

@@ -47,8 +47,9 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(stream.fileno())
         staged.rename(path)
     except OSError as error:
-        _forget(staged)
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
+    finally:
+        _forget(staged)  # also when a signal ends it here
 
 
 def read_json(path: Path) -> dict[str, Any]:
