@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "data": {
         "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "max_rows": None, "weight": 1.0}],
         "eval": None, "eval_fraction": None, "format": {"type": "auto"}, "chat_template": None,
- "chat_template_kwargs": {},
+        "chat_template_kwargs": {},
         "max_length": 2048, "on_long": "error", "packing": "auto", "on_bad_row": "error", "max_lost": 0.01, "duplicates": "keep",
         "overlap": "error",
     },
