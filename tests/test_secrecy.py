@@ -195,7 +195,7 @@ FAILURES: dict[str, Force] = {
     "the rows break": fails(TRAIN, RECIPE, prepare=BREAK.format("data", RAISE, "of")),
     "the loop breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("loop", RAISE, "steps")),
     "the card breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("card", RAISE, "write")),
-    "the disk breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("checkpoint", f"OSError(28, '{TOKEN}')", "_seal")),
+    "the disk breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("storage", f"OSError(28, '{TOKEN}')", "_seal")),
     "a traceback is asked for": fails(TRAIN, RECIPE, prepare="import os; os.environ['LORATUNE_TRACEBACK'] = '1'\n" + BREAK.format("data", f"__import__('loratune').DataError('{URL}')", "of")),
     "a library prints": fails(TRAIN, RECIPE, prepare=f"import sys, logging\nprint({OPENAI!r}); print({URL!r}, file=sys.stderr); logging.warning({TOKEN!r})\n" + BREAK.format("data", RAISE, "of")),
     "a device's name": fails(TRAIN, RECIPE, prepare=BREAK.format("run", RAISE, "_finish")),
