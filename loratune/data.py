@@ -136,8 +136,9 @@ def _read(
         blocks = (block for source in sources for block in rows.blocks(source))
         done = 0
         for block, prepared in workers.prepared(blocks, data, encoder, workers.number(size)):
-            for one in prepared:
-                account.add(one, block.weight)
+            with store.writing(writer.folder):
+                for one in prepared:
+                    account.add(one, block.weight)
             done += block.size
             progress(account.counts.read, min(1.0, done / max(size, 1)))
         for some in given:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Writer:
     """
 
     def __init__(self, parent: Path):
-        with _writing(parent):
+        with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
             _tidy(parent)
             self.folder = Path(tempfile.mkdtemp(prefix=".", dir=parent))
@@ -82,14 +82,14 @@ class Writer:
             pa.array([row.place.source for row in rows], pa.string()),
             pa.array([row.place.line for row in rows], pa.int32()),
         ]
-        with _writing(self.folder):
+        with writing(self.folder):
             self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._waiting, self._tokens = [], 0
 
     def commit(self, about: dict[str, Any], name: str | None) -> Store:
         """Finish the folder, give it its name (None: it goes when nobody holds it) and open it."""
         self._flush()
-        with _writing(self.folder):
+        with writing(self.folder):
             self._close()
             about = {**about, "bytes": (self.folder / "rows.arrow").stat().st_size}
             (self.folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
@@ -107,8 +107,9 @@ class Writer:
         return Store(target)
 
     def discard(self) -> None:
-        """Take the folder away."""
-        self._close()
+        """Take the folder away; what its disk did not take is no matter any more."""
+        with suppress(OSError):
+            self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _close(self) -> None:
@@ -199,7 +200,7 @@ def _tidy(parent: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turn a failure to write into a message."""
     try:
         yield

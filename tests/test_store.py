@@ -222,6 +222,26 @@ def test_a_cache_that_cant_be_written(source: Source, tmp_path: Path, monkeypatc
         load(source)
 
 
+@pytest.mark.parametrize("when", ["a line is written", "the files are closed"])
+def test_a_disk_that_is_full_in_the_middle(
+    source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    close = store.Writer._close
+
+    def full(*given: Any) -> None:
+        if when == "the files are closed":
+            close(*given)
+        raise OSError(28, "No space left on device")
+
+    if when == "a line is written":
+        monkeypatch.setattr(data.Ledger, "add", full)
+    else:
+        monkeypatch.setattr(store.Writer, "_close", full)
+    with pytest.raises(StorageError, match="can't be written: No space left on device"):
+        load(source)
+    assert list(cache.iterdir()) == []
+
+
 def test_rows_of_a_hub_data_set_that_lies_in_memory(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     import datasets
 
