@@ -5,16 +5,18 @@ Trained are exactly the assistant's words and the token that ends its turn; `tur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
 
+from loratune import words
 from loratune.errors import ModelError, Place
 from loratune.formats import Conversation, Example, Plain, RowError
 from loratune.turns import LaterTurnsChangeIt, Span, Turns
+from loratune.words import Tokens
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,30 @@ class Row:
     def count(self) -> int:
         """Return the number of tokens that can be trained: the first of a row has nothing before it."""
         return int(self.trained[1:].sum())
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """An encoding of the library `tokenizers`, asked as `Tokens` are."""
+
+    found: Any
+
+    @property
+    def ids(self) -> list[int]:
+        ids: list[int] = self.found.ids
+        return ids
+
+    def first_at(self, character: int) -> int | None:
+        token: int | None = self.found.char_to_token(character)
+        return None if token is None or self.found.token_to_chars(token)[0] != character else token
+
+    def last_before(self, character: int) -> int | None:
+        token: int | None = self.found.char_to_token(character - 1)
+        return None if token is None or self.found.token_to_chars(token)[1] > character else token
+
+    def end(self, token: int) -> int:
+        end: int = self.found.token_to_chars(token)[1]
+        return end
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,7 @@ class Encoder:
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._words = words.of(self._backend)
         # Some tokenizers put a space before every text: with these no text can be cut without a trace.
         alone = self._backend.encode("a", add_special_tokens=False).ids
         self._divisible = self._backend.decode(alone + alone) == self._backend.decode(alone) * 2
@@ -88,7 +115,7 @@ class Encoder:
             RowError: when the template refuses the messages, or the trained tokens can't be known with certainty.
         """
         draft = self._draft(example)
-        return self._finish(draft, [self._encode(text) for text in draft.texts], place)
+        return self._finish(draft, list(self._tokenized(draft.texts)), place)
 
     def rows(self, example: Example, place: Place) -> list[Row]:
         """Return an example as one row, or as one row per trained turn; see `batch`.
@@ -109,10 +136,7 @@ class Encoder:
         """
         drafts = [_result(self._drafts, example) for example, _ in examples]
         texts = [text for some in drafts if not isinstance(some, RowError) for draft in some for text in draft.texts]
-        try:
-            encoded: Any = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        except TypeError:  # in one of them, half of a surrogate pair: then one by one
-            encoded = (_result(self._encode, text) for text in texts)
+        encoded = self._tokenized(texts)
         found: list[list[Row] | RowError] = []
         for some, (_, place) in zip(drafts, examples, strict=True):
             if isinstance(some, RowError):
@@ -148,19 +172,31 @@ class Encoder:
         texts = tuple(text for text, _ in example.segments)
         return _Draft(example, texts if self._divisible else ("".join(texts),))
 
+    def _tokenized(self, texts: Sequence[str]) -> Iterator[Tokens | _Encoding | RowError]:
+        """Yield each text as tokens, or what is wrong with it."""
+        quick = [self._words.encode(text) if self._words else None for text in texts]
+        others = [text for text, found in zip(texts, quick, strict=True) if found is None]
+        try:
+            left: Any = map(_Encoding, self._backend.encode_batch(others, add_special_tokens=False))
+        except TypeError:  # in one of them, half of a surrogate pair: then one by one
+            left = (_result(lambda text: _Encoding(self._encode(text)), text) for text in others)
+        return (found or next(left) for found in quick)
+
     def _encode(self, text: str) -> Any:
         try:
             return self._backend.encode(text, add_special_tokens=False)
         except TypeError:  # half of a surrogate pair, as JSON can spell it
             raise RowError("", "holds half a character (a lone surrogate)") from None
 
-    def _finish(self, draft: _Draft, pieces: Sequence[Any], place: Place) -> Row:
+    def _finish(self, draft: _Draft, pieces: Sequence[Tokens | _Encoding | RowError], place: Place) -> Row:
+        tokens = []
         for piece in pieces:
             if isinstance(piece, RowError):
                 raise piece
+            tokens.append(piece)
         if isinstance(draft.example, Plain):
-            return self._plain(draft.example, pieces, place)
-        (piece,), (text,) = pieces, draft.texts
+            return self._plain(draft.example, tokens, place)
+        (piece,), (text,) = tokens, draft.texts
         ids = np.array(piece.ids, dtype=np.int32)
         trained = self._at_edges(piece, ids, draft.spans, text)
         if trained is None:
@@ -171,7 +207,9 @@ class Encoder:
         self._check_bos(ids)
         return Row(ids, trained | draft.example.whole, place)
 
-    def _at_edges(self, piece: Any, ids: np.ndarray, spans: Sequence[Span], text: str) -> np.ndarray | None:
+    def _at_edges(
+        self, piece: Tokens | _Encoding, ids: np.ndarray, spans: Sequence[Span], text: str
+    ) -> np.ndarray | None:
         """Return which tokens are trained where each span has a token at both its edges, else None.
 
         This is what `_tokens` and `_mark` find, without the offsets of every token: those cost as much as the
@@ -180,13 +218,11 @@ class Encoder:
         trained = np.zeros(len(ids), dtype=bool)
         special = np.flatnonzero(self._is_special[np.minimum(ids, len(self._is_special) - 1)])
         for start, end in spans:
-            first, last = piece.char_to_token(start), piece.char_to_token(end - 1)
+            first, last = piece.first_at(start), piece.last_before(end)
             if first is None or last is None:
                 return None
-            if piece.token_to_chars(first)[0] != start or piece.token_to_chars(last)[1] > end:
-                return None
             stop = np.searchsorted(special, last, side="right") - 1  # the last special token up to there
-            if stop < 0 or special[stop] < first or text[piece.token_to_chars(int(special[stop]))[1] : end].strip():
+            if stop < 0 or special[stop] < first or text[piece.end(int(special[stop])) : end].strip():
                 return None  # `_mark` says what is wrong
             trained[first : special[stop] + 1] = True
         return trained
@@ -232,7 +268,7 @@ class Encoder:
         if bos is not None and bos != self.tokenizer.eos_token_id and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
             raise RowError("", "begins with two BOS tokens: the chat template writes one and the messages another")
 
-    def _plain(self, example: Plain, pieces: Sequence[Any], place: Place) -> Row:
+    def _plain(self, example: Plain, pieces: Sequence[Tokens | _Encoding], place: Place) -> Row:
         """Put segments together that were tokenized apart, as a prompt is at serving.
 
         One BOS where the tokenizer adds one, EOS at the end.

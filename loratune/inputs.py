@@ -19,7 +19,7 @@ from loratune.errors import DataError, Place, Problem
 from loratune.recipe import Data, Source
 
 # whose code decides what a row becomes, ours and others'
-_MODULES = ("rows", "formats", "section", "templates", "turns", "encode", "prepare", "ledger", "store", "data")
+_MODULES = ("rows", "formats", "section", "templates", "turns", "words", "encode", "prepare", "ledger", "store", "data")
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 
 

@@ -8,6 +8,7 @@ is not safe beside torch's threads, or import the caller's main module again, an
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -155,6 +156,8 @@ def _serve() -> None:
     requests = sys.stdin.buffer
     data, tokenizer = pickle.load(requests)
     encoder = Encoder(tokenizer)
+    gc.freeze()  # what is there stays
+    gc.set_threshold(100_000)  # rows leave nothing behind that only a collection would find
     while True:
         try:
             block = pickle.load(requests)

@@ -30,6 +30,7 @@ LEVELS = (
         "ledger",
         "encode",
         "turns",
+        "words",
         "rows",
         "apart",
         "attention",
