@@ -51,16 +51,16 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     """Read, tokenize, mask and pack with loratune, then once more from its cache."""
     import logging
 
-    from loratune import data, model
+    from loratune import bases, data, tokenizing
     from loratune.encode import Encoder
     from loratune.packing import pack
     from loratune.recipe import Data, Model, Source
 
     logging.disable()
-    model.quiet()
+    bases.quiet()
     source = Source(path=str(rows))
     section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
-    encoder = Encoder(model.load_tokenizer(Model(base=str(tokenizer))))
+    encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))
     began = time.perf_counter()
     found = data.load([source], section, encoder)
     packs = pack(found.lengths, LENGTH)
@@ -145,9 +145,9 @@ def main() -> None:
         print(json.dumps(arm(given.arm, given.file, given.tokenizer)))
         return
     if given.tokenizer is None:
-        from loratune import model
+        from loratune import bases
 
-        given.tokenizer = model.from_gguf(BASE)
+        given.tokenizer = bases.from_gguf(BASE)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"

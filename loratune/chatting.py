@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loratune import fingerprint, generate, model, report, subject
+from loratune import bases, fingerprint, generate, model, report, subject
 from loratune.encode import Encoder
 from loratune.errors import LoratuneError, UsageError
 from loratune.formats import RowError
@@ -47,7 +47,7 @@ def chat(
     Raises:
         LoratuneError: any of its kinds.
     """
-    model.quiet()
+    bases.quiet()
     torch.manual_seed(seed)
     what = subject.open_subject(str(name), base, trust_remote_code)
     loaded = subject.load(what, allow_mismatch=allow_base_mismatch)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loratune import inputs, model, rows, store, workers
+from loratune import bases, inputs, rows, store, workers
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.ledger import Counts, Ledger
@@ -115,7 +115,7 @@ def load(
     """
     given = [inputs.of(source) for source in sources]
     key = inputs.key(sources, given, data, encoder, name)
-    folder = model.cache() / "rows"
+    folder = bases.cache() / "rows"
     found = store.find(folder, key) if key else None
     cached = found is not None
     if found is None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import data, decode, generate, metrics, model, nodes, report, storage, subject
+from loratune import bases, data, decode, generate, metrics, model, nodes, report, storage, subject
 from loratune.batches import in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -107,7 +107,7 @@ def evaluate(
     Raises:
         LoratuneError: any of its kinds.
     """
-    model.quiet()
+    bases.quiet()
     _check_regex(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)

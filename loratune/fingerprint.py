@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import guard, model
+from loratune import bases, guard
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.recipe import Model
 
@@ -79,7 +79,7 @@ def of_base(section: Model) -> Fingerprint:
     Raises:
         ModelError: when there are no whole safetensors files.
     """
-    return of_folder(model.folder_of(section))
+    return of_folder(bases.folder_of(section))
 
 
 def of_folder(folder: Path) -> Fingerprint:

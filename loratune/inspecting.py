@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune import data, model, report
+from loratune import bases, data, report, tokenizing
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import UsageError
@@ -66,9 +66,9 @@ def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number
         UsageError: when there is no such row.
         DataError: when the rows can't be used, as `train` would say.
     """
-    model.quiet()
-    tokenizer = model.with_template(
-        model.load_tokenizer(recipe.model), recipe.data.chat_template, recipe.data.chat_template_kwargs
+    bases.quiet()
+    tokenizer = tokenizing.with_template(
+        tokenizing.load(recipe.model), recipe.data.chat_template, recipe.data.chat_template_kwargs
     )
     encoder = Encoder(tokenizer)
     with report.Report().counting("reading rows") as progress:

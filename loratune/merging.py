@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loratune import model, report, storage, subject
+from loratune import bases, report, storage, subject
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -69,7 +69,7 @@ def merge(
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
-    model.quiet()
+    bases.quiet()
     tell = report.Report()
     target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -115,7 +115,7 @@ def _dtype(name: str, what: subject.Subject) -> torch.dtype:
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(
-        model.local_folder(what.base), revision=what.base.revision, trust_remote_code=what.trust
+        bases.local_folder(what.base), revision=what.base.revision, trust_remote_code=what.trust
     ).dtype
     return found if found in TOLERANCE else torch.bfloat16
 

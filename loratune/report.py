@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,8 +22,10 @@ from rich.text import Text
 
 from loratune import storage
 from loratune.errors import Place, Problem, StorageError
-from loratune.loop import Step
 from loratune.secrecy import redact
+
+if TYPE_CHECKING:
+    from loratune.loop import Step
 
 QUIET = 15  # seconds between two lines about long work where there is no terminal
 

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 
 from loratune import (
     apart,
+    bases,
     batches,
     card,
     checkpoint,
@@ -31,6 +32,7 @@ from loratune import (
     states,
     storage,
     telling,
+    tokenizing,
 )  # fmt: skip
 from loratune.checkpoint import Progress
 from loratune.data import Rows
@@ -83,7 +85,7 @@ def train(
     Raises:
         LoratuneError: any of its kinds; `exit_code` says which.
     """
-    model.quiet()
+    bases.quiet()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe)
     first = accelerator.is_main_process
@@ -131,8 +133,8 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
-    tokenizer = model.with_template(
-        model.load_tokenizer(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs
+    tokenizer = tokenizing.with_template(
+        tokenizing.load(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs
     )
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)

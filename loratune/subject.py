@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, checkpoint, decode, fingerprint, guard, model, nodes, recipe
+from loratune import adapter, checkpoint, decode, fingerprint, guard, model, nodes, recipe, tokenizing
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, shorten
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
@@ -126,7 +126,7 @@ def check_base(subject: Subject, loaded: model.Loaded, section: Model, allow_mis
 def tokenizer(subject: Subject) -> Any:
     """Return the tokenizer saved with the adapter, whose template may be another than the base's, else the base's."""
     saved = subject.adapter if subject.adapter and (subject.adapter / "tokenizer_config.json").is_file() else None
-    return model.load_tokenizer(subject.base, str(saved) if saved else None, subject.trust)
+    return tokenizing.load(subject.base, str(saved) if saved else None, subject.trust)
 
 
 def attach(net: Any, folder: Path, name: str) -> Any:

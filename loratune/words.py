@@ -92,10 +92,10 @@ class Words:
 
     def encode(self, text: str) -> Tokens | None:
         """Return a text as tokens, or None where it holds characters that are left to the library."""
-        if _OTHERS.search(text):
-            return None
         tokens, character = Tokens(self._table), 0
         for part, added in self._parts(text):
+            if not added and _OTHERS.search(part):
+                return None
             tokens.add(character, (part,) if added else self._cut(part))
             character += len(part)
         return tokens

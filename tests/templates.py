@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loratune.model import with_template
 from loratune.templates import ALPACA
+from loratune.tokenizing import with_template
 from tests import tiny
 
 CHATML = tiny.CHATML

@@ -252,6 +252,6 @@ def test_the_flag_is_on_the_command_line(trained: Path, base: Path, tmp_path: Pa
 
 
 def test_a_gguf_base_has_the_fingerprint_of_its_folder(tmp_path: Path, base: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("loratune.model.from_gguf", lambda path: base)
+    monkeypatch.setattr("loratune.bases.from_gguf", lambda path: base)
     section = Model(base=str(tmp_path / "model.gguf"))
     assert fingerprint.of_base(section) == fingerprint.of_folder(base)

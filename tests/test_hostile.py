@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import model, recipe, run, section, storage, subject, templating
+from loratune import model, recipe, run, section, storage, subject, templating, tokenizing
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.recipe import Model
 from tests import templates, tiny
@@ -100,7 +100,7 @@ def test_a_hostile_template_is_refused(base: Path, tmp_path: Path, template: str
     folder = folder_with(base, tmp_path / "model", template)
     began = time.perf_counter()
     with pytest.raises(SafetyError) as caught:
-        model.load_tokenizer(Model(base=str(folder)))
+        tokenizing.load(Model(base=str(folder)))
     assert caught.value.exit_code == 7
     assert "the chat template" in str(caught.value)
     assert len(str(caught.value)) < 800
@@ -121,7 +121,7 @@ def test_there_are_enough_of_them() -> None:
 def test_a_template_file_of_a_recipe_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(BOMBS["a string of 10^10"])
     with pytest.raises(SafetyError, match="512 MiB"):
-        model.with_template(tiny.tokenizer(), str(tmp_path / "template.jinja"))
+        tokenizing.with_template(tiny.tokenizer(), str(tmp_path / "template.jinja"))
 
 
 def test_every_template_of_a_tokenizer_is_checked(base: Path, tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_every_template_of_a_tokenizer_is_checked(base: Path, tmp_path: Path) ->
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(ESCAPES["__class__"])
     with pytest.raises(SafetyError):
-        model.load_tokenizer(Model(base=str(folder)))
+        tokenizing.load(Model(base=str(folder)))
 
 
 @pytest.mark.parametrize("family", templates.FAMILIES, ids=lambda family: family.name)
 def test_templates_of_real_families_are_fine(family: templates.Family, tmp_path: Path) -> None:
-    model.check_template(family.template, family.tokenizer(), "here")
+    tokenizing.check_template(family.template, family.tokenizer(), "here")
 
 
 def test_templates_that_only_refuse_or_fail_are_fine(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -73,3 +75,17 @@ def test_command(path: Path, tmp_path: Path) -> None:
     page = CliRunner().invoke(app, ["inspect", str(path), "--html", str(tmp_path / "page.html")])
     assert page.stdout.strip() == str(tmp_path / "page.html")
     assert "row 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+CODE = """
+import sys
+from loratune import recipe, inspecting
+found = inspecting.inspect(recipe.load("recipe.yaml"), number=5)
+print("torch" in sys.modules, [row.tokens for row in found.shown])
+"""
+
+
+def test_rows_are_read_without_torch(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=path.parent, capture_output=True, text=True)
+    lengths = [row.tokens for row in inspecting.inspect(recipe.load(path), number=5).shown]
+    assert (done.stdout.strip(), done.stderr) == (f"False {lengths}", "")

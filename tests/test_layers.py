@@ -35,6 +35,8 @@ LEVELS = (
         "apart",
         "attention",
         "packing",
+        "bases",
+        "tokenizing",
         "model",
         "guard",
         "adapter",

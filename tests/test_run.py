@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import batches, checkpoint, data, loop, model, recipe, run, storage
+from loratune import batches, checkpoint, data, loop, recipe, run, storage, tokenizing
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
@@ -90,7 +90,7 @@ def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatc
 
 def test_the_eval_loss_is_that_of_transformers(fit: Fit):
     done = fit(**HELD_OUT)
-    _, rows = data.of(done.recipe, Encoder(model.load_tokenizer(done.recipe.model)))
+    _, rows = data.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
     assert rows is not None
     nats = count = 0.0
     done.net.eval()

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import data, inputs, model, rows, store, workers
+from loratune import bases, data, inputs, rows, store, workers
 from loratune.data import Rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, Place, SetupError, StorageError
 from loratune.formats import Chat, RowError, Text
 from loratune.recipe import Data, Source
+from loratune.words import Tokens
 from tests import templates, tiny
 
 ENCODER = Encoder(tiny.tokenizer())
@@ -277,7 +278,7 @@ def test_processes_read_what_one_reads(tmp_path: Path, request: pytest.FixtureRe
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", mixed())), weight=0.5)
     rules = {"max_length": 200, "on_long": "drop", "on_bad_row": "skip", "duplicates": "drop", "max_lost": 1.0}
     alone = load(source, **rules)
-    shutil.rmtree(model.cache())
+    shutil.rmtree(bases.cache())
     request.getfixturevalue("shared")
     together = load(source, **rules)
     assert not together.cached
@@ -292,7 +293,7 @@ def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Also where the shapes of conversations are forgotten all the time."""
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(400, seed=3))))
     wanted = content(load(source))
-    shutil.rmtree(model.cache())
+    shutil.rmtree(bases.cache())
     monkeypatch.setattr(rows, "BLOCK", 1 << 10)
     monkeypatch.setattr(workers, "cores", lambda: 7)
     assert content(load(source)) == wanted
@@ -309,7 +310,7 @@ def test_processes_render_what_one_renders(tmp_path: Path, request: pytest.Fixtu
     (family,) = (one for one in templates.FAMILIES if one.name == "qwen3")
     thinking = Encoder(family.tokenizer())
     alone = content(load(source, thinking))
-    shutil.rmtree(model.cache())
+    shutil.rmtree(bases.cache())
     request.getfixturevalue("shared")
     assert content(load(source, thinking)) == alone
 
@@ -376,7 +377,7 @@ def test_numbers_seen_before() -> None:
 def test_rows_are_the_same_from_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(60))))
     whole = content(load(source))
-    shutil.rmtree(model.cache())
+    shutil.rmtree(bases.cache())
     monkeypatch.setattr(store, "BATCH", 300)
     parted = load(source)
     assert len(parted.store._batches) > 5
@@ -388,15 +389,17 @@ def test_rows_are_the_same_from_many_batches(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("family", templates.FAMILIES, ids=lambda family: family.name)
 def test_the_quick_way_to_masks_is_the_careful_one(family: templates.Family) -> None:
-    """`_at_edges` against the offsets of every token, over all families; it must be used, too."""
+    """`_at_edges` and the table of words against the library's offsets of every token; they must be used, too."""
 
     class Careful(Encoder):
+        _words = property(lambda self: None, lambda self, table: None)
+
         def _at_edges(self, *_: Any) -> None:
             return None
 
     quick, careful = Encoder(family.tokenizer()), Careful(family.tokenizer())
     examples = [(Chat().read(raw), Place("x", line)) for line, raw in enumerate(family.rows(60, seed=5), 1)]
-    used = 0
+    used = by_table = 0
     for one, other in zip(quick.batch(examples), careful.batch(examples), strict=True):
         if isinstance(one, RowError) or isinstance(other, RowError):
             assert (type(one), str(one)) == (type(other), str(other))
@@ -407,6 +410,8 @@ def test_the_quick_way_to_masks_is_the_careful_one(family: templates.Family) -> 
     for example, _ in examples:
         with contextlib.suppress(RowError):
             draft = quick._draft(example)
-            piece = quick._encode(draft.texts[0])
+            (piece,) = quick._tokenized(draft.texts)
+            by_table += isinstance(piece, Tokens)
             used += quick._at_edges(piece, np.array(piece.ids, np.int32), draft.spans, draft.texts[0]) is not None
     assert used > 0 or family.by_turn
+    assert by_table > 0 or quick._words is None or family.by_turn

@@ -50,6 +50,7 @@ TOKENS = (
     AddedToken("<|im_start|>", special=True, normalized=False),
     AddedToken("<|im_end|>", special=True, normalized=False),
     AddedToken("<|im_end|>\n", special=True, normalized=False),  # of two that fit the longer one counts
+    AddedToken("<｜end▁of▁sentence｜>", special=True, normalized=False),
     AddedToken("<tool>", normalized=True),
     AddedToken("  ", normalized=True),
 )

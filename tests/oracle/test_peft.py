@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loratune import model, subject
+from loratune import model, subject, tokenizing
 from loratune.errors import ModelError
 from loratune.methods import Lora, saved
 from loratune.recipe import Model, Nf4
@@ -138,7 +138,7 @@ def _start_loss(done: Trained, net: Any) -> float:
     from loratune import batches, data, loop
     from loratune.encode import Encoder
 
-    rows, _ = data.of(done.recipe, Encoder(model.load_tokenizer(done.recipe.model)))
+    rows, _ = data.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
 
     class Alone:
         device, process_index, num_processes = torch.device("cpu"), 0, 1

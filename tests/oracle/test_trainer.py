@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from loratune import batches, data, model
+from loratune import batches, data, model, tokenizing
 from loratune.encode import Encoder
 from tests.conftest import Fit, Trained
 
@@ -88,7 +88,7 @@ def test_six_steps_are_those_of_transformers_trainer(fit: Fit, tmp_path: Path, c
             "max_grad_norm": CLIP,
         },
     )
-    tokenizer = model.load_tokenizer(ours.recipe.model)
+    tokenizer = tokenizing.load(ours.recipe.model)
     theirs, adapter = _trainer(ours, tokenizer, tmp_path / "trainer")
     assert len(theirs) == len(ours.events()) == 6
 
@@ -118,7 +118,7 @@ def test_six_steps_are_those_of_transformers_trainer(fit: Fit, tmp_path: Path, c
 def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):
     """A mean of the micro-batches' means is another number on these rows, by far more than what is allowed above."""
     whole = fit("whole", rows=48, train={"batch_size": 8, "micro_batch_size": 2, "max_grad_norm": CLIP})
-    tokenizer = model.load_tokenizer(whole.recipe.model)
+    tokenizer = tokenizing.load(whole.recipe.model)
     columns = _columns(whole, tokenizer)
     counts = [sum(label != -100 for label in labels[1:]) for labels in columns["labels"][:8]]
     micro = [sum(counts[i : i + 2]) for i in range(0, 8, 2)]

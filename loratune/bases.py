@@ -1,0 +1,143 @@
+"""Where a base model comes from: a hub id, a folder or a .gguf file; and what is checked before its files are used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from loratune import guard
+from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
+from loratune.recipe import Model
+
+
+def local_folder(section: Model) -> str:
+    """Return the folder or hub id to load from; a .gguf file is turned into a folder of the cache first."""
+    return str(from_gguf(Path(section.base))) if section.base.endswith(".gguf") else section.base
+
+
+def folder_of(section: Model) -> Path:
+    """Return the folder on this machine with the files of a base model that was loaded before.
+
+    Raises:
+        ModelError: when a hub model is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(local_folder(section))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(section.base, revision=section.revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise unusable(section.base, error, "model") from None
+
+
+def from_gguf(file: Path) -> Path:
+    """Dequantize a .gguf file to a safetensors folder in the cache, once; return the folder.
+
+    The weights are written in bfloat16. The folder's name is the sha256 of the file, so that another file of the same
+    name is never taken for it.
+
+    Raises:
+        SetupError: when the package `gguf` is missing.
+        ModelError: when transformers can't read the file.
+    """
+    import torch
+    import transformers
+
+    if importlib.util.find_spec("gguf") is None:
+        raise SetupError("a .gguf base needs the package `gguf`", "pip install 'loratune[gguf]'")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
+        if "GgufConfig" in dir(transformers):  # newer releases keep the blocks packed unless told otherwise
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar can't be switched off
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), **arguments)
+        if "quantization_config" in model.config:
+            del model.config.quantization_config
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        model.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.rename(target)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if (target / "config.json").exists():  # another process was faster
+            return target
+        raise unusable(str(file), error, "model") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def cache() -> Path:
+    """Return the folder for what can be made again: $LORATUNE_CACHE, else loratune under the user's cache folder."""
+    if os.environ.get("LORATUNE_CACHE"):
+        return Path(os.environ["LORATUNE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune"
+
+
+def check(section: Model, folder: str, trust: bool) -> None:
+    """Check the files of a model before transformers sees them; those of a hub model are fetched first.
+
+    Raises:
+        ModelError: when they can't be had.
+        SafetyError: when they would run code or lead out of their folder.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(folder).is_dir():
+        guard.check_folder(Path(folder), trust, section.attention)
+        return
+    files: dict[str, Path] = {}
+    for name in guard.CONFIGS:
+        try:
+            files[name] = Path(hf_hub_download(folder, name, revision=section.revision))
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            if name == "config.json" or not isinstance(error, EntryNotFoundError):
+                raise unusable(section.base, error, "model") from None  # unseen files are not loaded
+    guard.check_configs(files, trust, section.attention)
+
+
+def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
+    """Return what a person is told of an error of transformers or the hub; `what` couldn't be loaded."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        remedy = "use one that transformers knows, or read that code and give --trust-remote-code"
+        return SafetyError(Problem("the model wants to run code of its own", Place(base), remedy))
+    if "does not appear to have a file named model.safetensors" in str(error):
+        return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), guard.CONVERT))
+    hint = None
+    if not Path(base).is_absolute():
+        hint = "is it a hub id? a local folder is named relative to the recipe"
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            hint = "HF_HUB_OFFLINE is set: only models in the local cache can be had"
+    return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))
+
+
+def quiet() -> None:
+    """Keep libraries from writing between our lines; what matters of theirs is told by us."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retries while offline
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")

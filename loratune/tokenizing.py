@@ -1,0 +1,132 @@
+"""The tokenizer of a base model, and its chat template."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratune import bases, templating
+from loratune.encode import adds_bos_itself
+from loratune.errors import ModelError, Place, Problem, listed
+from loratune.recipe import Model
+from loratune.templates import TEMPLATES
+
+
+def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
+    """Load the tokenizer of a base model; it pads on the left when asked to generate.
+
+    Args:
+        section: the recipe's `model`.
+        folder: where its files lie, if not with the model.
+        trust: as in `load`.
+
+    Raises:
+        ModelError: when there is none.
+        SafetyError: when its files would run code or lead out of their folder.
+    """
+    folder = folder or bases.local_folder(section)
+    bases.check(section, folder, trust)
+    tokenizer = None if "torch" in sys.modules or trust else _by_child(folder, section.revision)
+    if tokenizer is None:
+        try:
+            tokenizer = _transformers().from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
+        except Exception as error:  # its files come from elsewhere: they can fail in any way
+            raise bases.unusable(section.base, error, "tokenizer") from None
+    templates = tokenizer.chat_template or ()
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else ():
+        check_template(template, tokenizer, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever masked
+    return tokenizer
+
+
+def _transformers() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _by_child(folder: str, revision: str | None) -> Any:
+    """Load a tokenizer in a process that knows no torch, or return None: reading rows needs a third of the memory then.
+
+    transformers imports torch where it can, for any tokenizer, though none needs it to be pickled or used.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "loratune.tokenizing"], input=pickle.dumps((folder, revision)), capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
+    )  # fmt: skip
+    return None if done.returncode else pickle.loads(done.stdout)
+
+
+def _serve() -> None:
+    """Load the tokenizer asked for on stdin and write it to stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # for what a library prints
+    folder, revision = pickle.load(sys.stdin.buffer)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module can't be imported
+    pickle.dump(_transformers().from_pretrained(folder, revision=revision), answers, protocol=5)
+    answers.flush()
+
+
+def check_template(template: str, tokenizer: Any, source: str) -> None:
+    """Refuse a chat template that can harm, before it is used; `source` is the folder or file it comes from.
+
+    Raises:
+        SafetyError: when it takes too long, too much memory, or reaches out of its sandbox.
+    """
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    templating.check(template, tokens, Place(source), bases.cache() / "templates")
+
+
+def with_template(tokenizer: Any, choice: str | None, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Give a tokenizer the chat template a recipe names (None: it keeps its own); it is saved with the tokenizer.
+
+    Args:
+        tokenizer: of the base model.
+        choice: one of `TEMPLATES`, or the path of a file.
+        arguments: values of variables the template asks for. They are written into it, so that whoever serves the
+            adapter renders what was trained.
+
+    Raises:
+        SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
+        ModelError: when the file can't be read, ChatML is asked of a tokenizer that has no token to end its turns, or
+            the template never asks for an argument.
+    """
+    tokenizer = _chosen(tokenizer, choice)
+    if not arguments:
+        return tokenizer
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    words = set(re.findall(r"\w+", template))
+    if unused := [name for name in arguments if not name.isidentifier() or name not in words]:
+        raise ModelError(f"`data.chat_template_kwargs`: the chat template does not know {listed(unused)}")
+    given = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in arguments.items())
+    tokenizer.chat_template = given + template
+    return tokenizer
+
+
+def _chosen(tokenizer: Any, choice: str | None) -> Any:
+    if choice is None:
+        return tokenizer
+    if choice in TEMPLATES:
+        if choice == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
+            hint = "`chat_template: alpaca` ends turns with the end of text, which every base model has"
+            raise ModelError("`data.chat_template: chatml`: this tokenizer has no token `<|im_end|>`", hint)
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos_itself(tokenizer) else "") + TEMPLATES[choice]
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
+    check_template(tokenizer.chat_template, tokenizer, choice)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    _serve()
