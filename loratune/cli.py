@@ -142,12 +142,15 @@ def inspect(
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="how many rows to show")] = 3,
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option("--html", help="write a page that needs nothing else", show_default=False)] = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
     from loratune import inspecting, storage
 
-    shown = inspecting.inspect(loratune.load_recipe(recipe, set_), row=row, random=random, number=number)
+    shown = inspecting.inspect(
+        loratune.load_recipe(recipe, set_), row=row, random=random, number=number, trust_remote_code=trust_remote_code
+    )
     if html is not None:
         storage.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))

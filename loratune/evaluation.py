@@ -44,6 +44,7 @@ class Evaluation:
         scores: system (`base`, `adapter` or `model`) -> metric -> score.
         predictions: file with prompt, reference and answers of each row, or None.
         base_differs: how the base differs from the one it was trained on, where that was allowed.
+        trust_remote_code: whether code that comes with the base model was allowed to run.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Evaluation:
     scores: dict[str, dict[str, Score]]
     predictions: Path | None
     base_differs: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
@@ -64,6 +66,7 @@ class Evaluation:
             "scores": scores,
             "predictions": predictions,
             "base_differs": list(self.base_differs),
+            "trust_remote_code": self.trust_remote_code,
         }
 
 
@@ -131,7 +134,7 @@ def evaluate(
             per_row[system][index] |= _compare(answer, questions[index][1], regex, choices)
     scores = {system: _scores(values) for system, values in per_row.items()}
     path = _write_predictions(what, out, rows, tokenizer, questions, answered, per_row) if questions else None
-    return Evaluation(str(name), len(rows), len(questions), scores, path, differs)
+    return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code)
 
 
 def show(result: Evaluation) -> str:

@@ -53,7 +53,9 @@ class Inspection:
         return {**self.__dict__, "shown": shown}
 
 
-def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3) -> Inspection:
+def inspect(
+    recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3, trust_remote_code: bool = False
+) -> Inspection:
     """Read and tokenize a recipe's training rows, as `train` does, and take some of them apart.
 
     Args:
@@ -61,6 +63,7 @@ def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number
         row: number of the one row to show, from 1; None for the first `number`.
         random: show `number` rows drawn with the recipe's seed instead of the first.
         number: how many rows to show.
+        trust_remote_code: run code that comes with the base model's tokenizer.
 
     Raises:
         UsageError: when there is no such row.
@@ -68,7 +71,9 @@ def inspect(recipe: Recipe, row: int | None = None, random: bool = False, number
     """
     bases.quiet()
     tokenizer = tokenizing.with_template(
-        tokenizing.load(recipe.model), recipe.data.chat_template, recipe.data.chat_template_kwargs
+        tokenizing.load(recipe.model, trust=trust_remote_code),
+        recipe.data.chat_template,
+        recipe.data.chat_template_kwargs,
     )
     encoder = Encoder(tokenizer)
     with report.Report().counting("reading rows") as progress:

@@ -133,9 +133,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
-    tokenizer = tokenizing.with_template(
-        tokenizing.load(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs
-    )
+    tokenizer = tokenizing.of(recipe, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
     loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where, trust=trust)

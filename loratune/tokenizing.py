@@ -15,8 +15,18 @@ from typing import Any
 from loratune import bases, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
-from loratune.recipe import Model
+from loratune.recipe import Model, Recipe
 from loratune.templates import TEMPLATES
+
+
+def of(recipe: Recipe, trust: bool = False) -> Any:
+    """Load the tokenizer a recipe trains with: that of its base, with the chat template it names.
+
+    Raises:
+        ModelError: as `load` and `with_template`.
+        SafetyError: as `load` and `with_template`.
+    """
+    return with_template(load(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs)
 
 
 def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
@@ -25,7 +35,7 @@ def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
     Args:
         section: the recipe's `model`.
         folder: where its files lie, if not with the model.
-        trust: as in `load`.
+        trust: run code that comes with the model; only ever the user's word on the command line.
 
     Raises:
         ModelError: when there is none.

@@ -160,7 +160,7 @@ def test_limit(run: Path, base: Path) -> None:
 def test_json_table_and_default_predictions(run: Path) -> None:
     result = evaluate(run, max_new_tokens=4, regex=r"\w+", choices=["cat", "dog"])
     found = json.loads(json.dumps(result.as_json()))
-    assert set(found) == {"name", "rows", "generated", "scores", "predictions", "base_differs"}
+    assert set(found) == {"name", "rows", "generated", "scores", "predictions", "base_differs", "trust_remote_code"}
     names = ["loss", "perplexity", "token accuracy", "exact match", "contains", "token F1", "regex", "choice"]
     for system in ("base", "adapter"):
         assert list(found["scores"][system]) == names

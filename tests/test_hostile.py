@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import model, recipe, run, section, storage, subject, templating, tokenizing
+from loratune import evaluation, inspecting, model, recipe, run, section, storage, subject, templating, tokenizing
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.recipe import Model
 from tests import templates, tiny
@@ -396,13 +396,19 @@ def test_trusted_code_runs_only_with_the_flag(fit: Fit, base: Path, tmp_path: Pa
     path = tiny.write_recipe(tmp_path, folder, rows=8)
     with pytest.raises(SafetyError, match="--trust-remote-code"):
         run.train(recipe.load(path))
+    with pytest.raises(SafetyError, match="--trust-remote-code"):
+        inspecting.inspect(recipe.load(path))
     assert not Path("CANARY").exists()
+    assert inspecting.inspect(recipe.load(path), trust_remote_code=True).rows == 8
     done = run.train(recipe.load(path), trust_remote_code=True)
     assert Path("CANARY").exists()
     assert storage.read_json(done.folder / "run.json")["trust_remote_code"] is True
     with pytest.raises(SafetyError):
         subject.load(subject.open_subject(str(done.folder)))
     assert subject.load(subject.open_subject(str(done.folder), trust=True)).notes == []
+    rows = str(tmp_path / "train.jsonl")
+    measured = evaluation.evaluate(str(done.folder), data=rows, limit=2, generate=False, trust_remote_code=True)
+    assert measured.as_json()["trust_remote_code"] is True
 
 
 def test_a_recipe_cannot_trust(tmp_path: Path, base: Path) -> None:
