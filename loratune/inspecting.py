@@ -70,11 +70,7 @@ def inspect(
         DataError: when the rows can't be used, as `train` would say.
     """
     bases.quiet()
-    tokenizer = tokenizing.with_template(
-        tokenizing.load(recipe.model, trust=trust_remote_code),
-        recipe.data.chat_template,
-        recipe.data.chat_template_kwargs,
-    )
+    tokenizer = tokenizing.of(recipe, trust_remote_code)
     encoder = Encoder(tokenizer)
     with report.Report().counting("reading rows") as progress:
         rows, _ = data.of(recipe, encoder, progress)
