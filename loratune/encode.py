@@ -79,11 +79,15 @@ def adds_bos_itself(tokenizer: Any) -> bool:
 class Encoder:
     """Turns examples into rows for one tokenizer and its chat template.
 
+    Args:
+        tokenizer: of the base model.
+        own: whether nobody else uses the tokenizer, so that it need not be copied.
+
     Raises:
         ModelError: when the tokenizer has no fast implementation (masks need its character offsets).
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, own: bool = False):
         from tokenizers import Tokenizer, processors
 
         if not tokenizer.is_fast:
@@ -92,8 +96,10 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.turns = Turns(tokenizer)
-        # A copy without the post-processor: it would trim white space off the offsets, and no token may be added here.
-        self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.adds_bos = adds_bos_itself(tokenizer)
+        # Without the post-processor: it would trim white space off the offsets, and no token may be added here.
+        given = tokenizer.backend_tokenizer
+        self._backend: Any = given if own else Tokenizer.from_str(given.to_str())
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -106,7 +112,6 @@ class Encoder:
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
         self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
         self._is_special[list(self.special)] = True
-        self.adds_bos = adds_bos_itself(tokenizer)
 
     def encode(self, example: Example, place: Place) -> Row:
         """Return an example as a row of tokens.

@@ -155,7 +155,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the answers
     requests = sys.stdin.buffer
     data, tokenizer = pickle.load(requests)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, own=True)
     gc.freeze()  # what is there stays
     gc.set_threshold(100_000)  # rows leave nothing behind that only a collection would find
     while True:
