@@ -1,12 +1,13 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs; the second time it is quick.
 PYTHON ?= python3
 VENV   ?= .venv
+PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 comma   := ,
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check clean
+.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -17,6 +18,7 @@ help:
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
+	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (about ten minutes)"
 
 setup: $(READY)
 
@@ -49,6 +51,19 @@ gpu-check: $(READY)
 	$(call ON,GPU tests)
 	@$(BIN)/python -m pytest -m gpu
 
+bench: $(READY) $(PEERS)/.ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@$(BIN)/python -c 'import sys; sys.path.insert(0, "demo"); import demo; demo.fetch_base()'
+	$(call ON,training speed: results in benchmarks/results)
+	@$(BIN)/python benchmarks/train.py --peer-python $(PEERS)/bin/python
+
+$(PEERS)/.ready:
+	$(call ON,setting up $(PEERS) with the peers (once))
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.16.0 peft
+	@touch $@
+
 check: $(READY)
 	$(call ON,format)
 	@$(BIN)/ruff format --check --quiet
@@ -67,4 +82,4 @@ docs: $(READY)
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) demo/data demo/runs
+	rm -rf $(VENV) $(PEERS) demo/data demo/runs
