@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
+from loratune.objectives import head
 from loratune.section import Section
 
 if TYPE_CHECKING:
@@ -77,8 +78,15 @@ class Sft(Section):
         """
         from torch.nn.functional import cross_entropy
 
-        logits, targets = self._predictions(model, batch)
         smoothing = self.label_smoothing if model.training else 0.0
+        inner = _inner(model)
+        if head.is_fusible(inner, batch["input_ids"]):
+            layer = inner.get_output_embeddings()
+            targets, predicts, inputs = _split(batch)
+            with head.caught(layer, predicts) as found, self._noise(inner, batch):
+                model(**inputs, use_cache=False)
+            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, targets, smoothing)
+        logits, targets = self._predictions(model, batch)
         return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
     def scores(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,15 +111,11 @@ class Sft(Section):
 
     def _predictions(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (trained tokens, vocabulary) and targets (trained tokens,); the head runs nowhere else."""
-        import torch
-
-        targets = batch["labels"][:, 1:]
-        predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # (rows, tokens): position t predicts token t+1
-        inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        targets, predicts, inputs = _split(batch)
+        inner = _inner(model)
         with head_only_at(inner, predicts), self._noise(inner, batch):
             logits = model(**inputs, use_cache=False).logits
-        return logits, targets[targets != IGNORED]
+        return logits, targets
 
     @contextmanager
     def _noise(self, model: Any, batch: dict[str, Any]) -> Iterator[None]:
@@ -134,6 +138,23 @@ class Sft(Section):
             yield
         finally:
             hook.remove()
+
+
+def _inner(model: Any) -> Any:
+    """Return the model that a wrapper of several processes holds."""
+    import torch
+
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def _split(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Return targets (trained tokens,), the mask of what predicts them (rows, tokens), and the model's inputs."""
+    import torch
+
+    targets = batch["labels"][:, 1:]
+    predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # position t predicts token t+1
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return targets[targets != IGNORED], predicts, inputs
 
 
 def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:

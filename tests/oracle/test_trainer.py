@@ -111,8 +111,8 @@ def test_six_steps_are_those_of_transformers_trainer(fit: Fit, tmp_path: Path, c
     assert worst < 1e-6
     mine = ours.recipe.method.state(ours.net)
     assert mine.keys() == adapter.keys()
-    for name, tensor in adapter.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6)
+    for name, tensor in adapter.items():  # by tensor: where a gradient is nearly 0 Adam makes much of its last bit
+        assert (mine[name] - tensor).norm() < 1e-5 * tensor.norm(), name
 
 
 def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):

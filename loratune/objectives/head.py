@@ -1,0 +1,128 @@
+"""The loss of a frozen head without its logits: linear and cross entropy in one, the gradient taken on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = 256  # tokens whose logits are in memory at once
+_LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
+
+_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by head module
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the sum of the cross entropies of a linear layer that is not trained, in nats, float32, shape ().
+
+    The gradient of a sum with respect to the hidden states is (softmax - target) W: it is known as soon as the logits
+    are, so it is taken there and then, chunk by chunk. Two matrix products, and no tensor of (tokens, vocabulary).
+
+    Args:
+        hidden: what the head gets, (tokens, width).
+        weight: of the head, (vocabulary, width).
+        bias: of the head, (vocabulary,), or None.
+        targets: (tokens,).
+        smoothing: part (0-1) of each target spread over the whole vocabulary.
+    """
+    total: torch.Tensor = _function().apply(hidden, weight, bias, targets, smoothing)
+    return total
+
+
+def is_fusible(model: Any, ids: torch.Tensor) -> bool:
+    """Return whether `summed_cross_entropy` gives a model's loss: its head is linear and frozen, and it is all.
+
+    Whether a model scales or caps its logits behind the head is found out by running it on a few tokens, once for each
+    head. Not in float16, where the gradient must be scaled before it is rounded, nor under autocast.
+
+    Args:
+        model: without the wrapper of several processes.
+        ids: tokens to try it with, (rows, tokens).
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    if (
+        type(head) is not torch.nn.Linear
+        or any(parameter.requires_grad for parameter in head.parameters())
+        or head.weight.dtype not in (torch.float32, torch.bfloat16)
+        or torch.is_autocast_enabled(head.weight.device.type)
+    ):
+        return False
+    if head not in _plain:
+        made: list[torch.Tensor] = []
+        hook = head.register_forward_hook(lambda module, inputs, output: made.append(output))
+        devices = [head.weight.device] if head.weight.is_cuda else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):  # a resumed run tries as well, and must draw the same
+                logits = model(input_ids=ids[:1, :_LOOKED_AT], use_cache=False).logits
+        finally:
+            hook.remove()
+        _plain[head] = len(made) == 1 and torch.equal(made[0].float(), logits.float())
+    return _plain[head]
+
+
+@contextmanager
+def caught(head: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Catch the head's input at `positions`, a mask of shape (rows, tokens), and let it run for one of them only.
+
+    Yields a list that will hold the input, (positions, width).
+    """
+    found: list[torch.Tensor] = []
+
+    def before(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        found.append(inputs[0][positions])
+        return (found[0][:1].detach(),)
+
+    hook = head.register_forward_pre_hook(before)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@cache
+def _function() -> Any:
+    import torch
+
+    class FrozenHead(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+            smoothing: float,
+        ) -> torch.Tensor:  # fmt: skip
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            for begin in range(0, len(hidden), ROWS):
+                part, target = hidden[begin : begin + ROWS], targets[begin : begin + ROWS, None]
+                logits = torch.nn.functional.linear(part, weight, bias)
+                scores = logits.float()  # (rows, vocabulary), from here on in place
+                top = scores.amax(dim=-1, keepdim=True)
+                of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
+                ones = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
+                total += (top + ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
+                if gradient is not None:
+                    scores.div_(ones)
+                    if smoothing:
+                        scores.sub_(smoothing / scores.shape[1])
+                    scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
+                    torch.mm(logits.copy_(scores), weight, out=gradient[begin : begin + ROWS])
+            ctx.save_for_backward(gradient)
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+            (gradient,) = ctx.saved_tensors
+            if gradient is None:
+                return None, None, None, None, None
+            # in float32: one over the count, rounded to bfloat16, would scale all gradients alike
+            return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None
+
+    return FrozenHead

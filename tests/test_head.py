@@ -1,0 +1,135 @@
+"""The fused loss of a frozen head against linear and cross entropy, and when it must not be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy, linear
+
+from loratune.objectives import Sft, head
+from tests.test_sft import ROWS, gemma2, llama
+
+
+def frozen(net: Any) -> Any:
+    net.requires_grad_(False)
+    return net
+
+
+def adapted(net: Any, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    made = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **changes))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return made
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, head.ROWS - 1, head.ROWS, 2 * head.ROWS + 3])
+def test_float32_loss_and_gradient(tokens: int, bias: bool, smoothing: float) -> None:
+    torch.manual_seed(tokens)
+    hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(301, 64)
+    targets, shift = torch.randint(0, 301, (tokens,)), torch.randn(301) if bias else None
+    plain = cross_entropy(linear(hidden, weight, shift), targets, reduction="sum", label_smoothing=smoothing) * 0.37
+    (wanted,) = torch.autograd.grad(plain, hidden)
+    fused = head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
+    (got,) = torch.autograd.grad(fused, hidden)
+    assert fused.dtype == torch.float32
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    assert (got - wanted).norm() < 1e-6 * wanted.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37, plain, rtol=1e-6, atol=0
+        )
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_the_plain_path() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64).bfloat16().requires_grad_(), torch.randn(2000, 64).bfloat16() / 4
+    targets = torch.randint(0, 2000, (300,))
+    exact = hidden.detach().double().requires_grad_()
+    true = cross_entropy(linear(exact, weight.double()), targets, reduction="sum")
+    (truth,) = torch.autograd.grad(true / 300, exact)
+    plain = cross_entropy(linear(hidden, weight).float(), targets, reduction="sum")
+    (before,) = torch.autograd.grad(plain / 300, hidden)
+    fused = head.summed_cross_entropy(hidden, weight, None, targets)
+    (after,) = torch.autograd.grad(fused / 300, hidden)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert (after - truth).norm() < 1.1 * (before - truth).norm()
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, net: Any, objective: Sft, batch: dict[str, Any]) -> torch.Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "is_fusible", lambda *_: False)
+        return objective.total(net, batch)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_model_and_its_gradients(packed: bool, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, objective = adapted(llama()).train(), Sft(label_smoothing=smoothing)
+    batch = objective.collate(ROWS, packed)
+    assert head.is_fusible(net, batch["input_ids"])
+    fused = objective.total(net, batch)
+    fused.backward()
+    got = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    other = plain(monkeypatch, net, objective, batch)
+    other.backward()
+    assert fused.item() == pytest.approx(other.item(), rel=1e-6)
+    assert got
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert (got[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
+
+
+def test_logits_are_never_there_in_full() -> None:
+    net, objective = adapted(llama()), Sft()
+    shapes: list[int] = []
+    objective.total(net, objective.collate(ROWS[:1]))  # here it is found out whether the head is plain
+    hook = net.get_output_embeddings().register_forward_hook(lambda m, i, output: shapes.append(output.numel()))
+    objective.total(net, objective.collate(ROWS))
+    hook.remove()
+    assert shapes == [net.get_output_embeddings().out_features]  # of one token
+
+
+CASES = {
+    "capped": lambda: frozen(gemma2()),
+    "trained": llama,
+    "trained beside an adapter": lambda: adapted(llama(), modules_to_save=["lm_head"]),
+    "adapted": lambda: get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])),
+    "float16": lambda: frozen(llama()).half(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_heads_keep_the_plain_path(name: str) -> None:
+    net = CASES[name]()
+    assert not head.is_fusible(net, torch.tensor([[1, 2, 3]]))
+
+
+def test_a_scale_behind_the_head_is_seen() -> None:
+    from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    shape = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    ids = torch.tensor([[1, 2, 3, 4]])
+    for scale in (0.25, 4.0):
+        assert not head.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=scale))), ids)
+        assert not head.is_fusible(frozen(GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=scale))), ids)
+    assert head.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=1.0))), ids)
+
+
+def test_finding_out_draws_no_random_numbers() -> None:
+    net = adapted(llama(), lora_dropout=0.5).train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert head.is_fusible(net, torch.tensor([[1, 2, 3]]))
+    assert torch.equal(before, torch.get_rng_state())
