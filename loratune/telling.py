@@ -136,7 +136,7 @@ def tell_start(
         )
     else:
         report.note(f"batches  padded ({batching['why_not']})")
-    for note in (*loaded.notes, recipe.optimizer.note(loaded.device.type)):
+    for note in (*loaded.notes, recipe.method.note(loaded.model), recipe.optimizer.note(loaded.device.type)):
         if note:
             report.note(f"note     {note}")
 

@@ -30,6 +30,10 @@ class Full(Section):
         model.requires_grad_(True)
         return model
 
+    def note(self, model: PreTrainedModel) -> str | None:
+        """Return what a person must know about this method on a model: nothing."""
+        return None
+
     def state(
         self, model: PreTrainedModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})
     ) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from loratune.errors import ModelError, Problem, listed
-from loratune.methods import saved
+from loratune.methods import lowrank, saved
 from loratune.section import Section, as_tuple
 
 if TYPE_CHECKING:
@@ -104,7 +104,10 @@ class Lora(Section):
 
         self._check_names(model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
-        peft_model: PeftModel = get_peft_model(model, self._config(model), revision=revision)
+        config = self._config(model)
+        if self._slower(model) is None:
+            config._register_custom_module(lowrank.modules())
+        peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
 
@@ -112,6 +115,26 @@ class Lora(Section):
         if self.init == "loftq":
             self._start_from_quantization_error(peft_model)
         return peft_model
+
+    def note(self, model: PreTrainedModel) -> str | None:
+        """Return what a person must know about this method on a model: that its layers go the slower way, and why."""
+        reason = self._slower(model)
+        return f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes" if reason else None
+
+    def _slower(self, model: Any) -> str | None:
+        """Return why PEFT's own layers are left as they are, or None where `lowrank` stands for them."""
+        if self.dora:
+            return "`method.dora`"
+        if self.lora_dropout:
+            return "`method.lora_dropout`"
+        if self.bias != "none":
+            return f"`method.bias: {self.bias}`"
+        others = {
+            "float16" if type(m).__name__ == "Linear" else type(m).__name__
+            for m in model.modules()
+            if _is_linear(m) and not lowrank.fits(m)
+        }
+        return f"the base has layers in {listed(sorted(others))}" if others else None
 
     def state(
         self, model: PeftModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})

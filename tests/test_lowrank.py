@@ -1,0 +1,114 @@
+"""Our LoRA layer against PEFT's: output and gradients, and what is left to PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from loratune.methods import Lora, lowrank
+from tests.test_sft import llama
+
+
+def both(dtype: torch.dtype, bias: bool, **changes: Any) -> tuple[Any, Any]:
+    """Return a LoRA layer of ours and one of PEFT's with the same random weights."""
+    made = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=bias)).to(dtype).requires_grad_(False)
+        config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"], **changes)
+        if ours:
+            config._register_custom_module(lowrank.modules())
+        net = get_peft_model(net, config)
+        layer = net.base_model.model[0]
+        with torch.no_grad():
+            layer.lora_B["default"].weight.normal_(std=0.3)
+        made.append(layer)
+    assert type(made[0]).__name__ == "FewPasses"
+    assert type(made[1]).__name__ == "Linear"
+    return made[0], made[1]
+
+
+def gradients(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    loss = (out.float() * torch.linspace(-1, 1, out.shape[-1])).square().mean()
+    found = torch.autograd.grad(loss, (x, a, b))
+    assert [g.dtype for g in found] == [x.dtype, torch.float32, torch.float32]
+    return [out.detach(), *found]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 37, 64), (3, 5, 64), (7, 64)])
+def test_float32_is_pefts(shape: tuple[int, ...], bias: bool) -> None:
+    ours, theirs = both(torch.float32, bias)
+    x = torch.randn(shape)
+    for mine, other in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        assert mine.shape == other.shape
+        assert (mine - other).norm() < 1e-6 * other.norm()
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_the_rounding_of_its_output() -> None:
+    ours, theirs = both(torch.bfloat16, bias=True)
+    exact, _ = both(torch.float32, bias=True)
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 50, 64).bfloat16()
+    for mine, other, truth in zip(gradients(ours, x), gradients(theirs, x), gradients(exact, x.float()), strict=True):
+        assert (mine - truth).norm() < max(2**-7 * truth.norm(), 1.5 * (other - truth).norm())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}]
+)
+def test_variants_are_pefts_to_the_bit(changes: dict[str, Any]) -> None:
+    """And rsLoRA, which is only another scale, is computed here."""
+    ours, theirs = both(torch.float32, True, **changes)
+    x, found = torch.randn(2, 9, 64), []
+    for layer in (ours, theirs):
+        torch.manual_seed(5)
+        found.append(gradients(layer.train(), x))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            mine, other, rtol=1e-5 if "use_rslora" in changes else 0, atol=1e-6 if "use_rslora" in changes else 0
+        )
+
+
+def test_switched_off_and_merged() -> None:
+    ours, theirs = both(torch.float32, True)
+    x = torch.randn(3, 64)
+    plain = ours.train()(x)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    for layer in (ours.train(), theirs.train()):
+        layer.enable_adapters(False)
+    assert torch.equal(ours(x), theirs(x))
+    assert not torch.allclose(ours(x), plain)
+    ours.enable_adapters(True)
+    ours.merge()
+    torch.testing.assert_close(ours(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({}, None), ({"dora": True}, "dora"), ({"lora_dropout": 0.1}, "lora_dropout"), ({"bias": "all"}, "bias: all")],
+)
+def test_what_is_left_to_peft_is_told(changes: dict[str, Any], word: str | None) -> None:
+    method = Lora(r=4, **changes)
+    net = method.apply(llama(), lambda: [])
+    kinds = {type(m).__name__ for m in net.modules() if hasattr(m, "lora_A")}
+    note = method.note(net.get_base_model())
+    if word is None:
+        assert note is None
+        assert kinds == {"FewPasses"}
+    else:
+        assert note is not None
+        assert word in note
+        assert kinds == {"Linear"}
+
+
+def test_float16_is_left_to_peft() -> None:
+    note = Lora().note(llama().half())
+    assert note is not None
+    assert "float16" in note
