@@ -265,6 +265,8 @@ def measured(name: str, folder: Path, given: argparse.Namespace) -> dict[str, An
     for key in ("steps", "batch_size", "warm"):
         words += [f"--{key.replace('_', '-')}", str(getattr(given, key))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if given.threads:
+        environment["OMP_NUM_THREADS"] = str(given.threads)
     command = [python, "-W", "ignore", __file__, *words]
     done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
     if done.returncode:
@@ -282,6 +284,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256, help="longest row in tokens")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=None, help="1 where others use the machine too; all by default")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds TRL")
     parser.add_argument("--model", type=Path, default=None, help="folder of a Llama; the demo's by default")
@@ -307,7 +310,7 @@ def main() -> None:
     results = {name: summary(found) for name, found in rounds.items()}
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "steps": given.steps, "warm": given.warm,
-        "batch_size": given.batch_size, "length": given.length, "rows": given.rows,
+        "batch_size": given.batch_size, "length": given.length, "threads": given.threads, "rows": given.rows,
         "median": results, "rounds": rounds,
     }  # fmt: skip
     print(table(results))

@@ -8,6 +8,8 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from loratune import tiles
+
 NAME = "loratune_rows"  # of this attention among transformers'
 
 # what models hand on to their attention though it changes no score
@@ -35,8 +37,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
 
-    On a GPU all rows go through one kernel, torch's variable-length attention; elsewhere each row through its own
-    scaled_dot_product_attention.
+    On a GPU all rows go through one kernel, torch's variable-length attention; on a CPU in bfloat16 through matrix
+    products over tiles; else each row through its own scaled_dot_product_attention.
 
     Args:
         module: the layer that calls.
@@ -73,6 +75,9 @@ def attend(
         assert max_length_q is not None
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
     lengths = cu_seq_lens_q.diff().tolist()
+    windowed = sliding_window is not None and max(lengths) > sliding_window
+    if query.dtype is torch.bfloat16 and not (windowed or dropout or is_causal is False):
+        return tiles.attend(query, key, value, lengths, scaling or query.shape[-1] ** -0.5), None
     rows = (
         torch.split_with_sizes(part, lengths, dim=2) for part in (query, key, value)
     )  # each slice would get a full gradient

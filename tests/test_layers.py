@@ -34,6 +34,7 @@ LEVELS = (
         "rows",
         "apart",
         "attention",
+        "tiles",
         "packing",
         "bases",
         "tokenizing",

@@ -1,0 +1,53 @@
+"""Attention by tiles against scaled_dot_product_attention, row by row, and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from loratune import tiles
+
+
+def made(tokens: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(tokens)
+    heads = (6, groups, groups)
+    parts = [
+        torch.randn(1, n, tokens, width, dtype=torch.float64) for n, width in zip(heads, (16, 16, 24), strict=True)
+    ]
+    return [part.to(dtype).requires_grad_() for part in parts]
+
+
+def by_rows(parts: list[torch.Tensor], lengths: list[int], scale: float) -> torch.Tensor:
+    rows = zip(*(part.split(lengths, dim=2) for part in parts), strict=True)
+    out = [sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in rows]
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def gradients(out: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(9)
+    outer = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, parts, outer)]
+
+
+LENGTHS = [[1], [5, 1, 9], [tiles.TILE], [tiles.TILE + 1, 3], [2 * tiles.TILE + 7, tiles.TILE - 1]]
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_float32_is_sdpas(lengths: list[int], groups: int) -> None:
+    parts = made(sum(lengths), groups, torch.float32)
+    got = gradients(tiles.attend(*parts, lengths, 0.3), parts)
+    for mine, other in zip(got, gradients(by_rows(parts, lengths, 0.3), parts), strict=True):
+        assert mine.shape == other.shape
+        assert (mine - other).norm() < 2e-6 * other.norm() + 1e-6
+
+
+@pytest.mark.parametrize("lengths", LENGTHS[1:])
+def test_bfloat16_is_as_near_to_the_truth_as_sdpa(lengths: list[int]) -> None:
+    parts = made(sum(lengths), 2, torch.bfloat16)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    truth = gradients(by_rows(exact, lengths, 0.25), exact)
+    sdpas = gradients(by_rows(parts, lengths, 0.25), parts)
+    for mine, other, true in zip(gradients(tiles.attend(*parts, lengths, 0.25), parts), sdpas, truth, strict=True):
+        assert (mine - true).norm() < max(1.2 * (other - true).norm(), 2**-8 * true.norm())
