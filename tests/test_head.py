@@ -127,6 +127,70 @@ def test_a_scale_behind_the_head_is_seen() -> None:
     assert head.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=1.0))), ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cap_is_seen_where_logits_are_so_small_that_it_changes_none(dtype: torch.dtype) -> None:
+    net = frozen(gemma2()).to(dtype)
+    net.config.final_logit_softcapping = 64.0  # a power of two: to divide by it and multiply again changes nothing
+    with torch.no_grad():
+        net.lm_head.weight.mul_(1e-4)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    made: list[torch.Tensor] = []
+    hook = net.lm_head.register_forward_hook(lambda m, i, output: made.append(output))
+    with torch.no_grad():
+        logits = net(input_ids=ids).logits
+    hook.remove()
+    assert torch.equal(made[0], logits), "not to be told by the model's own logits"
+    assert not head.is_fusible(net, ids)
+    net.config.final_logit_softcapping = None
+    head._plain.clear()
+    assert head.is_fusible(net, ids)
+
+
+class Added(torch.nn.Module):
+    """A model that does something to its logits."""
+
+    def __init__(self, change: Any):
+        super().__init__()
+        self.net, self.change = frozen(llama()), change
+
+    def get_output_embeddings(self) -> Any:
+        return self.net.get_output_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.net(**inputs)
+        out.logits = self.change(out.logits)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        (lambda logits: logits, True),
+        (lambda logits: logits.float(), True),
+        (lambda logits: logits * 1.0001, False),
+        (lambda logits: logits + 1e-5, False),
+        (lambda logits: logits.clamp(max=2000), False),
+        (lambda logits: logits.log_softmax(-1), False),
+        (lambda logits: logits[:, 1:], False),
+        (lambda logits: logits.index_fill(-1, torch.tensor([7]), float("-inf")), False),
+    ],
+)
+def test_whatever_is_done_to_the_logits_is_seen(change: Any, plain: bool) -> None:
+    assert head.is_fusible(Added(change), torch.tensor([[1, 2, 3]])) is plain
+
+
+def test_what_may_change_is_looked_at_each_time() -> None:
+    net, ids = frozen(llama(tie_word_embeddings=True)), torch.tensor([[1, 2, 3]])
+    assert head.is_fusible(net, ids)
+    assert head.is_fusible(net.train(), ids)
+    assert head.is_fusible(net.eval().bfloat16(), ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not head.is_fusible(net, ids)
+    assert not head.is_fusible(net.half(), ids)
+    net.float().get_input_embeddings().weight.requires_grad_(True)
+    assert not head.is_fusible(net, ids), "the head is the embedding"
+
+
 def test_finding_out_draws_no_random_numbers() -> None:
     net = adapted(llama(), lora_dropout=0.5).train()
     torch.manual_seed(3)

@@ -39,8 +39,7 @@ def summed_cross_entropy(
 def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     """Return whether `summed_cross_entropy` gives a model's loss: its head is linear and frozen, and it is all.
 
-    Whether a model scales or caps its logits behind the head is found out by running it on a few tokens, once for each
-    head. Not in float16, where the gradient must be scaled before it is rounded, nor under autocast.
+    Not in float16, where the gradient must be scaled before it is rounded, nor under autocast.
 
     Args:
         model: without the wrapper of several processes.
@@ -57,16 +56,37 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     ):
         return False
     if head not in _plain:
-        made: list[torch.Tensor] = []
-        hook = head.register_forward_hook(lambda module, inputs, output: made.append(output))
-        devices = [head.weight.device] if head.weight.is_cuda else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices):  # a resumed run tries as well, and must draw the same
-                logits = model(input_ids=ids[:1, :_LOOKED_AT], use_cache=False).logits
-        finally:
-            hook.remove()
-        _plain[head] = len(made) == 1 and torch.equal(made[0].float(), logits.float())
+        _plain[head] = _is_all(model, head, ids[:1, :_LOOKED_AT])
     return _plain[head]
+
+
+def _is_all(model: Any, head: Any, ids: torch.Tensor) -> bool:
+    """Return whether a model gives away what its head gives, and gives its head one hidden state for each token.
+
+    Tried once for each head, with logits put in the place of the head's own: from a hundred thousandth to ten thousand
+    in size, so that a cap shows at the large ones and whatever is added at the small ones. The model's own may lie
+    where either is lost in rounding.
+    """
+    import torch
+
+    seen: list[bool] = []
+    words = head.out_features
+    given = torch.logspace(-5, 4, words, device=head.weight.device, dtype=torch.float32)
+    given[::2] *= -1
+
+    def instead(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs[0].shape[:-1] == ids.shape and inputs[0].dtype == output.dtype == head.weight.dtype)
+        return given.to(output.dtype).expand_as(output).clone()
+
+    hook = head.register_forward_hook(instead)
+    devices = [head.weight.device] if head.weight.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):  # a resumed run tries as well, and must draw the same
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    wanted = given.to(head.weight.dtype).float().expand(*ids.shape, words)
+    return seen == [True] and torch.equal(logits.float(), wanted)
 
 
 @contextmanager
@@ -104,10 +124,10 @@ def _function() -> Any:
                 part, target = hidden[begin : begin + ROWS], targets[begin : begin + ROWS, None]
                 logits = torch.nn.functional.linear(part, weight, bias)
                 scores = logits.float()  # (rows, vocabulary), from here on in place
-                top = scores.amax(dim=-1, keepdim=True)
+                scores.sub_(scores.amax(dim=-1, keepdim=True))
                 of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
-                ones = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
-                total += (top + ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
+                ones = scores.exp_().sum(dim=-1, keepdim=True)
+                total += (ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
                 if gradient is not None:
                     scores.div_(ones)
                     if smoothing:
