@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune import apart, attention, packing
+from loratune import apart, attention, packing, tiles
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.objectives import Sft
@@ -166,6 +166,31 @@ def test_the_self_test_lets_pass_what_is_right(name: str, by: str, dtype: torch.
 def test_the_self_test_finds_state_that_runs_from_row_to_row(name: str, by: str, dtype: torch.dtype) -> None:
     """Short convolutions and state-space layers know nothing of where a row begins."""
     assert "with the row before it" in verdict(made(name, STATEFUL[name], dtype), by)
+
+
+def test_a_kernel_that_rounds_otherwise_is_no_packing_that_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many layers in bfloat16 two right kernels may lie further apart than the packed and the lone row may."""
+    net = made("Llama", {}, torch.bfloat16)
+    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
+    assert verdict(net, "rows") == ""
+    monkeypatch.setattr(apart, "KERNELS", 1e-6)
+    assert "off when it is packed" in verdict(net, "rows"), "and a kernel that is further off is not taken"
+
+
+def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that forgets the first token of a row that is not the first: no row changes another, and all is wrong."""
+    net = made("Llama", {}, torch.bfloat16)
+    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
+
+    def shifted(query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:
+        if len(lengths) > 1:
+            value = value.clone()
+            value[:, :, lengths[0]] = 0
+        return attend(query, key, value, lengths, scale)
+
+    attend = tiles.attend
+    monkeypatch.setattr(tiles, "attend", shifted)
+    assert "off when it is packed" in verdict(net, "rows")
 
 
 def _one_row(*arguments: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
