@@ -68,5 +68,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'loratune' has no attribute {name!r}")
     import importlib
 
+    from loratune import garbage
+
     module, attribute = _LATE[name]
-    return getattr(importlib.import_module(module), attribute)
+    with garbage.seldom():
+        return getattr(importlib.import_module(module), attribute)

@@ -69,7 +69,9 @@ def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
-def load(section: Model, full: bool = False, where: torch.device | None = None, trust: bool = False) -> Loaded:
+def load(
+    section: Model, full: bool = False, where: torch.device | None = None, trust: bool = False, tokenizer: Any = None
+) -> Loaded:  # fmt: skip
     """Load base model and tokenizer as the recipe says.
 
     Args:
@@ -77,6 +79,7 @@ def load(section: Model, full: bool = False, where: torch.device | None = None, 
         full: whether every weight will be trained.
         where: the device; None for `device()`.
         trust: run code that comes with the model; only ever the user's word on the command line.
+        tokenizer: of this model, where it is loaded already.
 
     Raises:
         ModelError: when there is no such model, or it can't be loaded.
@@ -86,7 +89,11 @@ def load(section: Model, full: bool = False, where: torch.device | None = None, 
     where = where or device()
     dtype = dtype_of(section.dtype, where, full)
     folder = bases.local_folder(section)
-    loaded = Loaded(None, tokenizing.load(section, folder, trust), where, dtype)
+    if tokenizer is None:
+        tokenizer = tokenizing.load(section, folder, trust)
+    else:
+        bases.check(section, folder, trust)
+    loaded = Loaded(None, tokenizer, where, dtype)
     arguments: dict[str, Any] = {}
     if section.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise SetupError("`model.attention: flash_attention_2` needs the package `flash-attn`", "use `auto`")

@@ -24,6 +24,7 @@ from loratune import (
     drift,
     fingerprint,
     fit,
+    garbage,
     keeping,
     loop,
     model,
@@ -98,7 +99,8 @@ def train(
             if found:
                 facts["drift"] = found.seal["drift"]
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
-            job = _prepare(recipe, folder, accelerator, report, facts)
+            with garbage.seldom():
+                job = _prepare(recipe, folder, accelerator, report, facts)
             if found:
                 progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
             else:
@@ -136,7 +138,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
     tokenizer = tokenizing.of(recipe, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
-    loaded = model.load(recipe.model, full=recipe.method.type == "full", where=where, trust=trust)
+    loaded = model.load(recipe.model, recipe.method.type == "full", where, trust, tokenizer)
     origin = fingerprint.record(recipe.model, tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)

@@ -136,7 +136,7 @@ class Store:
         self._batches = [_Batch(batch) for batch in table.to_batches()]
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
         columns: list[np.ndarray] = [
-            table.column(name).to_numpy() for name in ("length", "count", "weight", "content", "record")
+            _numbers(table.column(name).combine_chunks()) for name in ("length", "count", "weight", "content", "record")
         ]
         self.lengths, self.trained, self.weights, self.contents, self.records = columns
         if passing:
@@ -160,9 +160,10 @@ class Store:
 class _Batch:
     def __init__(self, batch: pa.RecordBatch):
         ids = batch.column("ids")
-        self._offsets = ids.offsets.to_numpy()
-        self._ids = ids.values.to_numpy()
-        self._trained = batch.column("trained").values
+        self._offsets = _numbers(ids.offsets)
+        self._ids = _numbers(ids.values)
+        trained = batch.column("trained").values
+        self._bits, self._first_bit = np.frombuffer(trained.buffers()[1] or b"", np.uint8), trained.offset
         self._source, self._line = batch.column("source"), batch.column("line")
 
     def __len__(self) -> int:
@@ -170,11 +171,18 @@ class _Batch:
 
     def row(self, index: int) -> Row:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        trained = self._trained.slice(start, end - start).to_numpy(zero_copy_only=False)
+        first, past = start + self._first_bit, end + self._first_bit
+        bits = np.unpackbits(self._bits[first >> 3 : -(-past >> 3)], bitorder="little")
+        trained = bits[first & 7 : (first & 7) + end - start].view(np.bool_)
         return Row(self._ids[start:end].copy(), trained, self.place(index))
 
     def place(self, index: int) -> Place:
         return Place(self._source[index].as_py(), self._line[index].as_py())
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """Return numbers without a copy; `to_numpy` would import pandas."""
+    return np.from_dlpack(array)
 
 
 def find(parent: Path, name: str) -> Store | None:

@@ -58,7 +58,7 @@ LEVELS = (
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
     ("decode", "nodes", "section", "foreign", "templates"),
-    ("errors", "secrecy"),
+    ("errors", "secrecy", "garbage"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
