@@ -179,6 +179,31 @@ def test_whatever_is_done_to_the_logits_is_seen(change: Any, plain: bool) -> Non
     assert head.is_fusible(Added(change), torch.tensor([[1, 2, 3]])) is plain
 
 
+def test_a_head_that_gets_the_last_token_only_is_seen() -> None:
+    class Last(Added):
+        def forward(self, **inputs: Any) -> Any:
+            return self.net(**inputs, logits_to_keep=1)
+
+    assert not head.is_fusible(Last(None), torch.tensor([[1, 2, 3]]))
+    assert not head.is_fusible(Last(None), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+
+def test_a_mixture_of_experts_with_a_loss_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That loss is the model's own: neither way adds it, and neither is put off by it."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True,
+    }  # fmt: skip
+    net, objective = adapted(frozen(MixtralForCausalLM(MixtralConfig(**shape)))).train(), Sft()
+    batch = objective.collate(ROWS)
+    assert head.is_fusible(net, batch["input_ids"])
+    fused = objective.total(net, batch)
+    assert fused.item() == pytest.approx(plain(monkeypatch, net, objective, batch).item(), rel=1e-6)
+
+
 def test_what_may_change_is_looked_at_each_time() -> None:
     net, ids = frozen(llama(tie_word_embeddings=True)), torch.tensor([[1, 2, 3]])
     assert head.is_fusible(net, ids)

@@ -15,9 +15,10 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from loratune import batches, data, model, tokenizing
 from loratune.encode import Encoder
-from loratune.methods import lowrank
-from loratune.objectives import head
+from loratune.methods import Lora, lowrank
+from loratune.objectives import Sft, head
 from tests.conftest import Fit, Trained
+from tests.test_sft import llama, rows
 
 CLIP = 0.3
 
@@ -123,6 +124,8 @@ def test_six_steps_are_those_of_transformers_trainer(
     with capsys.disabled():
         print("\nours and transformers.Trainer's:", *lines, f"largest relative difference {worst:.2e}", sep="\n")
 
+    layers = {type(m).__name__ for m in ours.net.modules() if isinstance(m, LoraLayer)}
+    assert layers == ({"Linear"} if way == "plain" else {"FewPasses"})
     assert min(ours.column("grad_norm")) > CLIP, "every step must be clipped, or clipping is not compared"
     assert len(set(ours.column("lr"))) == 6, "the rate must move, or the schedule is not compared"
     assert ours.column("loss")[-1] < ours.column("loss")[0]
@@ -131,6 +134,35 @@ def test_six_steps_are_those_of_transformers_trainer(
     assert mine.keys() == adapter.keys()
     for name, tensor in adapter.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """One loss and its gradients as they come, and with logits and PEFT's layers, each against float64."""
+    batch, found = Sft().collate(rows([40, 60, 33, 80])), {}
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        net = Lora(r=4, lora_alpha=8).apply(llama(), lambda: [])
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+        net.to(dtype).train()
+        (Sft().total(net, batch) / Sft().count(batch)).backward()
+        return {name: p.grad.double() for name, p in net.named_parameters() if p.requires_grad}
+
+    found["as it comes"] = gradients(torch.float32)
+    monkeypatch.setattr(head, "is_fusible", lambda *_: False)
+    monkeypatch.setattr(lowrank, "fits", lambda _: False)
+    found["plain"], truth = gradients(torch.float32), gradients(torch.float64)
+    worst = {
+        way: max(float((one[name] - true).abs().max() / true.abs().max()) for name, true in truth.items())
+        for way, one in found.items()
+    }
+    with capsys.disabled():
+        print("\nlargest error of a gradient's element, of the largest:", worst)
+    assert 0 < worst["as it comes"] < 1.5 * worst["plain"]
+    assert worst["as it comes"] < 2e-6
 
 
 def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):
