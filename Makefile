@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 comma   := ,
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench clean
+.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench gpu-bench clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
+	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
 	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (about ten minutes)"
 
 setup: $(READY)
@@ -56,6 +57,10 @@ bench: $(READY) $(PEERS)/.ready
 	@$(BIN)/python -c 'import sys; sys.path.insert(0, "demo"); import demo; demo.fetch_base()'
 	$(call ON,training speed: results in benchmarks/results)
 	@$(BIN)/python benchmarks/train.py --peer-python $(PEERS)/bin/python
+
+gpu-bench: $(READY) $(PEERS)/.ready
+	$(call ON,training speed on the GPU: results in benchmarks/results)
+	@$(BIN)/python benchmarks/gpu.py --peer-python $(PEERS)/bin/python
 
 $(PEERS)/.ready:
 	$(call ON,setting up $(PEERS) with the peers (once))

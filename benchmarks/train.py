@@ -24,19 +24,25 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RATE = 2e-4
-ARMS = {
-    "loratune": "loratune as it comes",
-    "trl": "TRL's SFTTrainer as it comes",
-    "trl-bf16": "TRL, bfloat16 weights, no checkpointing",
-    "trl-padding-free": "TRL, the same, padding-free",
-    "trainer": "Trainer + PEFT, bfloat16 weights",
+PLAIN = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}, "max_length": None}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SFTConfig that differ from its defaults
+    "loratune": ("loratune as it comes", {}),
+    "loratune-padded": ("loratune, rows padded", {}),
+    "trl": ("TRL's SFTTrainer as it comes", {}),
+    "trl-bf16": ("TRL, bfloat16 weights, no checkpointing", PLAIN),
+    "trl-padding-free": ("TRL, the same, padding-free", PLAIN | {"padding_free": True}),
+    "trl-liger": ("TRL, the same, with Liger's kernels", PLAIN | {"use_liger_kernel": True}),
+    "trainer": ("Trainer + PEFT, bfloat16 weights", {}),
+    "unsloth": ("unsloth", {}),
 }
+CPU = ("loratune", "trl", "trl-bf16", "trl-padding-free", "trainer")
 
 
 def write_rows(path: Path, number: int, length: int, seed: int = 0) -> None:
@@ -64,53 +70,74 @@ def write_rows(path: Path, number: int, length: int, seed: int = 0) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare(folder: Path, given: argparse.Namespace) -> None:
-    """Write rows, recipe, and the tokens of every step as loratune will see them."""
+def prepare(folder: Path, case: dict[str, Any]) -> None:
+    """Write recipe and case, and the tokens of every step as loratune will see them; the rows are there.
+
+    Args:
+        folder: with `rows.jsonl`.
+        case: `model` (folder), `steps`, `warm` (steps not counted), `batch_size`, `sections` (of the recipe, besides).
+    """
     import numpy as np
     import yaml
 
-    from loratune import batches, data, load_recipe, model
+    from loratune import batches, data, load_recipe, tokenizing
     from loratune.encode import Encoder
 
-    write_rows(folder / "rows.jsonl", given.rows, given.length)
-    recipe = {
-        "model": {"base": str(given.model)},
+    recipe: dict[str, Any] = {
+        "model": {"base": case["model"]},
         "method": {"type": "lora", "r": 16, "lora_alpha": 32},
-        "data": {"train": "rows.jsonl", "max_length": given.length, "on_long": "truncate", "max_lost": 0.5},
+        "data": {"train": "rows.jsonl"},
         "optimizer": {"type": "adamw", "lr": RATE},
         "train": {
-            "batch_size": given.batch_size, "max_steps": given.steps, "schedule": "constant", "warmup": 0,
+            "batch_size": case["batch_size"], "max_steps": case["steps"], "schedule": "constant", "warmup": 0,
             "max_grad_norm": 1.0, "log_every": 1, "save_every": 10**6,
         },
         "output": "run",
     }  # fmt: skip
+    for name, section in case["sections"].items():
+        recipe[name] |= section
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
     loaded = load_recipe(folder / "recipe.yaml")
-    found, _ = data.of(loaded, Encoder(model.load_tokenizer(loaded.model)))
-    steps = batches.batches(found, given.batch_size, given.batch_size, 0, given.steps)
+    found, _ = data.of(loaded, Encoder(tokenizing.of(loaded)))
+    steps = batches.batches(found, case["batch_size"], case["batch_size"], 0, case["steps"])
     rows = [row for batch in steps for micro in batch.micro for row in micro]
     told = [{"input_ids": r.ids.tolist(), "labels": np.where(r.trained, r.ids, -100).tolist()} for r in rows]
     (folder / "tokens.json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def matrix_rate() -> float:
+def matrix_rate(config: dict[str, Any]) -> float:
     """Return what a bfloat16 matrix product of the model's shapes reaches here, in FLOP/s."""
     import torch
 
-    x, w = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    on_gpu = torch.cuda.is_available()
+    tokens, width, inner = 8192 if on_gpu else 1024, config["hidden_size"], config["intermediate_size"]
+    x, w = (torch.randn(rows, width, device="cuda" if on_gpu else "cpu").bfloat16() for rows in (tokens, inner))
     best, until = float("inf"), time.perf_counter() + 1
     while time.perf_counter() < until:
         began = time.perf_counter()
         torch.nn.functional.linear(x, w)
+        if on_gpu:
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-    return 2 * 1024 * 576 * 1536 / best
+    return 2 * tokens * width * inner / best
 
 
-def loratune(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+def peak_memory() -> int:
+    """Return the highest memory of this process in bytes: what torch took of the GPU, else resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Train with loratune, as a person would: a recipe and `train`."""
     from loratune import load_recipe, train
 
     metrics, first = folder / "run" / "metrics.jsonl", []
+    metrics.unlink(missing_ok=True)
 
     def watch() -> None:
         while not metrics.exists() or not metrics.stat().st_size:
@@ -118,7 +145,8 @@ def loratune(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         first.append(time.time())
 
     threading.Thread(target=watch, daemon=True).start()
-    train(load_recipe(folder / "recipe.yaml"), overwrite=True)
+    changes = ["data.packing=off"] if name == "loratune-padded" else []
+    train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
     steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {
         "started": first[0] - steps[0]["seconds"],
@@ -127,14 +155,17 @@ def loratune(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def peer(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train with TRL or transformers' Trainer."""
+def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Train with TRL, transformers' Trainer or unsloth."""
+    if name == "unsloth":
+        import unsloth  # before the others, which it patches
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
+        BitsAndBytesConfig,
         DataCollatorForSeq2Seq,
         Trainer,
         TrainerCallback,
@@ -150,35 +181,55 @@ def peer(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             begins.append(time.time())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             ends.append(time.time())
 
     rows = Dataset.from_list(json.loads((folder / "tokens.json").read_text(encoding="utf-8")))
-    words = AutoTokenizer.from_pretrained(given.model)
+    words = AutoTokenizer.from_pretrained(case["model"])
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    each = min(8, given.batch_size)  # a device's rows at once, by default
+    each = min(case.get("rows_at_once", 8), case["batch_size"])  # 8: a device's rows at once, by default
     settings: dict[str, Any] = {
-        "output_dir": str(folder / name), "max_steps": given.steps, "learning_rate": RATE,
+        "output_dir": str(folder / name), "max_steps": case["steps"], "learning_rate": RATE,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
         "train_sampling_strategy": "sequential", "seed": 0, "per_device_train_batch_size": each,
-        "gradient_accumulation_steps": given.batch_size // each,
+        "gradient_accumulation_steps": case["batch_size"] // each,
     }  # fmt: skip
+    loading: dict[str, Any] = {}
+    if case["sections"].get("model", {}).get("quantization") == "nf4":
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
     set_seed(0)
+    trainer: Any
     if name == "trainer":
-        net = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16)
+        net = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.bfloat16, **loading)
         net = get_peft_model(net, lora)
         collator = DataCollatorForSeq2Seq(words, label_pad_token_id=-100)
         trainer = Trainer(net, TrainingArguments(**settings, bf16=False), collator, rows)
     else:
         from trl import SFTConfig, SFTTrainer
 
-        net = str(given.model)
-        if name != "trl":
-            settings |= {"bf16": False, "gradient_checkpointing": False, "padding_free": name == "trl-padding-free"}
-            settings |= {"model_init_kwargs": {"dtype": "bfloat16"}, "max_length": None}
+        settings |= ARMS[name][1]
+        if name == "unsloth":
+            longest = max(len(row) for row in rows["input_ids"])
+            net, words = unsloth.FastLanguageModel.from_pretrained(
+                case["model"], max_seq_length=longest, load_in_4bit=bool(loading), dtype=torch.bfloat16
+            )
+            net = unsloth.FastLanguageModel.get_peft_model(
+                net, r=16, lora_alpha=32, use_gradient_checkpointing="unsloth",
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            )  # fmt: skip
+        else:
+            net = case["model"]
+            settings["model_init_kwargs"] = {**settings.get("model_init_kwargs", {}), **loading} or None
         trainer = SFTTrainer(
-            net, args=SFTConfig(**settings), train_dataset=rows, processing_class=words, peft_config=lora
-        )
+            net, args=SFTConfig(**settings), train_dataset=rows, processing_class=words,
+            peft_config=None if name == "unsloth" else lora,
+        )  # fmt: skip
     trainer.add_callback(Clock())
     trainer.train()
     return {
@@ -188,21 +239,23 @@ def peer(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def arm(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+def arm(name: str, folder: Path) -> dict[str, Any]:
     """Run one arm in this process and return its figures."""
     begun = time.time()
-    found = loratune(folder, given) if name == "loratune" else peer(name, folder, given)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate = matrix_rate()
+    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    found = (loratune if name.startswith("loratune") else peer)(name, folder, case)
+    memory = peak_memory()
+    config = json.loads((Path(case["model"]) / "config.json").read_text(encoding="utf-8"))
+    rate = matrix_rate(config)
     rows = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
-    parts = [rows[cut : cut + given.batch_size] for cut in range(0, len(rows), given.batch_size)][given.warm :]
+    size = case["batch_size"]
+    parts = [rows[cut : cut + size] for cut in range(0, len(rows), size)][case["warm"] :]
     tokens = sum(len(row["input_ids"]) for part in parts for row in part)
     trained = sum(label != -100 for part in parts for row in part for label in row["labels"][1:])
-    config = json.loads((given.model / "config.json").read_text(encoding="utf-8"))
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config["head_dim"] * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
     flops = 4 * (layers * hidden * (width + 3 * inner) * tokens + config["vocab_size"] * hidden * trained)
-    seconds = sum(found["seconds"][given.warm :])
+    seconds = sum(found["seconds"][case["warm"] :])
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
         "peak_memory": memory,
@@ -226,7 +279,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ours = results.get("loratune", next(iter(results.values())))["tokens_per_second"]
     for name, one in results.items():
         lines.append(
-            f"| {ARMS[name]} | {one['tokens_per_second']:.0f} | {one['trained_tokens_per_second']:.0f} "
+            f"| {ARMS[name][0]} | {one['tokens_per_second']:.0f} | {one['trained_tokens_per_second']:.0f} "
             f"| {one['peak_memory'] / 1e9:.2f} GB | {one['share_of_matrix_rate']:.0%} | {one['losses'][-1]:.4f} "
             f"| {one['start_seconds']:.1f} s | {ours / one['tokens_per_second']:.2f} × |"
         )
@@ -251,28 +304,50 @@ def picture(results: dict[str, dict[str, Any]]) -> str:
         for index, (name, one) in enumerate(results.items()):
             y, width = top + index * height, 200 * one[key] / most
             if left == 270:
-                out.append(f'<text x="8" y="{y + 15}">{ARMS[name]}</text>')
+                out.append(f'<text x="8" y="{y + 15}">{ARMS[name][0]}</text>')
             number = one[key] / unit
             out.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{height - 6}" fill="{colour}"/>')
             out.append(f'<text x="{left + width + 6:.1f}" y="{y + 15}">{number:.{0 if unit == 1 else 2}f}</text>')
     return "\n".join([*out, "</svg>\n"])
 
 
-def measured(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Run an arm as a process and return what it says on its last line."""
-    python = sys.executable if name == "loratune" else given.peer_python
-    words = ["--arm", name, "--folder", str(folder), "--model", str(given.model)]
-    for key in ("steps", "batch_size", "warm"):
-        words += [f"--{key.replace('_', '-')}", str(getattr(given, key))]
+def measured(name: str, folder: Path, peer_python: str, threads: int | None = None) -> dict[str, Any]:
+    """Run an arm as a process and return what it says on its last line, or under `failed` why there is nothing."""
+    python = sys.executable if name.startswith("loratune") else peer_python
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if given.threads:
-        environment["OMP_NUM_THREADS"] = str(given.threads)
-    command = [python, "-W", "ignore", __file__, *words]
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [python, "-W", "ignore", __file__, "--arm", name, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+        last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        return {"failed": last[-1][:300], "stderr": done.stderr[-3000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def compare(
+    folder: Path, names: Sequence[str], rounds: int, peer_python: str, threads: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run arms round by round on a prepared case; return the median of each and all that was measured.
+
+    An arm that fails is told on stderr and left out from there on.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
+    for number in range(rounds):
+        for name in [name for name in names if name not in failed]:
+            one = measured(name, folder, peer_python, threads)
+            if "failed" in one:
+                failed[name] = one["failed"]
+                print(f"{name} failed:\n{one['stderr']}", file=sys.stderr, flush=True)
+                continue
+            found[name].append(one)
+            print(
+                f"round {number + 1}  {name:16} {one['tokens_per_second']:7.0f} tokens/s", file=sys.stderr, flush=True
+            )
+    median = {name: summary(parts) for name, parts in found.items() if parts}
+    return median, {"rounds": found, "failed": failed}
 
 
 def main() -> None:
@@ -285,7 +360,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="longest row in tokens")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=None, help="1 where others use the machine too; all by default")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(CPU), choices=list(ARMS))
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds TRL")
     parser.add_argument("--model", type=Path, default=None, help="folder of a Llama; the demo's by default")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "train-cpu")
@@ -293,34 +368,39 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
-        print(json.dumps(arm(given.arm, given.folder, given)))
+        print(json.dumps(arm(given.arm, given.folder)))
         return
     if given.model is None:
-        from loratune import model
+        from loratune import bases
 
-        given.model = model.from_gguf(BASE)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in given.arms}
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), given)
-        for number in range(given.rounds):
-            for name in given.arms:
-                rounds[name].append(measured(name, Path(folder), given))
-                speed = rounds[name][-1]["tokens_per_second"]
-                print(f"round {number + 1}  {name:16} {speed:7.0f} tokens/s", file=sys.stderr, flush=True)
-    results = {name: summary(found) for name, found in rounds.items()}
-    about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "steps": given.steps, "warm": given.warm,
-        "batch_size": given.batch_size, "length": given.length, "threads": given.threads, "rows": given.rows,
-        "median": results, "rounds": rounds,
+        given.model = bases.from_gguf(BASE)
+    case = {
+        "model": str(given.model), "steps": given.steps, "warm": given.warm, "batch_size": given.batch_size,
+        "sections": {"data": {"max_length": given.length, "on_long": "truncate", "max_lost": 0.5}},
     }  # fmt: skip
-    print(table(results))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder) / "rows.jsonl", given.rows, given.length)
+        prepare(Path(folder), case)
+        median, everything = compare(Path(folder), given.arms, given.rounds, given.peer_python, given.threads)
+    about = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": given.threads, "rows": given.rows,
+        "length": given.length, **case, "model": given.model.name, "median": median, **everything,
+    }  # fmt: skip
+    keep(given.out, about, median)
+
+
+def keep(out: Path, about: dict[str, Any], median: dict[str, Any]) -> None:
+    """Print a table of the medians, and keep figures, table and picture beside one another."""
+    if not median:
+        sys.exit("no arm came through")
+    print(table(median))
+    out.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in (
         (".json", json.dumps(about, indent=1) + "\n"),
-        (".md", table(results) + "\n"),
-        (".svg", picture(results)),
+        (".md", table(median) + "\n"),
+        (".svg", picture(median)),
     ):
-        given.out.with_suffix(suffix).write_text(text, encoding="utf-8")
+        out.with_suffix(suffix).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

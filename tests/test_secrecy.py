@@ -191,7 +191,7 @@ FAILURES: dict[str, Force] = {
     "merge of a URL": fails("merge", URL, "--out", "FOLDER/merged"),
     "an adapter's base is a URL": fails("chat", "FOLDER/secret-base", "-p", "a"),
     "the loading breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("model", RAISE, "load")),
-    "the tokenizer breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("model", RAISE, "load_tokenizer")),
+    "the tokenizer breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("tokenizing", RAISE, "load")),
     "the rows break": fails(TRAIN, RECIPE, prepare=BREAK.format("data", RAISE, "of")),
     "the loop breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("loop", RAISE, "steps")),
     "the card breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("card", RAISE, "write")),

@@ -1,0 +1,51 @@
+"""The benchmarks run: a small model, few steps, no peers. Their figures are nobody's test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+FIGURES = {"tokens_per_second", "peak_memory", "share_of_matrix_rate", "start_seconds", "losses"}
+
+
+def run(program: str, *words: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORATUNE_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / program), *words], cwd=folder, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_with_a_tiny_model(tmp_path: Path) -> None:
+    words = ["--shape", "tiny", "--shrink", "64", "--steps", "3", "--warm", "1", "--rounds", "1", "--arms", "loratune"]
+    said = run("gpu.py", *words, "--cases", "lora-2x4096", "qlora-16xvaried", "--out", str(tmp_path), folder=tmp_path)
+    assert "loratune as it comes" in said
+    assert "loratune, rows padded" in said  # where lengths vary
+    (plain,), (varied,) = (list(tmp_path.glob(f"gpu-{case}*.json")) for case in ("lora-2x4096", "qlora-16xvaried"))
+    found = json.loads(plain.read_text())
+    assert found["failed"] == {}
+    assert found["median"]["loratune"].keys() >= FIGURES
+    assert len(found["rounds"]["loratune"][0]["losses"]) == 3
+    packed, padded = (json.loads(varied.read_text())["median"][arm] for arm in ("loratune", "loratune-padded"))
+    assert packed["losses"] == pytest.approx(padded["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_data_with_a_tiny_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("chitchat_dataset")
+    base = tiny.save(tmp_path / "base")
+    words = ["--rows", "50", "--arms", "loratune", "--tokenizer", str(base), "--out", str(tmp_path / "out.json")]
+    run("data.py", *words, folder=tmp_path)
+    found = json.loads((tmp_path / "out.json").read_text())["arms"]["loratune"]
+    assert found["tokens"] > found["trained_tokens"] > 0
+    assert found["packs"] > 0
