@@ -59,6 +59,7 @@ bench: $(READY) $(PEERS)/.ready
 	@$(BIN)/python benchmarks/train.py --peer-python $(PEERS)/bin/python
 
 gpu-bench: $(READY) $(PEERS)/.ready
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt bitsandbytes liger-kernel
 	$(call ON,training speed on the GPU: results in benchmarks/results)
 	@$(BIN)/python benchmarks/gpu.py --peer-python $(PEERS)/bin/python
 
