@@ -13,7 +13,7 @@ from loratune.encode import Row
 from loratune.packing import pack
 
 WINDOW = 16  # batches whose rows are sorted by length together
-AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens, padding included, of a micro-batch of `auto`
+AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of a micro-batch of `auto` where nothing is trained
 
 
 def rows_per_epoch(weights: np.ndarray) -> int:
@@ -82,7 +82,7 @@ def batches(
     seed: int,
     steps: int,
     start: int = 0,
-    device: str = "cpu",
+    budget: int = AUTO_TOKENS["cpu"],
     rank: int = 0,
     world: int = 1,
     capacity: int | None = None,
@@ -90,7 +90,8 @@ def batches(
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 
     The batches don't depend on `micro_batch_size`, `rank`, `world` or `capacity`: each process gets its part of the
-    same rows. With a `capacity` (tokens) these are packed, and packs are what a micro-batch is made of.
+    same rows. With a `capacity` (tokens) these are packed, and packs are what a micro-batch is made of. `budget` is how
+    many tokens, padding included, a micro-batch of `auto` has.
     """
     per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
     epoch, order = -1, []
@@ -104,9 +105,9 @@ def batches(
             row = data[int(chosen[0])]
             mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
         if capacity is None:
-            micro = split(mine, micro_batch_size, AUTO_TOKENS[device])
+            micro = split(mine, micro_batch_size, budget)
         else:
-            micro = split_packed(mine, capacity, micro_batch_size, AUTO_TOKENS[device])
+            micro = split_packed(mine, capacity, micro_batch_size, budget)
         yield Batch(micro, (step + 1) / per_epoch, len(chosen), packed=capacity is not None)
 
 
@@ -153,8 +154,37 @@ def filling(
     return rows / packs, tokens / packs / capacity
 
 
-def in_length_order(data: Rows, micro_batch_size: int | str, device: str) -> list[list[Row]]:
-    """Return all rows once, in micro-batches of similar length: for an evaluation."""
+def largest(
+    lengths: np.ndarray, weights: np.ndarray, batch_size: int, micro_batch_size: int | str, budget: int,
+    capacity: int | None = None, world: int = 1,
+) -> int:  # fmt: skip
+    """Return the most tokens, padding included, that a micro-batch of these rows can have on one process.
+
+    The longest rows may meet in one step: it is they that are counted, not an average.
+
+    Args:
+        lengths: of each row in tokens, shape (rows,).
+        weights: how often each row is seen per epoch, shape (rows,).
+        batch_size: rows per step over all processes.
+        micro_batch_size: rows, or packs where packed, or `auto`.
+        budget: tokens of a micro-batch of `auto`.
+        capacity: tokens of a pack, where rows are packed.
+        world: number of processes.
+    """
+    each = -(-batch_size // world)
+    known = np.sort(lengths)[-each:]
+    shown = np.sort(np.repeat(known, int(np.ceil(weights.max()))))[-each:]
+    longest, together = int(shown[-1]), int(shown.sum())
+    unit = longest if capacity is None else capacity
+    if capacity is None:
+        together = longest * len(shown)
+    if isinstance(micro_batch_size, int):
+        return min(micro_batch_size * unit, together)
+    return min(max(budget, unit), together)
+
+
+def in_length_order(data: Rows, micro_batch_size: int | str, budget: int) -> list[list[Row]]:
+    """Return all rows once, in micro-batches of similar length (for `auto` of `budget` tokens): for an evaluation."""
     order = np.argsort(-data.lengths, kind="stable")
     size: Any = micro_batch_size
-    return split([data[int(i)] for i in order], size, AUTO_TOKENS[device])
+    return split([data[int(i)] for i in order], size, budget)

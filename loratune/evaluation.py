@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from loratune import bases, data, decode, generate, metrics, model, nodes, report, storage, subject
-from loratune.batches import in_length_order
+from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
@@ -221,7 +221,7 @@ def _losses(net: Any, rows: Rows, device: torch.device) -> list[dict[str, float]
     sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
     done = 0
     with torch.no_grad(), contextlib.ExitStack():
-        for part in in_length_order(rows, "auto", device.type):
+        for part in in_length_order(rows, "auto", AUTO_TOKENS[device.type]):
             batch = {key: value.to(device) for key, value in objective.collate(part).items()}
             values = torch.stack(objective.scores(net, batch), dim=1).tolist()
             for nats, right, count in values:

@@ -1,24 +1,26 @@
-"""What a training needs of memory and disk, roughly: for a check before it starts, and for advice when it did not fit.
+"""What a training needs of memory and disk, and what is free: for its plan, its check, and advice when it did not fit.
 
-The figures are estimates from shapes: weights and optimizer states are exact to a few percent, activations are good to
-a factor of about two. Source of the sum over a layer: Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.1, without the
-attention matrix, which a fused kernel does not keep, and with a gated feed-forward layer.
+Weights and optimizer states are known from shapes to a few percent, activations are measured (`activations.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
-from loratune.batches import AUTO_TOKENS
+from loratune.activations import Cost, Plan
 from loratune.data import Rows
 from loratune.model import Loaded
+from loratune.objectives import head
 from loratune.recipe import Recipe
 from loratune.report import size
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
+_LOGITS = 12  # bytes per word and token of a chunk of the head: logits twice, float32 scores twice
 _NF4 = 0.52  # bytes per weight, scales included
 
 
@@ -26,36 +28,52 @@ def checkpoint_bytes(recipe: Recipe, net: Any) -> int:
     """Return about how many bytes a checkpoint takes: what is trained, and the optimizer's state of it."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     weights: int = sum(parameter.numel() * parameter.itemsize for parameter in trained)
-    moments: int = sum(recipe.optimizer.state_bytes(tuple(p.shape)) for p in trained)
-    return weights + moments + _ROOM
+    return weights + _states(recipe, net) + _ROOM
 
 
-def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows) -> dict[str, int]:
-    """Return estimates in bytes of what is in memory during a step, for run.json and for `advice`.
+def free_memory(where: torch.device, processes: int = 1) -> int | None:
+    """Return the bytes that are free for this process, or None where that can't be known.
+
+    On a GPU what torch holds unused is free; on a CPU what the kernel or a cgroup lets us have, shared evenly.
+    """
+    if where.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(where)
+        return int(free) + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    found = [*_available(), *_left_in_cgroup()]
+    return min(found) // processes if found else None
+
+
+def least(free: int | None) -> int | None:
+    """Return the smallest free memory of all processes, so that all choose alike."""
+    everybody = [one for one in gather_object([free]) if one is not None]
+    return min(everybody) if everybody else None
+
+
+def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
+    """Return the bytes a step needs beside activations that are not there yet: gradients, states, a chunk of logits."""
+    gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
+    words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
+    return gradients + _states(recipe, net) + head.ROWS * words * _LOGITS
+
+
+def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, plan: Plan) -> dict[str, int]:
+    """Return in bytes what is in memory during a step, for run.json and for `advice`.
 
     Returns:
-        weights: of the whole model; linear: what of it nf4 would shrink; states: the optimizer's; activations: of the
-        largest micro-batch as it is trained; kept: the same with and without checkpointing per token; longest: tokens
-        of the longest row; tokens: of the largest micro-batch.
+        weights: of the whole model; linear: what of it nf4 would shrink; states: the optimizer's; per_token: of
+        activations, all kept; per_token_checkpointed: all layers computed again; per_token_now: as it is trained;
+        longest: tokens of the longest row; tokens: of the largest micro-batch.
     """
-    config = loaded.model.config.get_text_config().to_dict()
-    hidden, layers = int(config.get("hidden_size") or 0), int(config.get("num_hidden_layers") or 0)
-    inner = int(config.get("intermediate_size") or 4 * hidden)
     width = max(loaded.dtype.itemsize, 2)
-    layer = width * (8 * hidden + 4 * inner)  # bytes per token
-    trained = rows.counts.trained_tokens / max(rows.counts.tokens, 1)
-    head = round(trained * int(config.get("vocab_size") or 0) * 8)  # float32 logits and their gradient
-    longest, micro = int(rows.lengths.max()), recipe.train.micro_batch_size
-    most = recipe.train.batch_size * longest
-    tokens = micro * longest if isinstance(micro, int) else min(most, max(longest, AUTO_TOKENS[loaded.device.type]))
     return {
         "weights": sum(p.numel() * p.itemsize for p in net.parameters()),
         "linear": sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear)) * width,
-        "states": sum(recipe.optimizer.state_bytes(tuple(p.shape)) for p in net.parameters() if p.requires_grad),
-        "per_token": layers * layer + head,
-        "per_token_checkpointed": layers * width * hidden + layer + head,
-        "longest": longest,
-        "tokens": tokens,
+        "states": _states(recipe, net),
+        "per_token": int(cost.per_token(0)),
+        "per_token_checkpointed": int(cost.per_token(plan.layers)),
+        "per_token_now": int(cost.per_token(plan.again)),
+        "longest": int(rows.lengths.max()),
+        "tokens": plan.largest,
     }
 
 
@@ -71,19 +89,15 @@ def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         smaller = "a smaller base model" if quantized else "model.quantization: nf4 (about a quarter of bfloat16)"
         return f"the base model itself does not fit: {smaller}"
     known: Mapping[str, int] = facts["memory"]
-    checkpointed = recipe.train.gradient_checkpointing == "all" or (
-        recipe.train.gradient_checkpointing == "auto" and not str(facts["device"]).startswith("CPU")
-    )
-    per_token = known["per_token_checkpointed" if checkpointed else "per_token"]
+    per_token, checkpointed = known["per_token_now"], known["per_token_checkpointed"]
     tokens = known["tokens"]
     remedies: list[tuple[str, float]] = []
     if recipe.train.micro_batch_size != 1 and tokens > known["longest"]:
         remedies.append(("train.micro_batch_size: 1", (tokens - known["longest"]) * per_token))
         tokens = known["longest"]
-    if not checkpointed:
-        saved = tokens * (per_token - known["per_token_checkpointed"])
-        remedies.append(("train.gradient_checkpointing: all", saved))
-        per_token = known["per_token_checkpointed"]
+    if per_token > checkpointed:
+        remedies.append(("train.gradient_checkpointing: all", tokens * (per_token - checkpointed)))
+        per_token = checkpointed
     if not quantized and recipe.method.type == "lora":
         width = 2 if facts["dtype"] in ("bfloat16", "float16") else 4
         remedies.append(("model.quantization: nf4", known["linear"] * (1 - _NF4 / width)))
@@ -92,3 +106,36 @@ def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     remedies.append((f"data.max_length: {max(known['longest'] // 2, 2)}", tokens / 2 * per_token))
     told = ", ".join(f"{what} (about {size(saved)} less)" for what, saved in remedies if saved > 0)
     return f"cheapest first, estimated: {told}"
+
+
+def _states(recipe: Recipe, net: Any) -> int:
+    """Return the bytes of the optimizer's state."""
+    return sum(recipe.optimizer.state_bytes(tuple(p.shape)) for p in net.parameters() if p.requires_grad)
+
+
+def _available() -> Iterator[int]:
+    """Yield what the kernel says is available, in bytes."""
+    file = Path("/proc/meminfo")
+    for line in file.read_text().splitlines() if file.exists() else ():
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _left_in_cgroup() -> Iterator[int]:
+    """Yield what is left of the memory limit of this process's control group, in bytes; cgroups of either version."""
+    file = Path("/proc/self/cgroup")
+    for line in file.read_text().splitlines() if file.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / kinds
+        limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        for folder in (root / path.lstrip("/"), root):  # in a container the root is its own group
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                cached = dict(part.split() for part in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if most != "max":
+                yield max(int(most) - used + int(cached.get("inactive_file", 0)), 0)
+            break

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from loratune import checkpoint, drift, fingerprint, lock, model, states, storage, telling
+from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
@@ -67,6 +68,7 @@ class Job:
     train_rows: Rows
     eval_rows: Rows | None
     packing: Packing
+    plan: Plan
     per_epoch: int
     steps: int
     checkpoint_bytes: int  # of the last one; before that an estimate
@@ -168,7 +170,7 @@ def check_space(job: Job, resume: bool) -> None:
 
 def about(job: Job) -> dict[str, Any]:
     """Return what a manifest says about the run its files come from."""
-    named = ("fingerprints", "sources", "steps", "processes", "versions")
+    named = ("fingerprints", "sources", "steps", "processes", "versions", "activations", "dtype")
     settings, accepted = job.recipe.model_dump(mode="json"), job.facts.get("drift", [])
     known = {name: job.facts[name] for name in named}
     return {"recipe": job.recipe.hash(), "settings": settings, "drift": accepted, **known}

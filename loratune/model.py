@@ -69,6 +69,16 @@ def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
+def as_begun(section: Model, dtype: str | None) -> Model:
+    """Return the section with `auto` made the precision a run was begun in, or as it is where none was begun.
+
+    `auto` looks at the device: resumed on another machine it would quietly become another training.
+    """
+    if dtype is None or section.dtype != "auto":
+        return section
+    return section.model_copy(update={"dtype": dtype})
+
+
 def load(
     section: Model, full: bool = False, where: torch.device | None = None, trust: bool = False, tokenizer: Any = None
 ) -> Loaded:  # fmt: skip
@@ -112,15 +122,6 @@ def load(
     return loaded
 
 
-def checkpoint_activations(model: Any, choice: str, where: torch.device) -> bool:
-    """Switch gradient checkpointing on or off as `train.gradient_checkpointing` says; return whether it is on.
-
-    Non-reentrant, so that inputs need no gradient and DDP sees each parameter once.
-    """
-    on = choice == "all" or (choice == "auto" and where.type == "cuda")
-    if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return on
 
 
 def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any], trust: bool) -> Any:

@@ -155,6 +155,12 @@ def _rows_or_auto(value: Any) -> Any:
     raise PydanticCustomError("expected", "must be a whole number of rows from 1, or `auto`")
 
 
+def _layers(value: Any) -> Any:
+    if value in ("auto", "none", "all") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("expected", "must be a whole number of layers from 1, or one of `auto`, `none`, `all`")
+
+
 class EarlyStopping(Section):
     """Stop when the eval loss no longer falls."""
 
@@ -174,15 +180,21 @@ class Train(Section):
         WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
     ] = Field(
         "auto",
-        description="rows (where packed: packs) in memory at once per device, or auto; never changes what is optimized",
+        description="rows (where packed: packs) in memory at once per device; auto: so many tokens as are fast and fit "
+        "the free memory; never changes what is optimized",
     )
     schedule: Schedule = Field(Cosine(), description="how the learning rate moves")
     warmup: Share = Field(0.03, description="steps, or part (0-1) of all steps, over which the rate rises")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, of dropout and of new weights")
     max_grad_norm: float = Field(1.0, gt=0, description="longest gradient of one step; a longer one is scaled down")
-    gradient_checkpointing: Literal["auto", "none", "all"] = Field(
+    gradient_checkpointing: Annotated[
+        int | Literal["auto", "none", "all"],
+        PlainValidator(_layers),
+        WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["auto", "none", "all"]}]}),
+    ] = Field(
         "auto",
-        description="compute activations twice to save memory: all or none layers; auto: all on a GPU, none on a CPU",
+        description="layers whose activations are computed twice to save memory: a number (the first ones), all or "
+        "none; auto: no more than the free memory asks for; never changes what is optimized",
     )
     log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
     eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")

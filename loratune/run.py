@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from loratune import (
+    activations,
     apart,
     bases,
     batches,
@@ -35,7 +36,7 @@ from loratune import (
     telling,
     tokenizing,
 )  # fmt: skip
-from loratune.checkpoint import Progress
+from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
@@ -100,7 +101,7 @@ def train(
                 facts["drift"] = found.seal["drift"]
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
             with garbage.seldom():
-                job = _prepare(recipe, folder, accelerator, report, facts)
+                job = _prepare(recipe, folder, accelerator, report, facts, found)
             if found:
                 progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
             else:
@@ -131,26 +132,38 @@ def train(
                     storage.write_json(folder / "run.json", {**facts, "status": status})
 
 
-def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any]) -> Job:
+def _prepare(
+    recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any], found: Found | None
+) -> Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
     tokenizer = tokenizing.of(recipe, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
-    loaded = model.load(recipe.model, recipe.method.type == "full", where, trust, tokenizer)
+    full = recipe.method.type == "full"
+    section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
+    loaded = model.load(section, full, where, trust, tokenizer)
+    if recipe.model.dtype == "auto" and loaded.dtype is not model.dtype_of("auto", where, full):
+        loaded.notes.append(f"{section.dtype}, as the run was begun; here `model.dtype: auto` would choose otherwise")
     origin = fingerprint.record(recipe.model, tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
-    checkpointing = model.checkpoint_activations(loaded.model, settings.gradient_checkpointing, where)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)
+    cost, layers = activations.measure(recipe, net, train_rows, packing, accelerator)
+    free = fit.least(fit.free_memory(where, accelerator.num_processes))
+    plan = activations.choose(
+        recipe, cost, train_rows, packing, where.type, free, fit.fixed_bytes(recipe, loaded, net),
+        accelerator.num_processes, found.seal.get("activations") if found else None,
+    )  # fmt: skip
+    plan = activations.switch(loaded.model, layers, plan, settings.gradient_checkpointing)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
     batching = telling.batching(recipe, packing, train_rows, accelerator.num_processes)
-    telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, checkpointing, batching)
+    telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
@@ -160,11 +173,11 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, report: Rep
             "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
         },
         sources=telling.sources(recipe),
-        memory=fit.measure(recipe, loaded, net, train_rows),
+        memory=fit.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
     )  # fmt: skip
     return Job(
         recipe, folder, accelerator, report, facts, origin, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, packing, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
+        train_rows, eval_rows, packing, plan, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
@@ -190,7 +203,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
         order = batches.batches(
             job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
             progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-            job.loaded.device.type, accelerator.process_index, accelerator.num_processes,
+            job.plan.tokens, accelerator.process_index, accelerator.num_processes,
             recipe.data.max_length if job.packing.packed else None,
         )  # fmt: skip
         with report.training(progress.step, steps, log_every):
@@ -278,7 +291,7 @@ def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator
     """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
     settings = recipe.train
     for batch in batches.batches(
-        rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, device.type
+        rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]
     ):
         for part in batch.micro:
             yield {key: value.to(device) for key, value in recipe.objective.collate(part).items()}
@@ -288,7 +301,7 @@ def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) 
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
     assert job.eval_rows is not None
     began = time.perf_counter()
-    parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.accelerator.device.type)
+    parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.plan.tokens)
     loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator)
     early = job.recipe.train.early_stopping
     margin = early.min_delta if early else 0.0

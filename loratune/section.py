@@ -60,6 +60,8 @@ def is_inside(name: Any) -> bool:
 
 
 def _inside(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("expected", "must not be empty")
     if not is_inside(value):
         raise PydanticCustomError(LEADS_OUT, "must not lead out of its folder")
     return value

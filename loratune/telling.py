@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 import loratune
 from loratune import batches, model
+from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.data import Rows
 from loratune.recipe import Recipe
@@ -102,14 +103,14 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 def tell_start(
     report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
-    on_disk: int, checkpointing: bool, batching: dict[str, Any],
+    on_disk: int, plan: Plan, batching: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
     quantization = recipe.model.quantization.type
     name = str(loaded.dtype).removeprefix("torch.")
     report.note(
         f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
-        f"{loaded.device}{', activations checkpointed' if checkpointing else ''}"
+        f"{loaded.device}"
     )
     counts = rows.counts
     report.note(
@@ -136,7 +137,8 @@ def tell_start(
         )
     else:
         report.note(f"batches  padded ({batching['why_not']})")
-    for note in (*loaded.notes, recipe.method.note(loaded.model), recipe.optimizer.note(loaded.device.type)):
+    report.note(f"memory   {plan.told()}")
+    for note in (*loaded.notes, plan.note, recipe.method.note(loaded.model), recipe.optimizer.note(loaded.device.type)):
         if note:
             report.note(f"note     {note}")
 

@@ -362,11 +362,11 @@ def test_micro_batches_of_so_many_tokens(tmp_path: Path, budget: int) -> None:
 
 def test_an_evaluation_sees_every_row_once(tmp_path: Path) -> None:
     rows = made(tmp_path, LENGTHS[:60])
-    parts = batches.in_length_order(rows, "auto", "cpu")
+    parts = batches.in_length_order(rows, "auto", 4096)
     seen = [int(row.ids[0]) for part in parts for row in part]
     assert sorted(seen) == list(range(60))
     assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(seen))
-    assert [len(part) for part in batches.in_length_order(rows, 25, "cpu")] == [25, 25, 10]
+    assert [len(part) for part in batches.in_length_order(rows, 25, 4096)] == [25, 25, 10]
 
 
 # ---------------------------------------------------------------- the ledger

@@ -449,6 +449,11 @@ def test_fields_that_lead_out(tmp_path: Path, base: Path, field: str, value: str
         recipe.load(path, [f"{where}='{value}'"])
 
 
+def test_an_empty_word_leads_nowhere(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model\.revision.* must not be empty"):
+        recipe.load(tiny.write_recipe(tmp_path, base), ["model.revision=''"])
+
+
 def test_an_output_that_is_a_link_to_itself(tmp_path: Path, base: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     path = tiny.write_recipe(tmp_path, base, rows=8, output="loop")

@@ -33,6 +33,7 @@ LEVELS = (
         "words",
         "rows",
         "apart",
+        "activations",
         "attention",
         "tiles",
         "packing",

@@ -96,13 +96,13 @@ def test_packing_leaves_the_rows_of_every_step_alone(world: int) -> None:
     data = Many(np.random.default_rng(0).integers(2, 40, 101).tolist())
 
     def steps(capacity: int | None, rank: int) -> list[set[int]]:
-        made = batches.batches(data, 8, "auto", 7, 26, 0, "cpu", rank, world, capacity)  # type: ignore[arg-type]
+        made = batches.batches(data, 8, "auto", 7, 26, 0, 4096, rank, world, capacity)  # type: ignore[arg-type]
         return [{row.place.line for part in batch.micro for row in part} for batch in made]
 
     for rank in range(world):
         assert steps(None, rank) == steps(64, rank)
-        resumed = batches.batches(data, 8, "auto", 7, 26, 9, "cpu", rank, world, 64)  # type: ignore[arg-type]
-        whole = list(batches.batches(data, 8, "auto", 7, 26, 0, "cpu", rank, world, 64))[9:]  # type: ignore[arg-type]
+        resumed = batches.batches(data, 8, "auto", 7, 26, 9, 4096, rank, world, 64)  # type: ignore[arg-type]
+        whole = list(batches.batches(data, 8, "auto", 7, 26, 0, 4096, rank, world, 64))[9:]  # type: ignore[arg-type]
         assert [batch.micro for batch in resumed] == [batch.micro for batch in whole]
 
 

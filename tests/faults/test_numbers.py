@@ -48,7 +48,7 @@ class _Poison(torch.autograd.Function):
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, step: int, where: str, value: float) -> None:
-    total, calls = Sft.total, iter(range(10_000))
+    total, calls = Sft.total, iter(range(-1, 10_000))  # before the first step activations are measured, once
 
     def poisoned(self: Any, model: Any, batch: Any) -> torch.Tensor:
         loss = total(self, model, batch)

@@ -146,7 +146,7 @@ def _start_loss(done: Trained, net: Any) -> float:
         def unwrap_model(self, net: Any) -> Any:
             return net
 
-    return loop.measure(net, done.recipe.objective, batches.in_length_order(rows, 8, "cpu"), Alone())[0]
+    return loop.measure(net, done.recipe.objective, batches.in_length_order(rows, 8, 4096), Alone())[0]
 
 
 STARTS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loratune import checkpoint, states
+from loratune import checkpoint, model, states
 from loratune.errors import RunFolderError, StorageError
 from loratune.report import Report
 from tests.conftest import Fit, Trained
@@ -89,6 +89,26 @@ def test_resumed_is_straight(fit: Fit, optimizer: str, stops: list[int]):
         assert any(str(tensor.dtype) == "torch.uint8" for tensor in states.values()), (
             "no state is 8-bit: nothing was tested"
         )
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun in bfloat16", "begun in float32"])
+def test_a_run_keeps_its_precision_on_another_machine(
+    fit: Fit, begun: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`dtype: auto` chooses by the device; a resume does not choose again."""
+    sections = {**SECTIONS, "model": {"dtype": "auto"}}
+    monkeypatch.setattr(model, "computes_in_bf16", lambda where: begun)
+    straight = fit("straight", **sections)
+    with _stop_after(5):
+        fit("stopped", **sections)
+    capsys.readouterr()
+    monkeypatch.setattr(model, "computes_in_bf16", lambda where: not begun)
+    resumed = fit("stopped", resume=True, **sections)
+    dtype = "bfloat16" if begun else "float32"
+    assert resumed.facts()["dtype"] == straight.facts()["dtype"] == dtype
+    assert _exactly(resumed) == _exactly(straight)
+    assert f"note     {dtype}, as the run was begun" in capsys.readouterr().err
+    assert fit("other", **sections).facts()["dtype"] != dtype, "guard: a run that begins here chooses otherwise"
 
 
 def test_dropout_is_on_and_its_randomness_matters(fit: Fit):

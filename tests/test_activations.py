@@ -1,0 +1,288 @@
+"""Activations: what is measured is what autograd keeps, and what is computed a second time changes no bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+
+from loratune import activations, batches, fit, keeping, recipe
+from loratune.activations import BUDGETS, Cost, Plan
+from loratune.apart import Packing
+from loratune.errors import ModelError
+from tests import test_attention as models
+from tests import tiny
+from tests.conftest import Fit
+
+GB = 10**9
+LAYERS = 30
+PACKED, PADDED = Packing(True, "rows"), Packing(False)
+COST = Cost((100_000.0,) * LAYERS, (1_000.0,) * LAYERS, 10_000.0)  # 3 MB a token with everything kept
+
+
+# ---------------------------------------------------------------- measured
+
+
+def kept_bytes(run: Any) -> tuple[Any, int]:
+    """Return what `run` returns, and the bytes that were allocated and not freed meanwhile, as torch's profiler says."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        out = run()
+    events = seen.profiler.kineto_results.events()
+    return out, sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("again", ["none", 3, "all"])
+@pytest.mark.parametrize("kind", ["packed", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head"])
+def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: int | str) -> None:
+    """The profiler's bytes of a batch ten times as large as the measured one: never 5 % more, nor 10 % less.
+
+    Less, as a few tensors that don't grow with the tokens (a mask, the angles of positions) are taken to do so.
+    """
+    lora = {"type": "lora", "r": 4, "lora_dropout": 0.1 if kind == "dropout" else 0.0}
+    if kind == "trained head":
+        lora["modules_to_save"] = ["lm_head"]
+    packed = kind in ("packed", "nf4")
+    done = fit(
+        on=tiny.save(tmp_path / "deep", layers=6, hidden_size=128, intermediate_size=256),
+        rows=8,
+        model={
+            "attention": "eager" if kind == "eager" else "auto",
+            "quantization": kind if kind in ("nf4", "int8") else "none",
+        },
+        method={"type": "full"} if kind == "full" else lora,
+        data={"packing": "on" if packed else "off"},
+        train={"gradient_checkpointing": again},
+    )
+    known = done.facts()
+    longest, trained = known["memory"]["longest"], known["data"]["train"]
+    share = trained["trained_tokens"] / trained["tokens"]
+    rows = models.rows([longest, longest - 1] * 4)
+    for row in rows:
+        row.ids[:] %= 200
+        row.trained[:] = np.arange(len(row.ids)) % round(1 / share) == 0
+    objective, batch = done.recipe.objective, done.recipe.objective.collate(rows, packed)
+    done.net.train()
+    objective.total(done.net, batch)  # the head is looked at once
+    loss, kept = kept_bytes(lambda: objective.total(done.net, batch))
+    assert loss.requires_grad
+    assert 0.9 < kept / batch["input_ids"].numel() / known["memory"]["per_token_now"] < 1.05
+
+
+def test_measuring_leaves_the_model_as_it_was(fit: Fit) -> None:
+    done = fit("a", rows=8)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in done.net.modules())
+    assert not any(module.gradient_checkpointing for module in activations._layers(done.net))
+
+
+# ---------------------------------------------------------------- computed a second time
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize(
+    "method", [{"type": "lora", "r": 4, "lora_dropout": 0.1}, {"type": "lora", "r": 4}, {"type": "full"}],
+    ids=["dropout", "lora", "full"],
+)  # fmt: skip
+def test_no_bit_depends_on_how_many_layers_are_computed_again(fit: Fit, method: dict[str, Any], packing: str) -> None:
+    runs = {
+        choice: fit(
+            str(choice), method=method, optimizer={"lr": 1e-3}, data={"packing": packing},
+            train={"epochs": 2, "gradient_checkpointing": choice},
+        )
+        for choice in ("none", 1, "all")
+    }  # fmt: skip
+    for choice, again in (("none", 0), (1, 1), ("all", 2)):
+        flags = [layer.gradient_checkpointing for layer in activations._layers(runs[choice].net)]
+        assert flags == [True] * again + [False] * (2 - again)
+        assert runs[choice].facts()["activations"]["again"] == again
+        for name in ("loss", "grad_norm"):
+            assert runs[choice].column(name) == runs["none"].column(name)
+        for file in runs["none"].folder.glob("*.safetensors"):
+            wanted = load_file(file)
+            assert wanted
+            assert all(torch.equal(t, wanted[n]) for n, t in load_file(runs[choice].folder / file.name).items())
+
+
+def test_more_layers_than_there_are(fit: Fit) -> None:
+    with pytest.raises(ModelError) as caught:
+        fit("a", train={"gradient_checkpointing": 3})
+    assert str(caught.value) == (
+        "`train.gradient_checkpointing: 3`: this model has 2 layers\n  use 2 or fewer, or `all`"
+    )
+
+
+class Legacy:
+    """A model of which only the whole can be switched, or nothing."""
+
+    def __init__(self, able: bool) -> None:
+        self.able, self.on = able, False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool]) -> None:
+        if not self.able:
+            raise ValueError("Legacy does not support gradient checkpointing.")
+        self.on = not gradient_checkpointing_kwargs["use_reentrant"]
+
+
+def plan_of(again: int = 0, layers: int = 0, short: bool = False) -> Plan:
+    return Plan(layers, again, 4096, 4096, GB, GB, short)
+
+
+@pytest.mark.parametrize(
+    ("wish", "short", "on"),
+    [("auto", False, False), ("auto", True, True), ("none", True, False), ("all", False, True), (7, False, True)],
+)
+def test_a_model_that_is_switched_as_a_whole(wish: str | int, short: bool, on: bool) -> None:
+    net = Legacy(able=True)
+    plan = activations.switch(net, [], plan_of(short=short), wish)
+    assert net.on is on
+    assert ("can't be switched one by one" in plan.note) is on
+
+
+def test_a_model_that_can_compute_nothing_again() -> None:
+    net = Legacy(able=False)
+    assert "they are kept" in activations.switch(net, [], plan_of(short=True), "auto").note
+    assert activations.switch(net, [], plan_of(), "none").note == ""
+    with pytest.raises(ModelError, match=r"`train\.gradient_checkpointing: all`: this model can't"):
+        activations.switch(net, [], plan_of(), "all")
+
+
+# ---------------------------------------------------------------- chosen
+
+
+def rows_of(*lengths: int, weights: float = 1.0) -> Any:
+    return SimpleNamespace(lengths=np.array(lengths), weights=np.full(len(lengths), weights))
+
+
+ROWS = rows_of(*[2048] * 64)
+
+
+def chosen(
+    tmp_path: Path, base: Path, free: int | None, begun: dict[str, int] | None = None, device: str = "cuda",
+    packing: Packing = PACKED, rows: Any = ROWS, **train: Any,
+) -> Plan:  # fmt: skip
+    path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16, **train}, data={"max_length": 2048})
+    return activations.choose(recipe.load(path), COST, rows, packing, device, free, 0, 1, begun)
+
+
+def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_path: Path, base: Path) -> None:
+    """From much memory to little: first only the budget falls, then only the layers that are kept."""
+    plans = [chosen(tmp_path, base, int(free * GB)) for free in (200, 100, 60, 30, 15, 12, 8, 5, 3, 0.1)]
+    assert [plan.tokens for plan in plans] == sorted((plan.tokens for plan in plans), reverse=True)
+    assert [plan.again for plan in plans] == sorted(plan.again for plan in plans)
+    assert plans[0].largest == 16 * 2048, "the whole batch at once"
+    assert plans[0].again == 0
+    assert plans[-1].again == LAYERS
+    assert plans[-1].short
+    assert not any(plan.short for plan in plans[:-1])
+    for plan in plans:
+        assert plan.again == 0 or plan.tokens == BUDGETS["cuda"][-1]
+        if not plan.short:
+            assert plan.free is not None
+            assert plan.needed <= plan.free * activations.USABLE
+        if plan.again > 0 and not plan.short:  # and one fewer would have been too much
+            assert COST.at_once(plan.largest, plan.again - 1) > plan.free * activations.USABLE
+    assert len({plan.again for plan in plans}) >= 4
+    assert len({plan.tokens for plan in plans}) >= 4
+
+
+def test_what_is_not_there_yet_is_left_room_for(tmp_path: Path, base: Path) -> None:
+    path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16}, data={"max_length": 2048})
+    given = (recipe.load(path), COST, ROWS, PACKED, "cuda", 15 * GB)
+    assert activations.choose(*given, fixed=0).again == 0
+    assert activations.choose(*given, fixed=8 * GB).again > 0
+
+
+def test_what_is_given_stays(tmp_path: Path, base: Path) -> None:
+    for wish, again in (("none", 0), (7, 7), ("all", LAYERS)):
+        plan = chosen(tmp_path, base, 3 * GB, micro_batch_size=2, gradient_checkpointing=wish)
+        assert (plan.again, plan.largest, plan.tokens) == (again, 4096, BUDGETS["cuda"][0])
+    assert chosen(tmp_path, base, 3 * GB, micro_batch_size=2).again > 0
+    assert chosen(tmp_path, base, None).again == 0, "where free memory can't be known everything is kept"
+
+
+def test_a_resumed_run_keeps_its_budget_whatever_is_free(tmp_path: Path, base: Path) -> None:
+    """The budget decides the order of sums; how much is computed again decides nothing, and may only grow."""
+    begun = {"tokens": 8192, "again": 5}
+    for free in (1000, 100, 30, 5):
+        plan = chosen(tmp_path, base, free * GB, begun=begun)
+        assert plan.tokens == 8192
+        assert plan.again >= 5
+    assert chosen(tmp_path, base, 1000 * GB, begun=begun).again == 5
+    assert chosen(tmp_path, base, 5 * GB, begun=begun).again > 5
+
+
+def test_a_resume_takes_the_budget_from_the_checkpoint(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {"train": {"epochs": 2, "save_every": 2}, "data": {"packing": "off"}}
+    monkeypatch.setitem(activations.BUDGETS, "cpu", (300,))
+    whole = fit("whole", **sections)
+    began = fit("cut", **{**sections, "train": {**sections["train"], "schedule": "constant", "epochs": 1}})
+    assert began.facts()["activations"]["tokens"] == 300
+    straight = fit("straight", **{**sections, "train": {**sections["train"], "schedule": "constant"}})
+    monkeypatch.setitem(activations.BUDGETS, "cpu", (4096,))
+    other = fit("cut", resume=True, **{**sections, "train": {**sections["train"], "schedule": "constant"}})
+    assert other.facts()["activations"]["tokens"] == 300
+    assert other.column("loss") == straight.column("loss")
+    assert len(other.column("loss")) == len(whole.column("loss"))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("micro", [1, 3, "auto"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_micro_batch_is_larger_than_the_largest(packed: bool, micro: int | str, world: int) -> None:
+    """All micro-batches of ten epochs against the figure that is planned with, which some of them nearly reach."""
+    random = np.random.default_rng(3)
+    lengths = random.integers(2, 200, 90)
+
+    class Made(list[Any]):
+        pass
+
+    data: Any = Made(models.rows(lengths.tolist()))
+    data.lengths, data.weights = lengths, random.choice([0.5, 1.0, 2.5], 90)
+    capacity = 256 if packed else None
+    most = batches.largest(data.lengths, data.weights, 12, micro, 300, capacity, world)
+    steps = 10 * -(-batches.rows_per_epoch(data.weights) // 12)
+    seen = [
+        sum(len(row.ids) for row in part) if packed else len(part) * max(len(row.ids) for row in part)
+        for rank in range(world)
+        for batch in batches.batches(data, 12, micro, 0, steps, 0, 300, rank, world, capacity)
+        for part in batch.micro
+    ]
+    assert most * 0.9 <= max(seen) <= most
+
+
+def test_what_is_told() -> None:
+    assert plan_of(8, 30).told() == (
+        "activations of 22 of 30 layers kept, 8 computed again: about 1.0 GB for 4,096 tokens at once, 1.0 GB free"
+    )
+    assert plan_of(0, 30).told().startswith("activations of all 30 layers kept: about")
+    assert plan_of(30, 30).told().startswith("activations of all 30 layers computed again: about")
+    assert plan_of(0, 0).told().startswith("activations: about")
+    assert plan_of(30, 30, short=True).told().endswith("1.0 GB free: it may not fit")
+
+
+# ---------------------------------------------------------------- free memory
+
+
+def test_free_memory_of_this_machine() -> None:
+    free = fit.free_memory(torch.device("cpu"))
+    shared = fit.free_memory(torch.device("cpu"), 4)
+    if free is None:
+        pytest.skip("no /proc/meminfo here")
+    assert shared is not None
+    assert 2**20 < free < 2**50
+    assert shared == pytest.approx(free / 4, rel=0.2)
+
+
+def test_the_seal_holds_what_was_chosen(fit: Fit) -> None:
+    done = fit("a")
+    facts = done.facts()
+    found = keeping.checkpoint.newest(done.folder)
+    assert found is not None
+    assert found.seal["activations"] == facts["activations"]
+    assert facts["activations"]["tokens"] in BUDGETS["cpu"]
+    assert facts["activations"]["layers"] == 2
