@@ -147,6 +147,8 @@ def main() -> None:
     if given.tokenizer is None:
         from loratune import bases
 
+        if not BASE.exists():
+            sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --tokenizer")
         given.tokenizer = bases.from_gguf(BASE)
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -373,6 +373,8 @@ def main() -> None:
     if given.model is None:
         from loratune import bases
 
+        if not BASE.exists():
+            sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
         given.model = bases.from_gguf(BASE)
     case = {
         "model": str(given.model), "steps": given.steps, "warm": given.warm, "batch_size": given.batch_size,
