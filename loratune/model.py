@@ -122,8 +122,6 @@ def load(
     return loaded
 
 
-
-
 def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any], trust: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
