@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -103,7 +104,6 @@ class Encoder:
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._words = words.of(self._backend)
         # Some tokenizers put a space before every text: with these no text can be cut without a trace.
         alone = self._backend.encode("a", add_special_tokens=False).ids
         self._divisible = self._backend.decode(alone + alone) == self._backend.decode(alone) * 2
@@ -112,6 +112,11 @@ class Encoder:
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
         self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
         self._is_special[list(self.special)] = True
+
+    @cached_property
+    def _words(self) -> words.Words | None:
+        """The table of words, made with the first text: rows found in the cache need none."""
+        return words.of(self._backend)
 
     def encode(self, example: Example, place: Place) -> Row:
         """Return an example as a row of tokens.

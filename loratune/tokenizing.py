@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratune import bases, templating
+from loratune import bases, child, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.recipe import Model, Recipe
@@ -69,16 +68,15 @@ def _by_child(folder: str, revision: str | None) -> Any:
     transformers imports torch where it can, for any tokenizer, though none needs it to be pickled or used.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "loratune.tokenizing"], input=pickle.dumps((folder, revision)), capture_output=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
+        child.command("loratune.tokenizing"), input=pickle.dumps((folder, revision)), capture_output=True,
+        env=child.environment(),
     )  # fmt: skip
     return None if done.returncode else pickle.loads(done.stdout)
 
 
 def _serve() -> None:
     """Load the tokenizer asked for on stdin and write it to stdout."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # for what a library prints
+    answers = child.answers()
     folder, revision = pickle.load(sys.stdin.buffer)
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module can't be imported
     pickle.dump(_transformers().from_pretrained(folder, revision=revision), answers, protocol=5)

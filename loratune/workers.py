@@ -1,8 +1,7 @@
 """Blocks of rows prepared side by side: small data in threads, large data in as many processes as there are cores.
 
 Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock.
-A worker is `python -m loratune.workers` with a pipe in and a pipe out. Python's own process pools either fork, which
-is not safe beside torch's threads, or import the caller's main module again, and outlive a parent that is killed.
+A worker is `python -m loratune.workers` with a pipe in and a pipe out.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from loratune import child
 from loratune.encode import Encoder
 from loratune.errors import SetupError
 from loratune.prepare import Prepared, prepare
@@ -105,11 +105,9 @@ def _windowed(
 
 class _Worker:
     def __init__(self, data: Data, encoder: Encoder):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loratune.workers"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            child.command("loratune.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=child.environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"),
         )  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -151,8 +149,7 @@ class _Worker:
 def _serve() -> None:
     """Answer blocks from stdin on stdout until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
+    answers = child.answers()
     requests = sys.stdin.buffer
     data, tokenizer = pickle.load(requests)
     encoder = Encoder(tokenizer, own=True)

@@ -25,6 +25,7 @@ LEVELS = (
         "data",
         "inputs",
         "workers",
+        "child",
         "prepare",
         "store",
         "ledger",
