@@ -30,7 +30,8 @@ def gradients(out: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor
     return [out.detach(), *torch.autograd.grad(out, parts, outer)]
 
 
-LENGTHS = [[1], [5, 1, 9], [tiles.TILE], [tiles.TILE + 1, 3], [2 * tiles.TILE + 7, tiles.TILE - 1]]
+TILE = tiles.TILE
+LENGTHS = [[1], [5, 1, 9], [TILE], [TILE + 1, 3], [2 * TILE + 7, TILE - 1], [3, 2 * TILE, 5 * TILE + 1, 7, 4 * TILE]]
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from loratune.errors import ModelError, Problem, listed
-from loratune.methods import lowrank, saved
+from loratune.methods import lowrank, recompute, saved
 from loratune.section import Section, as_tuple
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Lora(Section):
         self._check_names(model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
         config = self._config(model)
-        if self._slower(model) is None:
+        few_passes = self._slower(model) is None
+        if few_passes:
             config._register_custom_module(lowrank.modules())
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         if self.init == "eva":
@@ -114,6 +115,7 @@ class Lora(Section):
             initialize_lora_eva_weights(peft_model, list(batches()), show_progress_bar=False)
         if self.init == "loftq":
             self._start_from_quantization_error(peft_model)
+        recompute.install(peft_model, again=few_passes)
         return peft_model
 
     def note(self, model: PreTrainedModel) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from loratune.methods import recompute
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,27 +31,27 @@ def modules() -> dict[Any, Any]:
         @staticmethod
         def forward(
             ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor,
-            b: torch.Tensor, scale: float,
+            b: torch.Tensor, scale: float, again: recompute.Again,
         ) -> torch.Tensor:  # fmt: skip
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             down, up = a.to(x.dtype), (b * scale).to(x.dtype)  # (r, in), (out, r)
             inner = rows @ down.t()
             out = linear(rows, weight, bias).addmm_(inner, up.t())
-            ctx.save_for_backward(x, weight, down, up, inner)
-            ctx.scale, ctx.masters = scale, (a.dtype, b.dtype)
+            ctx.save_for_backward(weight, down, up, inner, *again.kept)
+            ctx.scale, ctx.masters, ctx.product, ctx.shape = scale, (a.dtype, b.dtype), again.product, x.shape
             return out.view(*x.shape[:-1], -1)
 
         @staticmethod
         def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            x, weight, down, up, inner = ctx.saved_tensors
-            rows, gradient = x.reshape(-1, x.shape[-1]), outer[0].reshape(-1, weight.shape[0])
+            weight, down, up, inner, *kept = ctx.saved_tensors
+            gradient = outer[0].reshape(-1, weight.shape[0])
             through = gradient @ up  # (tokens, r)
-            of_a = (through.t() @ rows).to(ctx.masters[0]) if ctx.needs_input_grad[3] else None
+            of_a = ctx.product(through, *kept).to(ctx.masters[0]) if ctx.needs_input_grad[3] else None
             of_b = None
             if ctx.needs_input_grad[4]:  # this way round: the other is slower on a CPU
                 of_b = (inner.t() @ gradient).t().to(ctx.masters[1]).mul_(ctx.scale)
-            of_x = (gradient @ weight).addmm_(through, down).view_as(x) if ctx.needs_input_grad[0] else None
-            return of_x, None, None, of_a, of_b, None
+            of_x = (gradient @ weight).addmm_(through, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            return of_x, None, None, of_a, of_b, None, None
 
     class FewPasses(Linear):  # type: ignore[misc]
         """PEFT's LoRA layer; whatever is not plain LoRA in training goes PEFT's way."""
@@ -73,7 +75,9 @@ def modules() -> dict[Any, Any]:
                 out: torch.Tensor = super().forward(x, *args, **kwargs)
                 return out
             a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-            made: torch.Tensor = LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])  # type: ignore[no-untyped-call]
+            made: torch.Tensor = LowRank.apply(  # type: ignore[no-untyped-call]
+                x, base.weight, base.bias, a, b, self.scaling[names[0]], recompute.of(x)
+            )
             return made
 
     return {torch.nn.Linear: FewPasses}
