@@ -20,7 +20,7 @@ def both(dtype: torch.dtype, bias: bool, **changes: Any) -> tuple[Any, Any]:
         net = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=bias)).to(dtype).requires_grad_(False)
         config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"], **changes)
         if ours:
-            config._register_custom_module(lowrank.modules())
+            config._register_custom_module(lowrank.modules()[0])
         net = get_peft_model(net, config)
         layer = net.base_model.model[0]
         with torch.no_grad():
@@ -112,3 +112,53 @@ def test_float16_is_left_to_peft() -> None:
     note = Lora().note(llama().half())
     assert note is not None
     assert "float16" in note
+
+
+class Heads(torch.nn.Module):
+    """Three layers that are usually given the same state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(64, out, bias=out == 32) for out in (96, 32, 32))
+
+
+@pytest.mark.parametrize("given", ["xxx", "xyx", "x--", "-xy", "xx-"])
+def test_layers_together_are_each_alone(given: str) -> None:
+    """Given the same state or another one, or never asked at all."""
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        config = LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", rank_pattern={"k_proj": 4})
+        if ours:
+            config._register_custom_module(lowrank.modules()[0])
+        net = get_peft_model(Heads().requires_grad_(False), config).train()
+        torch.manual_seed(1)
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        if ours:
+            lowrank.join(net)
+        states = {name: torch.randn(2, 5, 64).requires_grad_() for name in "xy"}
+        layers = [getattr(net.base_model.model, name) for name in ("q_proj", "k_proj", "v_proj")]
+        outs = [layer(states[name]) for layer, name in zip(layers, given, strict=True) if name != "-"]
+        loss = sum((out * torch.linspace(-1, 1, out.shape[-1])).square().sum() for out in outs)
+        inputs = [*states.values(), *(p for p in net.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        found.append([*outs, *(torch.zeros(()) if g is None else g for g in gradients)])
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).norm() <= 1e-6 * other.norm()
+
+
+def test_layers_of_a_model_are_computed_together() -> None:
+    net = Lora(r=4).apply(llama(), lambda: []).train()
+    kinds: dict[str, int] = {}
+    out = net.base_model.model.model(input_ids=torch.arange(9)[None], use_cache=False).last_hidden_state
+    seen, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kinds[type(node).__name__] = kinds.get(type(node).__name__, 0) + 1
+        waiting += [before for before, _ in node.next_functions]
+    assert kinds["LowRankBackward"] == 4 * net.config.num_hidden_layers  # qkv, o, gate and up, down

@@ -107,7 +107,7 @@ class Lora(Section):
         config = self._config(model)
         few_passes = self._slower(model) is None
         if few_passes:
-            config._register_custom_module(lowrank.modules())
+            config._register_custom_module(lowrank.modules()[0])
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
@@ -115,6 +115,8 @@ class Lora(Section):
             initialize_lora_eva_weights(peft_model, list(batches()), show_progress_bar=False)
         if self.init == "loftq":
             self._start_from_quantization_error(peft_model)
+        if few_passes:
+            lowrank.join(peft_model)
         recompute.install(peft_model, again=few_passes)
         return peft_model
 
