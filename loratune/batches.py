@@ -131,10 +131,15 @@ def split_packed(chosen: list[Row], capacity: int, micro_batch_size: int | str, 
     """
     lengths = np.array([len(row.ids) for row in chosen])
     parts: list[list[Row]] = []
+    total = int(lengths.sum())
+    even = total / -(-total // max(tokens, 1))  # parts of about the same size take less memory than one small rest
     packs = filled = 0  # of the last part
     for members in pack(lengths, capacity):
         size = int(lengths[members].sum())
-        full = packs == micro_batch_size if isinstance(micro_batch_size, int) else filled + size > tokens
+        if isinstance(micro_batch_size, int):
+            full = packs == micro_batch_size
+        else:
+            full = filled + size > tokens or filled + size / 2 > even
         if full or not parts:
             parts.append([])
             packs = filled = 0

@@ -5,6 +5,7 @@ Weights and optimizer states are known from shapes to a few percent, activations
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ from loratune.report import size
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
 _LOGITS = 12  # bytes per word and token of a chunk of the head: logits twice, float32 scores twice
 _NF4 = 0.52  # bytes per weight, scales included
+_PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
+
+
+def keep_few_products() -> None:
+    """Let oneDNN keep few matrix products ready; to be called before the first.
+
+    Each is made for a number of tokens and takes 0.6 MB, nearly every step has another number, and on its own oneDNN
+    keeps a thousand twice: between the places of activations, which then don't fit there any more.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_PRODUCTS))
 
 
 def checkpoint_bytes(recipe: Recipe, net: Any) -> int:
@@ -53,7 +65,7 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     """Return the bytes a step needs beside activations that are not there yet: gradients, states, a chunk of logits."""
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
-    return gradients + _states(recipe, net) + head.ROWS * words * _LOGITS
+    return gradients + _states(recipe, net) + head.ROWS[loaded.device.type] * words * _LOGITS
 
 
 def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, plan: Plan) -> dict[str, int]:

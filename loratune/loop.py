@@ -101,6 +101,7 @@ def steps(
                 loss = objective.total(model, _on(device, part))
                 accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
             total += loss.detach()
+            del loss  # its graph: thousands of small things between the activations' places, which the next ones want
         if world > 1:
             total = accelerator.reduce(total, reduction="sum")
         if scaled:

@@ -88,6 +88,7 @@ def train(
         LoratuneError: any of its kinds; `exit_code` says which.
     """
     bases.quiet()
+    fit.keep_few_products()
     folder = Path(recipe.output)
     accelerator = _accelerator(recipe)
     first = accelerator.is_main_process

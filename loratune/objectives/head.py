@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     import torch
 
-ROWS = 256  # tokens whose logits are in memory at once
+ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once
 _LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
 
 _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by head module
@@ -120,8 +120,9 @@ def _function() -> Any:
         ) -> torch.Tensor:  # fmt: skip
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            for begin in range(0, len(hidden), ROWS):
-                part, target = hidden[begin : begin + ROWS], targets[begin : begin + ROWS, None]
+            rows = ROWS[hidden.device.type]
+            for begin in range(0, len(hidden), rows):
+                part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
                 logits = torch.nn.functional.linear(part, weight, bias)
                 scores = logits.float()  # (rows, vocabulary), from here on in place
                 scores.sub_(scores.amax(dim=-1, keepdim=True))
@@ -133,7 +134,7 @@ def _function() -> Any:
                     if smoothing:
                         scores.sub_(smoothing / scores.shape[1])
                     scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
-                    torch.mm(logits.copy_(scores), weight, out=gradient[begin : begin + ROWS])
+                    torch.mm(logits.copy_(scores), weight, out=gradient[begin : begin + rows])
             ctx.save_for_backward(gradient)
             return total
 
