@@ -49,3 +49,13 @@ def test_data_with_a_tiny_tokenizer(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())["arms"]["loratune"]
     assert found["tokens"] > found["trained_tokens"] > 0
     assert found["packs"] > 0
+
+
+@pytest.mark.slow
+def test_growth_with_one_layer(tmp_path: Path) -> None:
+    words = ["--lengths", "16", "64", "--numbers", "10", "40", "--tokens", "64", "--short", "8", "--layers", "1"]
+    said = run("growth.py", *words, "--out", str(tmp_path / "growth"), folder=tmp_path)
+    assert len(said.splitlines()) == 6
+    found = json.loads((tmp_path / "growth.json").read_text())
+    assert [(one["rows"], one["length"]) for one in found] == [(16, 16), (4, 64), (10, 8), (40, 8)]
+    assert all(one["tokens_per_second"] > 0 for one in found)

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, linear
 from loratune.objectives import Sft, head
 from tests.test_sft import ROWS, gemma2, llama
 
+CHUNK = head.ROWS["cpu"]  # tokens
+
 
 def frozen(net: Any) -> Any:
     net.requires_grad_(False)
@@ -30,7 +32,7 @@ def adapted(net: Any, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, head.ROWS - 1, head.ROWS, 2 * head.ROWS + 3])
+@pytest.mark.parametrize("tokens", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
 def test_float32_loss_and_gradient(tokens: int, bias: bool, smoothing: float) -> None:
     torch.manual_seed(tokens)
     hidden, weight = torch.randn(tokens, 64, requires_grad=True), torch.randn(301, 64)

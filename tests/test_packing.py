@@ -76,6 +76,14 @@ def test_micro_batches_of_packs() -> None:
     assert lengths_of(split_packed(made, 10, "auto", 5)) == [[8, 2], [7, 3], [5, 5]]  # at least one
 
 
+def test_parts_of_auto_are_about_equally_large() -> None:
+    made = rows([1000] + [100] * 5)
+    parts = split_packed(made, 1000, "auto", 1100)
+    assert [sum(part) for part in lengths_of(parts)] == [1000, 500]
+    parts = split_packed(rows([100] * 12), 100, "auto", 1000)
+    assert [sum(part) for part in lengths_of(parts)] == [600, 600]
+
+
 class Many:
     """As much of `data.Rows` as the batches need."""
 

@@ -137,6 +137,14 @@ def test_in_bfloat16_it_is_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch)
     assert off[0] < 1.1 * off[1], off
 
 
+def test_an_adapter_that_is_not_zero_and_drops_hides_no_swiglu() -> None:
+    for changes in ({"init": "olora"}, {"lora_dropout": 0.5}):
+        net = Lora(r=4, **changes).apply(llama().bfloat16(), lambda: [])
+        gated = [module for module in net.modules() if type(module).__name__ == "LlamaMLP"]
+        assert gated
+        assert all("forward" in vars(module) for module in gated)
+
+
 def test_a_copy_stands_on_its_own_weights() -> None:
     ours = norm().requires_grad_(False)
     assert installed(ours)

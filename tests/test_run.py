@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -270,6 +272,31 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
     assert "step 42: the gradient is not finite; stopped before the optimizer stepped" in str(caught.value)
     assert "rows.jsonl:8 and 3 more" in str(caught.value)
     assert torch.equal(net.weight, before)
+
+
+class Watched(Exploding):
+    """An objective that sees to it that nothing holds on to its last graph."""
+
+    def total(self, net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert not GRAPHS or GRAPHS[-1]() is None
+        loss: torch.Tensor = net(torch.ones(1, 2)).sum()
+        GRAPHS.append(weakref.ref(loss))
+        return loss
+
+
+GRAPHS: list[Any] = []
+
+
+def test_a_graph_is_let_go_before_the_next_is_made():
+    """What is left of it lies between the places of activations, which larger ones then do not fit into."""
+    from accelerate import Accelerator
+
+    net = torch.nn.Linear(2, 1)
+    optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
+    row = Row(np.zeros(1, dtype=np.int32), np.ones(1, dtype=bool), Place("rows.jsonl", 1))
+    batch = batches.Batch([[row], [row]], 1.0, 2)
+    list(loop.steps(net, Watched(), [batch] * 2, optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0))
+    assert len(GRAPHS) == 4
 
 
 def test_an_absurd_rate_ends_in_an_error_not_in_a_broken_adapter(fit: Fit, tmp_path: Path):

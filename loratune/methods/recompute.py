@@ -110,13 +110,12 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
     waves = torch.linspace(-9, 9, 4 * width, device=like.device).sin().view(4, width)
     states = waves * torch.tensor([[1e-3], [1.0], [30.0], [1e3]], device=like.device)
     parts = [(part, part.training) for part in module.modules()]
+    module.eval()  # what is inside draws no random numbers then, and goes one way whoever asks
+    module.training = True
     try:
         with torch.no_grad():
-            for x in states[:, None, None].to(like.dtype):
-                made = forward(module.train(), x)
-                if not torch.equal(made, type(module).forward(module.eval(), x)):
-                    return False
-        return True
+            own = type(module).forward
+            return all(torch.equal(forward(module, x), own(module, x)) for x in states[:, None, None].to(like.dtype))
     except (TypeError, ValueError, RuntimeError):  # it wants more than a state, or other ones
         return False
     finally:
