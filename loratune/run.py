@@ -21,6 +21,7 @@ from loratune import (
     batches,
     card,
     checkpoint,
+    compiler,
     data,
     drift,
     fingerprint,
@@ -101,7 +102,7 @@ def train(
             if found:
                 facts["drift"] = found.seal["drift"]
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
-            with garbage.seldom():
+            with garbage.seldom(), compiler.later():
                 job = _prepare(recipe, folder, accelerator, report, facts, found)
             if found:
                 progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)

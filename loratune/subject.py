@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, checkpoint, decode, fingerprint, guard, model, nodes, recipe, tokenizing
+from loratune import adapter, checkpoint, compiler, decode, fingerprint, guard, model, nodes, recipe, tokenizing
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, shorten
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
@@ -136,7 +136,8 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         ModelError: when its tensors don't fit the base, one is missing, too many or not finite, or it changes nothing.
         SafetyError: when it is a pickle, or its config would run or fetch code.
     """
-    from peft import PeftModel
+    with compiler.later():
+        from peft import PeftModel
 
     adapter.check(folder)
     known = isinstance(net, PeftModel)

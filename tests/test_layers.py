@@ -49,6 +49,7 @@ LEVELS = (
         "checkpoint",
         "drift",
         "fit",
+        "compiler",
         "keeping",
         "lock",
         "signals",
