@@ -55,12 +55,16 @@ def modules() -> tuple[dict[Any, Any], Any]:
             """Take weight, bias, A and B of each layer; return what each gives."""
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             weights, biases, a, b = (given[part::4] for part in range(4))
-            down = torch.cat(a).to(x.dtype)  # (all r, in)
+            downs = [
+                part.to(x.dtype) for part in a
+            ]  # (r, in) each, kept as such: copies of weights, known by their size
             ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
-            inners = torch.split_with_sizes(rows @ down.t(), [part.shape[1] for part in ups], dim=1)  # (tokens, r) each
+            inners = torch.split_with_sizes(
+                rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
+            )  # (tokens, r) each
             parts = zip(weights, biases, inners, ups, strict=True)
             outs = [linear(rows, weight, bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
-            ctx.save_for_backward(*weights, *ups, *inners, down, *again.kept)
+            ctx.save_for_backward(*weights, *ups, *inners, *downs, *again.kept)
             ctx.scales, ctx.masters, ctx.product, ctx.shape = scales, (a[0].dtype, b[0].dtype), again.product, x.shape
             ctx.set_materialize_grads(False)
             return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -69,8 +73,8 @@ def modules() -> tuple[dict[Any, Any], Any]:
         def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
             number = len(outer)
             saved = ctx.saved_tensors  # once: a checkpointed layer is computed again by it
-            weights, ups, inners = (saved[part * number : (part + 1) * number] for part in range(3))
-            down, *kept = saved[3 * number :]
+            weights, ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(4))
+            kept = saved[4 * number :]
             found: list[torch.Tensor | None] = [None] * (4 * number)
             of_x = None
             gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
@@ -91,7 +95,7 @@ def modules() -> tuple[dict[Any, Any], Any]:
                 if ctx.needs_input_grad[0]:
                     of_x = g @ weights[index] if of_x is None else of_x.addmm_(g, weights[index])
             if of_x is not None:
-                of_x = of_x.addmm_(through, down).view(ctx.shape)
+                of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
             return of_x, None, None, *found
 
     class FewPasses(Linear):  # type: ignore[misc]
