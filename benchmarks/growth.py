@@ -3,7 +3,8 @@
     python benchmarks/growth.py
 
 A model of SmolLM2-135M's shape with random weights trains on rows of exact lengths, the same number of tokens in each
-step. Attention grows with the length of a row by its nature, so what it takes on its own is measured beside.
+step. Attention grows with the length of a row by its nature, so what its passes take in the same training is also taken
+off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,15 @@ SHAPE = {
 }  # fmt: skip
 
 
-def attention(rows: int, length: int) -> float:
-    """Return seconds a token that attention of all layers takes forward and backward, best of four."""
-    import torch
-
-    from loratune import tiles
-
-    heads, fewer, width = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"], SHAPE["head_dim"]
-    parts = [torch.randn(1, n, rows * length, width).bfloat16().requires_grad_() for n in (heads, fewer, fewer)]
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        out = tiles.attend(*parts, [length] * rows, width**-0.5)
-        torch.autograd.grad(out, parts, out.detach())
-        best = min(best, time.perf_counter() - began)
-    return best * SHAPE["num_hidden_layers"] / (rows * length)
-
-
 def measure(base: Path, folder: Path, number: int, length: int, at_once: int, steps: int) -> dict[str, Any]:
     """Train on so many rows of so many tokens, `at_once` of them a step."""
     folder.mkdir()
     gpu.write_rows(folder / "rows.jsonl", number, length, SHAPE["vocab_size"])
     data = {"format": "text", "max_length": length, "max_lost": 0.5}
-    case = {"model": str(base), "steps": steps, "warm": 1, "batch_size": at_once, "sections": {"data": data}}
+    case = {
+        "model": str(base), "steps": steps, "warm": 1, "batch_size": at_once, "sections": {"data": data},
+        "attention_apart": True,
+    }  # fmt: skip
     train.prepare(folder, case)
     return train.measured("loratune", folder, sys.executable)
 
@@ -77,11 +63,9 @@ def main() -> None:
             one = measure(base, Path(place) / f"{number}x{length}", number, length, at_once, given.steps)
             if "failed" in one:
                 sys.exit(one["stderr"])
-            alone = attention(at_once, length)
-            rest = 1 / (1 / one["tokens_per_second"] - alone)
-            found.append({"rows": number, "length": length, "attention_seconds": alone, "rest": rest, **one})
+            found.append({"rows": number, "length": length, **one})
             lines.append(
-                f"| {number:,} | {length:,} | {one['tokens_per_second']:.0f} | {rest:.0f} "
+                f"| {number:,} | {length:,} | {one['tokens_per_second']:.0f} | {one['without_attention']:.0f} "
                 f"| {one['peak_memory'] / 1e9:.2f} GB |"
             )
             print(lines[-1], file=sys.stderr, flush=True)

@@ -75,7 +75,8 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
 
     Args:
         folder: with `rows.jsonl`.
-        case: `model` (folder), `steps`, `warm` (steps not counted), `batch_size`, `sections` (of the recipe, besides).
+        case: `model` (folder), `steps`, `warm` (steps not counted), `batch_size`, `sections` (of the recipe, besides);
+            `attention_apart`, where what attention takes is to be taken off as well.
     """
     import numpy as np
     import yaml
@@ -145,14 +146,37 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         first.append(time.time())
 
     threading.Thread(target=watch, daemon=True).start()
+    attention = clocked_attention() if case.get("attention_apart") else []
     changes = ["data.packing=off"] if name == "loratune-padded" else []
     train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
     steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    counted = first[0] + sum(step["seconds"] for step in steps[1 : case["warm"]])
     return {
         "started": first[0] - steps[0]["seconds"],
+        "attention": sum(seconds for ended, seconds in attention if ended > counted),
         "seconds": [step["seconds"] for step in steps],
         "losses": [step["loss"] for step in steps],
     }
+
+
+def clocked_attention() -> list[tuple[float, float]]:
+    """Return a list that will hold the end and the seconds of each pass through attention of packed rows on a CPU."""
+    from loratune import tiles
+
+    passes: list[tuple[float, float]] = []
+
+    def clocked(way: Any) -> Any:
+        def called(*given: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return way(*given)
+            finally:
+                passes.append((time.time(), time.perf_counter() - began))
+
+        return staticmethod(called)
+
+    tiles._Rows.forward, tiles._Rows.backward = clocked(tiles._Rows.forward), clocked(tiles._Rows.backward)
+    return passes
 
 
 def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -256,11 +280,13 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     width = config["head_dim"] * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
     flops = 4 * (layers * hidden * (width + 3 * inner) * tokens + config["vocab_size"] * hidden * trained)
     seconds = sum(found["seconds"][case["warm"] :])
+    apart = {"without_attention": tokens / (seconds - found["attention"])} if case.get("attention_apart") else {}
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
         "peak_memory": memory,
         "matrix_rate": rate, "share_of_matrix_rate": flops / seconds / rate,
         "start_seconds": found["started"] - begun, "losses": found["losses"], "seconds": found["seconds"],
+        **apart,
     }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ torch's flash kernel falls back to slow products there where it goes backward; o
 if there are enough of them in one call. So rows of about the same length are laid side by side, padded to whole tiles,
 and the n-th tiles of all of them go through one product with all the keys before them. Scores and softmax are float32,
 as in that kernel; they are computed again on the way back, so that nothing of the size (tokens, tokens) is kept.
+
+Long rows do go through the kernel: their scores outgrow the cache, and each of their tiles is another product.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from typing import Any
 import torch
 
 TILE = 64  # tokens of a row whose scores are computed at once: small ones skip more of what no token sees
+TILES = 6  # of a row at most, else they are larger: oneDNN makes seven products ready for each, and keeps few
+LONG = 768  # tokens of a row that torch's kernel takes at least as fast
 SPREAD = 4  # rows up to so many times shorter than the longest lie beside it; the rest is padding, never computed with
+
+_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives also the logarithm of the scores' sums
+_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(
@@ -32,7 +39,7 @@ def attend(
         lengths: of the rows in tokens.
         scale: of the scores.
     """
-    out: torch.Tensor = _Tiles.apply(query, key, value, tuple(lengths), scale)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Rows.apply(query, key, value, tuple(lengths), scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -43,132 +50,167 @@ class _Group:
     Attributes:
         tokens: of all rows where they stand in the pack, ascending, int64, (tokens,).
         slots: the place of each where the rows stand padded behind one another, int64, (tokens,).
-        tiles: number of tiles of the longest row, and so of the padded ones.
-        rows: how many rows have an n-th tile, for each n.
+        fill: what stands in each place: a token of the pack, or the first in place of none, int64, (places,).
+        none: places where no token stands, int64.
+        tile: tokens of a tile.
+        rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
+        alone: whether these are all rows of the pack.
     """
 
     tokens: torch.Tensor
     slots: torch.Tensor
-    tiles: int
+    fill: torch.Tensor
+    none: torch.Tensor
+    tile: int
     rows: tuple[int, ...]
+    alone: bool
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
         for number, rows in enumerate(self.rows):
-            yield number, rows, (number + 1) * TILE
+            yield number, rows, (number + 1) * self.tile
 
-    def padded(self, part: torch.Tensor) -> torch.Tensor:
-        """Return (1, heads, tokens, width) as (rows, tiles, TILE, heads, width)."""
-        lined = part[0].transpose(0, 1)  # (tokens, heads, width), which is how most models have it in memory
-        out = part.new_zeros(self.rows[0] * self.tiles * TILE, *lined.shape[1:])
-        out.index_copy_(0, self.slots, lined if len(self.tokens) == len(lined) else lined[self.tokens])
-        return out.view(self.rows[0], self.tiles, TILE, *lined.shape[1:])
+    def queries(self, part: torch.Tensor, heads: int, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
+        """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x tile, width).
 
-    def queries(self, part: torch.Tensor, heads: int) -> torch.Tensor:
-        """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x TILE, width)."""
-        padded = self.padded(part).view(self.rows[0], self.tiles, TILE, heads, -1, part.shape[-1])
-        return padded.permute(1, 0, 3, 4, 2, 5).flatten(3, 4).contiguous()
+        Where no token stands something does, unless it is to be `empty`: it sees and gives nothing anyone asks for, but
+        what comes back to it would go on to the keys.
+        """
+        padded = self._padded(part)
+        if empty:
+            padded.index_fill_(0, self.none, 0)
+        padded = padded.view(self.rows[0], -1, self.tile, heads, part.shape[1] // heads, part.shape[-1])
+        padded = padded.permute(1, 0, 3, 4, 2, 5)
+        return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(3, 4)
 
-    def keys(self, part: torch.Tensor) -> torch.Tensor:
-        """Return (1, heads, tokens, width) as (rows x heads, tiles x TILE, width)."""
-        return self.padded(part).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    def keys(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return (1, heads, tokens, width) as (rows x heads, tiles x tile, width)."""
+        padded = self._padded(part)
+        padded = padded.view(self.rows[0], -1, *padded.shape[1:]).transpose(1, 2)
+        return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(0, 1)
 
     def put(self, part: torch.Tensor, out: torch.Tensor) -> None:
         """Write what `queries` gives to where it comes from, `out` of (tokens, query heads, width)."""
-        apart = part.view(*part.shape[:3], -1, TILE, part.shape[-1])  # (tiles, rows, heads, group, TILE, width)
-        self._write(apart.permute(1, 0, 4, 2, 3, 5).reshape(-1, *out.shape[1:]), out)
+        apart = part.view(*part.shape[:3], -1, self.tile, part.shape[-1])  # (tiles, rows, heads, group, tile, width)
+        self._write(apart.permute(1, 0, 4, 2, 3, 5), out)
 
     def put_keys(self, part: torch.Tensor, heads: int, out: torch.Tensor) -> None:
         """Write what `keys` gives to where it comes from, `out` of (tokens, heads, width)."""
-        apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, tiles x TILE, width)
-        self._write(apart.transpose(1, 2).reshape(-1, *out.shape[1:]), out)
+        apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, tiles x tile, width)
+        self._write(apart.transpose(1, 2), out)
+
+    def _padded(self, part: torch.Tensor) -> torch.Tensor:
+        """Return (1, heads, tokens, width) as (places, heads, width)."""
+        return part[0].transpose(0, 1).index_select(0, self.fill)  # most models have it in memory that way round
 
     def _write(self, padded: torch.Tensor, out: torch.Tensor) -> None:
-        out.index_copy_(0, self.tokens, padded.index_select(0, self.slots).to(out.dtype))
+        lined = padded.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
+        if self.alone:
+            torch.index_select(lined, 0, self.slots, out=out)
+        else:
+            out.index_copy_(0, self.tokens, lined.index_select(0, self.slots))
 
 
 @lru_cache(maxsize=16)  # all layers ask for the same
-def _groups(lengths: tuple[int, ...]) -> list[_Group]:
-    """Return rows in groups, such that padding takes little."""
+def _parts(lengths: tuple[int, ...], longest: int) -> tuple[list[slice], list[_Group]]:
+    """Return where rows longer than `longest` stand, and the others in groups, such that padding takes little."""
     starts = list(accumulate(lengths, initial=0))
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    long = [slice(start, start + length) for start, length in zip(starts, lengths, strict=False) if length > longest]
+    short = sorted((row for row, length in enumerate(lengths) if length <= longest), key=lambda row: -lengths[row])
     found: list[list[int]] = []
-    for row in order:
-        if not found or _tiles(lengths[row]) * SPREAD < _tiles(lengths[found[-1][0]]):
+    for row in short:
+        if not found or -(-lengths[row] // TILE) * SPREAD < -(-lengths[found[-1][0]] // TILE):
             found.append([])
         found[-1].append(row)
     groups = []
     for rows in found:
-        most = _tiles(lengths[rows[0]])
-        place = {row: at * most * TILE for at, row in enumerate(rows)}
+        tile = TILE
+        while -(-lengths[rows[0]] // tile) > TILES:
+            tile *= 2
+        tiles = [-(-lengths[row] // tile) for row in rows]
+        place = {row: at * tiles[0] * tile for at, row in enumerate(rows)}
         tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in sorted(rows)])
         slots = torch.cat([torch.arange(lengths[row]) + place[row] for row in sorted(rows)])
-        have = tuple(sum(_tiles(lengths[row]) > number for row in rows) for number in range(most))
-        groups.append(_Group(tokens, slots, most, have))
-    return groups
+        have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
+        fill = torch.full((len(rows) * tiles[0] * tile,), -1).index_copy_(0, slots, tokens)
+        none = (fill < 0).nonzero().flatten()
+        groups.append(_Group(tokens, slots, fill.clamp_(min=0), none, tile, have, len(rows) == len(lengths)))
+    return long, groups
 
 
-def _tiles(tokens: int) -> int:
-    return -(-tokens // TILE)
+@lru_cache(maxsize=16)
+def _later(tile: int) -> torch.Tensor:
+    """Return what is added to the scores of a tile with its own tokens: none sees a later one, (tile, tile)."""
+    return torch.full((tile, tile), float("-inf")).triu(1)
 
 
-@lru_cache(maxsize=1)
-def _later() -> torch.Tensor:
-    """Return what is added to the scores of a tile with its own tokens: none sees a later one, (TILE, TILE)."""
-    return torch.full((TILE, TILE), float("-inf")).triu(1)
-
-
-def _probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Return softmax of the causal scores of queries that stand under the last keys, float32, (b, group x TILE, keys).
+def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: int) -> torch.Tensor:
+    """Return softmax of the causal scores of queries that stand under the last keys, float32, (b, group x tile, keys).
 
     Args:
-        q: scaled, float32, (b, group x TILE, width).
-        k: float32, (b, keys, width).
+        q: float32, (b, group x tile, width).
+        k: scaled, float32, (b, keys, width).
+        tile: how many queries of a head there are.
     """
     scores = torch.bmm(q, k.transpose(1, 2))
-    scores.view(len(k), -1, TILE, k.shape[1])[..., -TILE:] += _later()
-    return scores.softmax(dim=-1)
+    scores.view(len(k), -1, tile, k.shape[1])[..., -tile:].add_(_later(tile))
+    return torch.softmax(scores, dim=-1, out=scores)  # in place, in the cache
 
 
-class _Tiles(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float
     ) -> torch.Tensor:
-        heads = key.shape[1]
+        heads, dtype, wide = key.shape[1], query.dtype, torch.float32
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        for group in _groups(lengths):
-            q, k, v = group.queries(query, heads).float() * scale, group.keys(key).float(), group.keys(value)
-            made = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=query.dtype)
+        ctx.parts = long, groups = _parts(lengths, LONG if query.shape[-1] == value.shape[-1] else max(lengths))
+        norms = []
+        for row in long:
+            made, norm = _KERNEL(*(part[:, :, row] for part in (query, key, value)), 0.0, True, scale=scale)
+            out[row] = made[0].transpose(0, 1)
+            norms.append(norm)
+        for group in groups:
+            q, k, v = group.queries(query, heads, wide), group.keys(key, wide).mul_(scale), group.keys(value, dtype)
+            made = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
             for tile, rows, keys in group.steps():
                 b = rows * heads
-                p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys]).to(query.dtype)
+                p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys], group.tile).to(dtype)
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
             group.put(made, out)
-        ctx.save_for_backward(query, key, value)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.save_for_backward(query, key, value, *([out, *norms] if long else []))
+        ctx.scale = scale
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        heads, dtype = key.shape[1], query.dtype
+        query, key, value, *kept = ctx.saved_tensors
+        heads, dtype, wide = key.shape[1], query.dtype, torch.float32
+        gradient = outer[0].transpose(1, 2)
         of_query, of_key, of_value = (p.new_empty(p.shape[2], p.shape[1], p.shape[3]) for p in (query, key, value))
-        for group in _groups(ctx.lengths):
-            q, g = group.queries(query, heads), group.queries(outer[0].transpose(1, 2), heads)
-            k, v = group.keys(key), group.keys(value)
-            q32, k32 = q.float() * ctx.scale, k.float()
+        long, groups = ctx.parts
+        for row, norm in zip(long, kept[1:], strict=True):
+            # each head of queries with keys of its own: the kernel adds up those of a shared one in bfloat16
+            k, v = (p[:, :, row].repeat_interleave(query.shape[1] // heads, dim=1) for p in (key, value))
+            q, g, made = query[:, :, row], gradient[:, :, row], kept[0][None, row].transpose(1, 2)
+            of_q, of_k, of_v = _KERNEL_BACKWARD(g, q, k, v, made, norm, 0.0, True, scale=ctx.scale)
+            of_query[row] = of_q[0].transpose(0, 1)
+            of_key[row], of_value[row] = (p[0].unflatten(0, (heads, -1)).sum(1).transpose(0, 1) for p in (of_k, of_v))
+        for group in groups:
+            q, g = group.queries(query, heads, dtype), group.queries(gradient, heads, dtype, empty=True)
+            k, v = group.keys(key, dtype), group.keys(value, dtype)
+            q32, k32 = q.to(wide), k.to(wide) * ctx.scale
             of_q = torch.empty_like(q)
-            of_k, of_v = (torch.zeros(part.shape, dtype=torch.float32) for part in (k, v))
+            of_k, of_v = (torch.zeros(part.shape, dtype=wide) for part in (k, v))
             for tile, rows, keys in group.steps():
                 b = rows * heads
-                p = _probabilities(q32[tile, :rows].flatten(0, 1), k32[:b, :keys])
+                p = _probabilities(q32[tile, :rows].flatten(0, 1), k32[:b, :keys], group.tile)
                 g_here = g[tile, :rows].flatten(0, 1)
-                of_v[:b, :keys] += torch.bmm(p.to(dtype).transpose(1, 2), g_here)
-                of_p = torch.bmm(g_here, v[:b, :keys].transpose(1, 2)).float()
-                of_s = torch._softmax_backward_data(of_p, p, -1, torch.float32).mul_(ctx.scale).to(dtype)
+                of_v[:b, :keys].add_(torch.bmm(p.to(dtype).transpose(1, 2), g_here))
+                of_p = torch.bmm(g_here, v[:b, :keys].transpose(1, 2)).to(wide)
+                of_s = torch._softmax_backward_data(of_p, p, -1, wide).mul_(ctx.scale).to(dtype)
                 torch.bmm(of_s, k[:b, :keys], out=of_q[tile, :rows].flatten(0, 1))
-                of_k[:b, :keys] += torch.bmm(of_s.transpose(1, 2), q[tile, :rows].flatten(0, 1))
+                of_k[:b, :keys].add_(torch.bmm(of_s.transpose(1, 2), q[tile, :rows].flatten(0, 1)))
             group.put(of_q, of_query)
             group.put_keys(of_k, heads, of_key)
             group.put_keys(of_v, heads, of_value)
