@@ -17,8 +17,7 @@ from loratune.data import Rows
 from loratune.encode import Row
 from loratune.errors import ModelError, Place, Problem
 from loratune.model import Loaded
-from loratune.objectives import Objective
-from loratune.objectives.sft import head_only_at
+from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
 
 LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
@@ -174,14 +173,13 @@ def _logits(
     device = next(net.parameters()).device
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in objective.collate(rows, packed).items()
-        if name != "labels"
+        for name, value in sft.inputs(objective.collate(rows, packed)).items()
     }
     chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     last = len(rows[-1].ids)
     chosen[:, -last:][:, :LOOKED_AT] = True
     chosen[:, -min(LOOKED_AT, last) :] = True
-    with torch.no_grad(), autocast(), head_only_at(net, chosen):
+    with torch.no_grad(), autocast(), sft.head_only_at(net, chosen.flatten().nonzero().flatten()):
         logits: torch.Tensor = net(**inputs, use_cache=False).logits
     return logits.float()
 

@@ -79,6 +79,17 @@ def as_begun(section: Model, dtype: str | None) -> Model:
     return section.model_copy(update={"dtype": dtype})
 
 
+def exact_products() -> None:
+    """Have a GPU multiply as exactly as the dtype says, whatever torch does by itself.
+
+    float32 stays float32 (TF32 keeps 10 bits of 23), and the parts of a product of half precision are added up in
+    float32.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def load(
     section: Model, full: bool = False, where: torch.device | None = None, trust: bool = False, tokenizer: Any = None
 ) -> Loaded:  # fmt: skip
@@ -98,6 +109,7 @@ def load(
     """
     where = where or device()
     dtype = dtype_of(section.dtype, where, full)
+    exact_products()
     folder = bases.local_folder(section)
     if tokenizer is None:
         tokenizer = tokenizing.load(section, folder, trust)

@@ -296,7 +296,8 @@ def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator
         rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]
     ):
         for part in batch.micro:
-            yield {key: value.to(device) for key, value in recipe.objective.collate(part).items()}
+            known = recipe.objective.collate(part)
+            yield {key: known[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
 
 
 def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:

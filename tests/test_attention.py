@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from loratune import apart, attention, packing, tiles
 from loratune.encode import Row
 from loratune.errors import Place
-from loratune.objectives import Sft
+from loratune.objectives import Sft, sft
 
 WINDOW = 16
 COMMON: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None
 @pytest.mark.parametrize("name", EXACT)
 def test_without_packs_it_is_sdpa_to_the_bit(name: str) -> None:
     net, batch = made(name, EXACT[name]), Sft().collate(ROWS)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = sft.inputs(batch)
     with torch.no_grad():
         padded = net(**inputs).logits
         plain = net(input_ids=inputs["input_ids"]).logits

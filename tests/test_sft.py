@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from loratune import attention
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.objectives import Sft
@@ -118,10 +120,12 @@ def test_padding_and_order_dont_matter() -> None:
         apart = sum(objective.total(net, objective.collate([row])).item() for row in ROWS)
         for chosen in (ROWS, ROWS[::-1]):
             assert objective.total(net, objective.collate(chosen)).item() == pytest.approx(apart, rel=1e-5)
+        batch = objective.collate(ROWS)
         padded = {
-            key: torch.nn.functional.pad(value, (0, 9), value=-100 if key == "labels" else 0)
-            for key, value in objective.collate(ROWS).items()
+            key: torch.nn.functional.pad(batch[key], (0, 9), value=-100 if key == "labels" else 0)
+            for key in ("input_ids", "attention_mask", "labels")
         }
+        padded["predicts"] = batch["predicts"] + 9 * (batch["predicts"] // batch["labels"].shape[1])
         assert objective.total(net, padded).item() == pytest.approx(apart, rel=1e-5)
 
 
@@ -161,6 +165,7 @@ def test_collate() -> None:
         "input_ids": [[5, 6, 7], [8, 9, 0]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "labels": [[-100, -100, 7], [-100, 9, -100]],
+        "predicts": [1, 3],
     }
 
 
@@ -232,6 +237,7 @@ def test_collate_packed() -> None:
     assert {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]],
         "labels": [[-100, -100, 7, -100, 9]],  # the 8 is trained, and nothing of its own row stands before it
+        "predicts": [1, 3],
         "position_ids": [[0, 1, 2, 0, 1]],
         "cu_seq_lens_q": [0, 3, 5],
         "cu_seq_lens_k": [0, 3, 5],
@@ -255,3 +261,35 @@ def test_neftune_is_as_wide_for_a_packed_row_as_for_a_padded_one() -> None:
     for row, of in zip(ROWS, noise.split([len(row.ids) for row in ROWS]), strict=True):
         bound = 5.0 / math.sqrt(len(row.ids) * 64)
         assert 0.95 * bound < of.abs().max() <= bound * (1 + 1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Collects what a GPU would have to be waited for: values and sizes that depend on a tensor's content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        by_mask = any(
+            isinstance(one, torch.Tensor) and one.dtype is torch.bool
+            for part in given[1:2]
+            for one in (part if isinstance(part, (list, tuple)) else ())
+        )
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim") or by_mask:
+            self.seen.append(name)
+        return op(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_a_micro_batch_is_waited_for_once_at_most(noise: float) -> None:
+    attention.register()
+    net, objective = llama().train(), Sft(neftune=noise)
+    net.set_attn_implementation(attention.NAME)
+    net.lm_head.weight.requires_grad_(False)
+    objective.total(net, objective.collate(ROWS, packed=True))  # the head is looked at once
+    batch = objective.collate(ROWS, packed=True)
+    with Waits() as waits:
+        objective.total(net, batch).backward()
+    assert waits.seen in ([], ["_local_scalar_dense"]), "transformers looks whether rows are packed, before any layer"

@@ -89,16 +89,21 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> bool:
     return seen == [True] and torch.equal(logits.float(), wanted)
 
 
+def at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the states of (rows, tokens, width) at positions counted through all rows, (positions, width)."""
+    return hidden.flatten(0, -2).index_select(0, positions)
+
+
 @contextmanager
 def caught(head: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Catch the head's input at `positions`, a mask of shape (rows, tokens), and let it run for one of them only.
+    """Catch the head's input at `positions` (see `at`), and let it run for one of them only.
 
     Yields a list that will hold the input, (positions, width).
     """
     found: list[torch.Tensor] = []
 
     def before(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        found.append(inputs[0][positions])
+        found.append(at(inputs[0], positions))
         return (found[0][:1].detach(),)
 
     hook = head.register_forward_pre_hook(before)

@@ -48,12 +48,13 @@ class Sft(Section):
         Returns:
             input_ids, attention_mask and labels, each (rows, longest); a label stands under the token itself and is
             IGNORED where the token is not trained, or is the first of its row and so can't be predicted. Packed: see
-            `_behind_one_another`.
+            `_behind_one_another`. `predicts`: the places where the next token is trained, counted through all rows,
+            int64, (trained tokens,); found here, as a GPU would have to be waited for.
         """
         import torch
 
         if packed:
-            return _behind_one_another(rows)
+            return _predicting(_behind_one_another(rows))
         shape = (len(rows), max(len(row.ids) for row in rows))
         input_ids = torch.zeros(shape, dtype=torch.long)
         attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -64,11 +65,11 @@ class Sft(Section):
             input_ids[index, :length] = ids
             attention_mask[index, :length] = 1
             labels[index, 1:length] = torch.where(trained[1:], ids[1:], IGNORED)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return _predicting({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
 
     def count(self, batch: dict[str, Any]) -> int:
         """Return the number of trained tokens in a micro-batch."""
-        return int((batch["labels"] != IGNORED).sum())
+        return len(batch["predicts"])
 
     def total(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Return the summed loss of a micro-batch in nats, float32, shape ().
@@ -82,10 +83,9 @@ class Sft(Section):
         inner = _inner(model)
         if head.is_fusible(inner, batch["input_ids"]):
             layer = inner.get_output_embeddings()
-            targets, predicts, inputs = _split(batch)
-            with head.caught(layer, predicts) as found, self._noise(inner, batch):
-                model(**inputs, use_cache=False)
-            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, targets, smoothing)
+            with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
+                model(**inputs(batch), use_cache=False)
+            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, _targets(batch), smoothing)
         logits, targets = self._predictions(model, batch)
         return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
@@ -101,7 +101,7 @@ class Sft(Section):
         logits, targets = self._predictions(model, batch)
         losses = cross_entropy(logits.float(), targets, reduction="none")  # (trained tokens,)
         right = (logits.argmax(dim=-1) == targets).float()
-        row, _ = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        row = batch["predicts"] // batch["labels"].shape[1]
         zeros = torch.zeros(len(batch["labels"]), device=losses.device)
         return (
             zeros.index_add(0, row, losses),
@@ -111,11 +111,10 @@ class Sft(Section):
 
     def _predictions(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (trained tokens, vocabulary) and targets (trained tokens,); the head runs nowhere else."""
-        targets, predicts, inputs = _split(batch)
         inner = _inner(model)
-        with head_only_at(inner, predicts), self._noise(inner, batch):
-            logits = model(**inputs, use_cache=False).logits
-        return logits, targets
+        with head_only_at(inner, batch["predicts"]), self._noise(inner, batch):
+            logits = model(**inputs(batch), use_cache=False).logits
+        return logits, _targets(batch)
 
     @contextmanager
     def _noise(self, model: Any, batch: dict[str, Any]) -> Iterator[None]:
@@ -129,7 +128,7 @@ class Sft(Section):
                 tokens = batch["attention_mask"].sum(dim=1).view(-1, 1, 1)  # (rows, 1, 1)
             else:
                 lengths = batch["cu_seq_lens_q"].diff()
-                tokens = lengths.repeat_interleave(lengths).view(1, -1, 1)  # (1, tokens, 1)
+                tokens = lengths.repeat_interleave(lengths, output_size=embedded.shape[1]).view(1, -1, 1)
             width: torch.Tensor = self.neftune / (tokens * embedded.shape[-1]) ** 0.5
             return embedded + torch.empty_like(embedded).uniform_(-1, 1) * width.to(embedded.dtype)
 
@@ -147,14 +146,23 @@ def _inner(model: Any) -> Any:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
-def _split(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Return targets (trained tokens,), the mask of what predicts them (rows, tokens), and the model's inputs."""
-    import torch
+def inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a micro-batch the model is given."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "predicts")}
 
-    targets = batch["labels"][:, 1:]
-    predicts = torch.nn.functional.pad(targets != IGNORED, (0, 1))  # position t predicts token t+1
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return targets[targets != IGNORED], predicts, inputs
+
+def _predicting(batch: dict[str, Any]) -> dict[str, Any]:
+    """Add `predicts` to a micro-batch: position t predicts token t+1."""
+    from torch.nn.functional import pad
+
+    trained = pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+    return batch | {"predicts": trained.flatten().nonzero().flatten()}
+
+
+def _targets(batch: dict[str, Any]) -> torch.Tensor:
+    """Return the trained tokens, (trained tokens,)."""
+    targets: torch.Tensor = batch["labels"].flatten().index_select(0, batch["predicts"] + 1)
+    return targets
 
 
 def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
@@ -183,14 +191,14 @@ def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
 
 @contextmanager
 def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Let the model's head see only the hidden states at `positions`, a mask of shape (rows, tokens).
+    """Let the model's head see only the hidden states at `positions`, counted through all rows, int64, (positions,).
 
     A hook before the head works for every architecture, also those that scale or cap their logits afterwards; what
     the model returns is then (positions, vocabulary) instead of (rows, tokens, vocabulary).
     """
 
     def select(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (inputs[0][positions],)
+        return (head.at(inputs[0], positions),)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
