@@ -48,7 +48,7 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "qlora-16xvaried": (16, (64, 2048), NF4),
     "qlora-1x2048-checkpointed": (1, 2048, NF4 | ALL),
 }
-ARMS = ("loratune", "trl", "trl-bf16", "trl-liger", "unsloth")
+ARMS = ("loratune", "loratune-compiled", "trl", "trl-bf16", "trl-liger", "unsloth")
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:

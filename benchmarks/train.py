@@ -35,6 +35,7 @@ PLAIN = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SFTConfig that differ from its defaults
     "loratune": ("loratune as it comes", {}),
     "loratune-padded": ("loratune, rows padded", {}),
+    "loratune-compiled": ("loratune, `train.compile: on`", {}),
     "trl": ("TRL's SFTTrainer as it comes", {}),
     "trl-bf16": ("TRL, bfloat16 weights, no checkpointing", PLAIN),
     "trl-padding-free": ("TRL, the same, padding-free", PLAIN | {"padding_free": True}),
@@ -147,7 +148,7 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     threading.Thread(target=watch, daemon=True).start()
     attention = clocked_attention() if case.get("attention_apart") else []
-    changes = ["data.packing=off"] if name == "loratune-padded" else []
+    changes = {"loratune-padded": ["data.packing=off"], "loratune-compiled": ["train.compile=on"]}.get(name, [])
     train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
     steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     counted = first[0] + sum(step["seconds"] for step in steps[1 : case["warm"]])

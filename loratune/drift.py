@@ -23,6 +23,7 @@ FREE = {
     "train.keep",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.early_stopping",
 }
 LENGTH = {"train.epochs", "train.max_steps"}

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from loratune.activations import Cost, Plan
 from loratune.data import Rows
-from loratune.model import Loaded
+from loratune.model import Loaded, count_parameters
 from loratune.objectives import head
 from loratune.recipe import Recipe
 from loratune.report import size
@@ -66,6 +66,11 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
     return gradients + _states(recipe, net) + head.ROWS[loaded.device.type] * words * _LOGITS
+
+
+def operations(net: Any, rows: Rows, shown: int) -> float:
+    """Return roughly how many floating point operations a training on `shown` rows takes: 4 a weight and token."""
+    return 4.0 * count_parameters(net)[1] * shown * rows.counts.tokens / max(len(rows), 1)
 
 
 def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, plan: Plan) -> dict[str, int]:

@@ -44,6 +44,7 @@ FOREIGN = {
     "per_device_train_batch_size": "write `train.micro_batch_size`; `train.batch_size` is the rows of one step",
     "gradient_accumulation_steps": "write `train.batch_size`, the rows of one step; what fits in memory is found",
     "gradient_clipping": "write `train.max_grad_norm`",
+    "torch_compile": "write `train.compile: on` or `off`",
     "logging_steps": "write `train.log_every`",
     "eval_steps": "write `train.eval_every`",
     "save_steps": "write `train.save_every`",

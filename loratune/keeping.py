@@ -170,7 +170,7 @@ def check_space(job: Job, resume: bool) -> None:
 
 def about(job: Job) -> dict[str, Any]:
     """Return what a manifest says about the run its files come from."""
-    named = ("fingerprints", "sources", "steps", "processes", "versions", "activations", "dtype")
+    named = ("fingerprints", "sources", "steps", "processes", "versions", "activations", "compiled", "dtype")
     settings, accepted = job.recipe.model_dump(mode="json"), job.facts.get("drift", [])
     known = {name: job.facts[name] for name in named}
     return {"recipe": job.recipe.hash(), "settings": settings, "drift": accepted, **known}

@@ -196,6 +196,11 @@ class Train(Section):
         description="layers whose activations are computed twice to save memory: a number (the first ones), all or "
         "none; auto: no more than the free memory asks for; never changes what is optimized",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether torch's compiler joins the small operations between matrix products (norms, SwiGLU); "
+        "auto: on a GPU, where the run is long enough to pay for it; changes the last digits only",
+    )
     log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
     eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")
     save_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two checkpoints")

@@ -164,6 +164,13 @@ def _prepare(
     optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
+    compiled = compiler.is_wanted(
+        settings.compile, where.type, fit.operations(net, train_rows, steps * settings.batch_size),
+        found.seal.get("compiled") if found else None,
+    )  # fmt: skip
+    if compiled:
+        compiled, note = compiler.install(net, loaded.dtype, settings.compile, report.note)
+        loaded.notes += [note] if note else []
     batching = telling.batching(recipe, packing, train_rows, accelerator.num_processes)
     telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)
     facts.update(
@@ -176,6 +183,7 @@ def _prepare(
         },
         sources=telling.sources(recipe),
         memory=fit.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
+        compiled=compiled,
     )  # fmt: skip
     return Job(
         recipe, folder, accelerator, report, facts, origin, tokenizer, loaded, net, initial, optimizer,

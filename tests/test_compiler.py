@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from loratune import compiler
+from loratune.errors import SetupError
+from loratune.methods import Lora, elementwise
+from tests.test_sft import llama
 
 IMPORT = """
 import sys
@@ -49,3 +53,91 @@ def test_it_is_put_back_after_an_error() -> None:
     with pytest.raises(ValueError), compiler.later():
         raise ValueError
     assert torch.compile is before
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "operations", "begun", "wanted"),
+    [
+        ("on", "cpu", 0, None, True),
+        ("off", "cuda", 1e20, True, False),
+        ("auto", "cuda", 1e20, None, True),
+        ("auto", "cuda", 1e15, None, False),
+        ("auto", "cpu", 1e20, None, False),
+        ("auto", "cuda", 1e20, False, False),
+        ("auto", "cpu", 0, True, True),
+    ],
+)
+def test_auto_compiles_what_pays_and_keeps_to_what_was_begun(
+    wish: str, device: str, operations: float, begun: bool | None, wanted: bool
+) -> None:
+    assert compiler.is_wanted(wish, device, operations, begun) is wanted
+
+
+def adapted() -> Any:
+    return Lora(r=2).apply(llama(), lambda: []).train()
+
+
+def compiles(net: Any) -> bool:
+    norm = net.base_model.model.model.norm
+    return bool(norm.forward.__func__.keywords.get("compiled"))
+
+
+WRONG = ["norm_back", OSError("no compiler\nat all"), SyntaxError()]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def apart(width: int, dtype: torch.dtype, device: torch.device) -> str:
+        if isinstance(wrong, str):
+            return wrong
+        raise wrong
+
+    monkeypatch.setattr(elementwise, "apart", apart)
+    net, told = adapted(), []
+    done, note = compiler.install(net, torch.float32, "auto", told.append)
+    assert (done, compiles(net), len(told)) == (False, False, 1)
+    shown = {0: "norm_back", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
+    assert note == f"nothing is compiled: torch can't do it here ({shown})"
+    with pytest.raises(SetupError, match=f"`train.compile: on`: torch can't compile here: {shown}"):
+        compiler.install(net, torch.float32, "on", told.append)
+
+
+def test_where_nothing_is_known_nothing_is_compiled() -> None:
+    done, note = compiler.install(llama(), torch.float32, "on", pytest.fail)
+    assert not done
+    assert note.startswith("nothing is compiled: the norms")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, as it is imported
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_it_learns_the_same_and_no_length_is_compiled_anew() -> None:
+    """In bfloat16 as near to the truth as without; in float32 the same but for the last digits."""
+    assert elementwise.apart(64, torch.float32, torch.device("cpu")) is None
+    truth: list[torch.Tensor] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        off = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            net = Lora(r=4).apply(llama().to(dtype), lambda: []).train()
+            with torch.no_grad():
+                for name, parameter in net.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.1)
+            if compiled:
+                assert compiler.install(net, dtype, "on", lambda line: None) == (True, "")
+                assert compiles(net)
+                losses(net, torch.arange(36).view(3, 12))  # widths are compiled now
+            with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
+                found = losses(net, torch.arange(60).view(2, 30) % 50)
+            truth = truth or found
+            off.append(sum(float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)))
+        assert off[1] < (1e-4 if dtype is torch.float32 else 1.1 * off[0])
+        assert off[1] > 0, "nothing was compiled"
+
+
+def losses(net: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return the loss and the gradient of every trained tensor, float32."""
+    states = net.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    loss = (states * torch.linspace(0, 99, states.numel()).sin().view_as(states)).sum()
+    found = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
+    return [part.detach().float() for part in (loss, *found)]

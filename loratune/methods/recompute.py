@@ -15,6 +15,8 @@ from functools import cache, partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from loratune.methods import elementwise
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,6 +60,22 @@ def install(model: Any, again: bool) -> None:
             module.forward = MethodType(forward, module)  # a method, so that a copy of the module gets one of its own
 
 
+def compile(model: Any, compiled: bool = True) -> set[tuple[int, Any]]:
+    """Let the norms and SwiGLUs that `install` found go through torch's compiler from now on, or no longer.
+
+    Returns:
+        Their widths, each with its device; none where nothing was installed.
+    """
+    found = set()
+    for module in model.modules():
+        way = getattr(vars(module).get("forward"), "__func__", None)
+        if isinstance(way, partial) and way.func in (_normed, _gated):
+            module.forward = MethodType(partial(way.func, **{**way.keywords, "compiled": compiled}), module)
+            width = module.weight.shape[0] if way.func is _normed else module.gate_proj.out_features
+            found.add((width, next(module.parameters()).device))
+    return found
+
+
 def _way(module: Any, again: bool) -> Callable[..., torch.Tensor] | None:
     """Return the other forward of a module that looks like an RMSNorm or a SwiGLU, or None."""
     import torch
@@ -77,27 +95,32 @@ def _epsilon(module: Any) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-def _normed(module: Any, x: torch.Tensor, *others: Any, again: bool, **named: Any) -> torch.Tensor:
+def _normed(
+    module: Any, x: torch.Tensor, *others: Any, again: bool, compiled: bool = False, **named: Any
+) -> torch.Tensor:
     import torch
 
     plain = module.training and x.dtype == module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
     if not plain or others or named:
         out: torch.Tensor = type(module).forward(module, x, *others, **named)
         return out
-    out, scale = _functions()[0].apply(x, module.weight, _epsilon(module))
+    out, scale = _functions()[0].apply(x, module.weight, _epsilon(module), _operations(compiled))
     if again:
         out._again = Again(_product_of_normed, (x.detach(), scale, module.weight))  # type: ignore[attr-defined]
     return out
 
 
-def _gated(module: Any, x: torch.Tensor, *others: Any, again: bool, **named: Any) -> torch.Tensor:
+def _gated(
+    module: Any, x: torch.Tensor, *others: Any, again: bool, compiled: bool = False, **named: Any
+) -> torch.Tensor:
     if not module.training or others or named:
         done: torch.Tensor = type(module).forward(module, x, *others, **named)
         return done
     gate, up = module.gate_proj(x), module.up_proj(x)
-    out = _functions()[1].apply(gate, up)
+    operations = _operations(compiled)
+    out = _functions()[1].apply(gate, up, operations)
     if again:
-        out._again = Again(_product_of_gated, (gate.detach(), up.detach()))
+        out._again = Again(partial(_product_of_gated, operations), (gate.detach(), up.detach()))
     return module.down_proj(out)  # type: ignore[no-any-return]
 
 
@@ -132,54 +155,50 @@ def _product_of_normed(left: torch.Tensor, x: torch.Tensor, scale: torch.Tensor,
     return _product((left * scale.view(-1, 1)).to(left.dtype), x).float() * weight
 
 
-def _product_of_gated(left: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    from torch.nn.functional import silu
+def _product_of_gated(
+    operations: elementwise.Operations, left: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    return _product(left, operations.gate(gate, up))
 
-    return _product(left, silu(gate).mul_(up))
+
+def _operations(compiled: bool) -> elementwise.Operations:
+    return elementwise.compiled() if compiled else elementwise.plain()
 
 
 @cache
 def _functions() -> tuple[Any, Any]:
     import torch
-    from torch.nn.functional import silu
 
     class Norm(torch.autograd.Function):
-        """w x / sqrt(mean(x^2) + e) in float32 but for the product with w, and 1 / sqrt(...); w is frozen.
-
-        Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4, in the order of operations of transformers' Llama.
-        """
+        """The normed state, and what it was scaled with; its weight is frozen."""
 
         @staticmethod
         def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, operations: elementwise.Operations
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            wide = x.to(torch.float32, copy=True)
-            scale = wide.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()  # (..., 1)
+            out, scale = operations.norm(x, weight, epsilon)
             ctx.save_for_backward(x, scale, weight)
             ctx.mark_non_differentiable(scale)
-            return weight * wide.mul_(scale).to(x.dtype), scale
+            ctx.operations = operations
+            return out, scale
 
         @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
             x, scale, weight = ctx.saved_tensors
-            normed = x.to(torch.float32, copy=True).mul_(scale)
-            gradient = (outer[0] * weight).to(torch.float32, copy=True)
-            along = (normed * gradient).mean(-1, keepdim=True)
-            return gradient.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+            return ctx.operations.norm_back(outer[0], x, scale, weight), None, None, None
 
     class Gate(torch.autograd.Function):
-        """silu(gate) up. Source: Shazeer 2020, arXiv:2002.05202, eq. 6."""
+        """The gated state; both of what it is made of are kept by whoever made them."""
 
         @staticmethod
-        def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, operations: elementwise.Operations) -> torch.Tensor:
             ctx.save_for_backward(gate, up)
-            return silu(gate).mul_(up)
+            ctx.operations = operations
+            return operations.gate(gate, up)  # type: ignore[no-any-return]
 
         @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
             gate, up = ctx.saved_tensors
-            of_up = silu(gate).mul_(outer[0]) if ctx.needs_input_grad[1] else None
-            of_gate = torch.ops.aten.silu_backward(outer[0] * up, gate) if ctx.needs_input_grad[0] else None
-            return of_gate, of_up
+            return *ctx.operations.gate_back(outer[0], gate, up), None
 
     return Norm, Gate
