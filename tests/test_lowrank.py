@@ -12,22 +12,35 @@ from loratune.methods import Lora, lowrank
 from tests.test_sft import llama
 
 
-def both(dtype: torch.dtype, bias: bool, **changes: Any) -> tuple[Any, Any]:
+def in_4_bits(layer: torch.nn.Linear, kind: str) -> Any:
+    """Return a linear layer quantized, which computes in the precision it had."""
+    import bitsandbytes as bnb
+
+    dtype, bias = layer.weight.dtype, layer.bias is not None
+    made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=bias, compute_dtype=dtype, quant_type=kind)
+    made.load_state_dict(layer.state_dict())
+    return made.to("cpu").requires_grad_(False)
+
+
+def both(dtype: torch.dtype, bias: bool, kind: str | None = None, **changes: Any) -> tuple[Any, Any]:
     """Return a LoRA layer of ours and one of PEFT's with the same random weights."""
     made = []
     for ours in (True, False):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=bias)).to(dtype).requires_grad_(False)
+        if kind:
+            net[0] = in_4_bits(net[0], kind)
+            net.is_loaded_in_4bit = True  # or PEFT takes it for a plain one
         config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"], **changes)
         if ours:
-            config._register_custom_module(lowrank.modules()[0])
+            config._register_custom_module(lowrank.modules())
         net = get_peft_model(net, config)
         layer = net.base_model.model[0]
         with torch.no_grad():
             layer.lora_B["default"].weight.normal_(std=0.3)
         made.append(layer)
-    assert type(made[0]).__name__ == "FewPasses"
-    assert type(made[1]).__name__ == "Linear"
+    assert type(made[0]).__name__ == ("FewPasses4bit" if kind else "FewPasses")
+    assert type(made[1]).__name__ == ("Linear4bit" if kind else "Linear")
     return made[0], made[1]
 
 
@@ -41,20 +54,26 @@ def gradients(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), *found]
 
 
+@pytest.mark.parametrize("kind", [None, "nf4", "fp4"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 37, 64), (3, 5, 64), (7, 64)])
-def test_float32_is_pefts(shape: tuple[int, ...], bias: bool) -> None:
-    ours, theirs = both(torch.float32, bias)
+def test_float32_is_pefts(shape: tuple[int, ...], bias: bool, kind: str | None) -> None:
+    ours, theirs = both(torch.float32, bias, kind)
     x = torch.randn(shape)
     for mine, other in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         assert mine.shape == other.shape
         assert (mine - other).norm() < 1e-6 * other.norm()
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_the_rounding_of_its_output() -> None:
-    ours, theirs = both(torch.bfloat16, bias=True)
-    exact, _ = both(torch.float32, bias=True)
-    exact.load_state_dict(ours.state_dict())
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_bfloat16_is_as_near_to_the_truth_as_the_rounding_of_its_output(kind: str | None) -> None:
+    ours, theirs = both(torch.bfloat16, True, kind)
+    exact, _ = both(torch.float32, True)
+    for part, of in ((exact.lora_A, ours.lora_A), (exact.lora_B, ours.lora_B)):
+        part.load_state_dict(of.state_dict())
+    with torch.no_grad():
+        exact.base_layer.weight.copy_(ours._weight())
+        exact.base_layer.bias.copy_(ours.base_layer.bias)
     x = torch.randn(4, 50, 64).bfloat16()
     for mine, other, truth in zip(gradients(ours, x), gradients(theirs, x), gradients(exact, x.float()), strict=True):
         assert (mine - truth).norm() < max(2**-7 * truth.norm(), 1.5 * (other - truth).norm())
@@ -76,8 +95,9 @@ def test_variants_are_pefts_to_the_bit(changes: dict[str, Any]) -> None:
         )
 
 
-def test_switched_off_and_merged() -> None:
-    ours, theirs = both(torch.float32, True)
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_switched_off_and_merged(kind: str | None) -> None:
+    ours, theirs = both(torch.float32, True, kind)
     x = torch.randn(3, 64)
     plain = ours.train()(x)
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
@@ -86,6 +106,8 @@ def test_switched_off_and_merged() -> None:
     assert torch.equal(ours(x), theirs(x))
     assert not torch.allclose(ours(x), plain)
     ours.enable_adapters(True)
+    if kind:
+        return  # merged it is rounded to 4 bits again
     ours.merge()
     torch.testing.assert_close(ours(x), plain)
 
@@ -130,7 +152,7 @@ def test_layers_together_are_each_alone(given: str) -> None:
         torch.manual_seed(0)
         config = LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", rank_pattern={"k_proj": 4})
         if ours:
-            config._register_custom_module(lowrank.modules()[0])
+            config._register_custom_module(lowrank.modules())
         net = get_peft_model(Heads().requires_grad_(False), config).train()
         torch.manual_seed(1)
         for name, parameter in net.named_parameters():

@@ -107,7 +107,7 @@ class Lora(Section):
         config = self._config(model)
         few_passes = self._slower(model) is None
         if few_passes:
-            config._register_custom_module(lowrank.modules()[0])
+            config._register_custom_module(lowrank.modules())
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights

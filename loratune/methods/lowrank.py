@@ -1,4 +1,4 @@
-"""LoRA's layer in few passes: PEFT's own module with another forward, for plain LoRA over a frozen linear layer.
+"""LoRA's layer in few passes: PEFT's module with another forward, for plain LoRA over a frozen layer, also in 4 bits.
 
 Layers that are given the same state (query, key and value; gate and up) are computed together: what is small is then
 read and added up once for all of them.
@@ -6,6 +6,7 @@ read and added up once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +19,35 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names o
 
 
 def fits(layer: Any) -> bool:
-    """Return whether a layer is one whose product this module computes itself: linear, not quantized, not float16."""
+    """Return whether a layer is one whose product this module computes itself: linear or in 4 bits, not float16."""
     import torch
 
-    return type(layer) is torch.nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16)
+    plain = type(layer) is torch.nn.Linear
+    return (plain or _in_4_bits(layer)) and recompute.precision(layer) in (torch.float32, torch.bfloat16)
+
+
+def _in_4_bits(layer: Any) -> bool:
+    kind = type(layer)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def join(model: Any) -> None:
     """Tell the layers of a model which others are given the same state; if they are not, each is computed alone."""
-    _, kind = modules()
+    kinds = tuple(modules().values())
     for parent in model.modules():
         for names in TOGETHER:
             found = [getattr(parent, name, None) for name in names]
-            members = tuple(layer for layer in found if isinstance(layer, kind))
+            members = tuple(layer for layer in found if isinstance(layer, kinds))
             for layer in members:
                 layer.together = members
 
 
 @cache
-def modules() -> tuple[dict[Any, Any], Any]:
-    """Return what PEFT is to put over which layer, for `LoraConfig._register_custom_module`, and its class."""
+def modules() -> dict[Any, Any]:
+    """Return what PEFT is to put over which layer, for `LoraConfig._register_custom_module`."""
     import torch
-    from peft.tuners.lora import Linear
+    from peft.import_utils import is_bnb_4bit_available
+    from peft.tuners import lora
     from torch.nn.functional import linear
 
     class LowRank(torch.autograd.Function):
@@ -50,11 +58,12 @@ def modules() -> tuple[dict[Any, Any], Any]:
 
         @staticmethod
         def forward(
-            ctx: Any, x: torch.Tensor, again: recompute.Again, scales: list[float], *given: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            """Take weight, bias, A and B of each layer; return what each gives."""
+            ctx: Any, x: torch.Tensor, again: recompute.Again, scales: list[float],
+            weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
+        ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+            """Take what gives the weight of each layer, and bias, A and B of each; return what each layer gives."""
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            weights, biases, a, b = (given[part::4] for part in range(4))
+            biases, a, b = (given[part::3] for part in range(3))
             downs = [
                 part.to(x.dtype) for part in a
             ]  # (r, in) each, kept as such: copies of weights, known by their size
@@ -63,9 +72,10 @@ def modules() -> tuple[dict[Any, Any], Any]:
                 rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
             )  # (tokens, r) each
             parts = zip(weights, biases, inners, ups, strict=True)
-            outs = [linear(rows, weight, bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
-            ctx.save_for_backward(*weights, *ups, *inners, *downs, *again.kept)
-            ctx.scales, ctx.masters, ctx.product, ctx.shape = scales, (a[0].dtype, b[0].dtype), again.product, x.shape
+            outs = [linear(rows, weight(), bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
+            ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
+            ctx.weights, ctx.scales = weights, scales
+            ctx.masters, ctx.product, ctx.shape = (a[0].dtype, b[0].dtype), again.product, x.shape
             ctx.set_materialize_grads(False)
             return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
@@ -73,9 +83,9 @@ def modules() -> tuple[dict[Any, Any], Any]:
         def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
             number = len(outer)
             saved = ctx.saved_tensors  # once: a checkpointed layer is computed again by it
-            weights, ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(4))
-            kept = saved[4 * number :]
-            found: list[torch.Tensor | None] = [None] * (4 * number)
+            ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
+            kept = saved[3 * number :]
+            found: list[torch.Tensor | None] = [None] * (3 * number)
             of_x = None
             gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
             throughs = [
@@ -83,28 +93,38 @@ def modules() -> tuple[dict[Any, Any], Any]:
                 for g, up, inner in zip(gradients, ups, inners, strict=True)
             ]
             through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
-            if any(ctx.needs_input_grad[5::4]):
+            if any(ctx.needs_input_grad[5::3]):
                 of_down = ctx.product(through, *kept).to(ctx.masters[0])
-                found[2::4] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
+                found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
             for index, g in enumerate(gradients):
                 if g is None:
                     continue
-                if ctx.needs_input_grad[6 + 4 * index]:  # this way round: the other is slower on a CPU
+                if ctx.needs_input_grad[6 + 3 * index]:  # this way round: the other is slower on a CPU
                     of_b = (inners[index].t() @ g).t().to(ctx.masters[1])
-                    found[4 * index + 3] = of_b.mul_(ctx.scales[index])
+                    found[3 * index + 2] = of_b.mul_(ctx.scales[index])
                 if ctx.needs_input_grad[0]:
-                    of_x = g @ weights[index] if of_x is None else of_x.addmm_(g, weights[index])
+                    weight = ctx.weights[index]()
+                    of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
             if of_x is not None:
                 of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
-            return of_x, None, None, *found
+            return of_x, None, None, None, *found
 
-    class FewPasses(Linear):  # type: ignore[misc]
-        """PEFT's LoRA layer; whatever is not plain LoRA in training goes PEFT's way."""
+    class Ours(torch.nn.Module):
+        """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA in training goes PEFT's way."""
 
-        together: tuple[FewPasses, ...] = ()  # itself and others, which are given the same
+        together: tuple[Any, ...] = ()  # itself and others, which are given the same
+        base_layer: Any
+        scaling: Any
+        active_adapters: Any
+        lora_A: Any
+        lora_B: Any
+        lora_dropout: Any
+        lora_variant: Any
+        disable_adapters: Any
+        merged: Any
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            made: dict[FewPasses, torch.Tensor] = getattr(x, "_made", {})
+            made: dict[Any, torch.Tensor] = getattr(x, "_made", {})
             if self in made:
                 return made.pop(self)
             if args or kwargs or not self._plain(x):
@@ -113,14 +133,27 @@ def modules() -> tuple[dict[Any, Any], Any]:
             layers = [self, *(other for other in self.together if other is not self and other._plain(x))]
             given = [part for layer in layers for part in layer._tensors()]
             scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
-            outs = LowRank.apply(x, recompute.of(x), scales, *given)  # type: ignore[no-untyped-call]
+            weights = [layer._weight for layer in layers]
+            outs = LowRank.apply(x, recompute.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
             if len(layers) > 1:
                 x._made = dict(zip(layers[1:], outs[1:], strict=True))  # type: ignore[attr-defined]
             return outs[0]  # type: ignore[no-any-return]
 
         def _tensors(self) -> tuple[torch.Tensor | None, ...]:
             name = self.active_adapters[0]
-            return self.base_layer.weight, self.base_layer.bias, self.lora_A[name].weight, self.lora_B[name].weight
+            bias = self.base_layer.bias
+            wanted = bias if bias is None else bias.to(recompute.precision(self))
+            return wanted, self.lora_A[name].weight, self.lora_B[name].weight
+
+        def _weight(self) -> torch.Tensor:
+            """Return the base's weight in the precision it computes in, (out, in)."""
+            base = self.base_layer
+            if not _in_4_bits(base):
+                return base.weight  # type: ignore[no-any-return]
+            from bitsandbytes.functional import dequantize_4bit
+
+            wide: torch.Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
+            return wide
 
         def _plain(self, x: torch.Tensor) -> bool:
             base, names = self.base_layer, self.active_adapters
@@ -133,9 +166,20 @@ def modules() -> tuple[dict[Any, Any], Any]:
                 and type(self.lora_dropout[names[0]]) is torch.nn.Identity
                 and self.lora_B[names[0]].bias is None
                 and fits(base)
-                and x.dtype == base.weight.dtype
+                and x.dtype == recompute.precision(base)
                 and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
                 and not torch.is_autocast_enabled(x.device.type)
             )
 
-    return {torch.nn.Linear: FewPasses}, FewPasses
+    class FewPasses(Ours, lora.Linear):  # type: ignore[misc]
+        """Over a linear layer."""
+
+    found: dict[Any, Any] = {torch.nn.Linear: FewPasses}
+    if not is_bnb_4bit_available():
+        return found
+    from bitsandbytes.nn import Linear4bit
+
+    class FewPasses4bit(Ours, lora.Linear4bit):  # type: ignore[misc]
+        """Over a linear layer whose weights are kept in 4 bits."""
+
+    return {Linear4bit: FewPasses4bit, **found}  # the first that fits, and one is a kind of the other

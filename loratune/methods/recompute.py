@@ -40,6 +40,13 @@ def of(x: torch.Tensor) -> Again:
     return found
 
 
+def precision(layer: Any) -> torch.dtype:
+    """Return the precision a linear layer computes in, adapted or not; weights of 4 bits don't show it."""
+    base = getattr(layer, "base_layer", layer)
+    found: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+    return found
+
+
 def install(model: Any, again: bool) -> None:
     """Let the norms and SwiGLUs of a model keep little while they train; in an evaluation they stay what they are.
 
@@ -128,17 +135,18 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
     """Return whether another forward gives the same as a module's own, to the bit, for states small and large."""
     import torch
 
-    width = module.weight.shape[0] if hasattr(module, "weight") else module.gate_proj.in_features
-    like = next(module.parameters())
-    waves = torch.linspace(-9, 9, 4 * width, device=like.device).sin().view(4, width)
-    states = waves * torch.tensor([[1e-3], [1.0], [30.0], [1e3]], device=like.device)
+    is_norm = hasattr(module, "weight")
+    width = module.weight.shape[0] if is_norm else module.gate_proj.in_features
+    dtype = module.weight.dtype if is_norm else precision(module.gate_proj)
+    waves = torch.linspace(-9, 9, 4 * width, device=next(module.parameters()).device).sin().view(4, width)
+    states = waves * torch.tensor([[1e-3], [1.0], [30.0], [1e3]], device=waves.device)
     parts = [(part, part.training) for part in module.modules()]
     module.eval()  # what is inside draws no random numbers then, and goes one way whoever asks
     module.training = True
     try:
         with torch.no_grad():
             own = type(module).forward
-            return all(torch.equal(forward(module, x), own(module, x)) for x in states[:, None, None].to(like.dtype))
+            return all(torch.equal(forward(module, x), own(module, x)) for x in states[:, None, None].to(dtype))
     except (TypeError, ValueError, RuntimeError):  # it wants more than a state, or other ones
         return False
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ def test_only_the_adapter_is_trained_on_a_quantized_base(fit: Fit, base: Path):
     trained = [name for name, parameter in done.net.named_parameters() if parameter.requires_grad]
     assert trained
     assert all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_4_bit_base_keeps_no_more_of_a_token_than_a_plain_one(fit: Fit, dtype: str):
+    kept = {}
+    for kind in ("none", "nf4", "int8"):
+        done = fit(kind, model={"quantization": kind, "dtype": dtype}, train={"epochs": 1})
+        kept[kind] = json.loads((done.folder / "run.json").read_text())["memory"]["per_token"]
+        layers = {type(module).__name__ for module in done.net.modules() if hasattr(module, "lora_A")}
+        assert layers == {{"none": "FewPasses", "nf4": "FewPasses4bit", "int8": "Linear8bitLt"}[kind]}
+    assert kept["nf4"] == kept["none"]
+    assert kept["int8"] > 1.3 * kept["nf4"]
 
 
 @pytest.mark.parametrize(
