@@ -10,7 +10,7 @@ ON      = @echo "==> $(1)"
 .PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench gpu-bench clean
 
 help:
-	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
+	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about twenty minutes)"
 	@echo "make test       all tests but the slow ones and the faults"
 	@echo "make check      format, lint, types, layers, fast tests"
 	@echo "make fix        format and mend what the linter can"
@@ -19,7 +19,7 @@ help:
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
-	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (about ten minutes)"
+	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (about twenty minutes)"
 
 setup: $(READY)
 

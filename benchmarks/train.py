@@ -380,7 +380,7 @@ def compare(
 def main() -> None:
     """Measure the arms, print a table, and keep figures, table and picture under `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=2, help="first steps whose time is not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1024)
