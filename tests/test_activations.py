@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ COST = Cost((100_000.0,) * LAYERS, (1_000.0,) * LAYERS, 10_000.0)  # 3 MB a toke
 
 def kept_bytes(run: Any) -> tuple[Any, int]:
     """Return what `run` returns, and the bytes that were allocated and not freed meanwhile, as torch's profiler says."""
+    gc.collect()  # what other tests left, and Python would free meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         out = run()
     events = seen.profiler.kineto_results.events()
