@@ -191,6 +191,16 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_saved_in_its_precision(fit:
     assert facts["adapter_bytes_predicted"] == pytest.approx(facts["adapter_bytes"], rel=0.01)
 
 
+def test_products_are_as_exact_as_their_dtype_whatever_was_set_before(fit: Fit):
+    flags = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("medium")
+    flags.allow_bf16_reduced_precision_reduction = True
+    fit(train=EVEN)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not flags.allow_bf16_reduced_precision_reduction
+    assert not flags.allow_fp16_reduced_precision_reduction
+
+
 @pytest.mark.parametrize("method", [{"type": "lora", "r": 4}, {"type": "full"}], ids=lambda m: m["type"])
 def test_checkpointed_activations_change_nothing(fit: Fit, method: dict[str, Any]):
     none, all_ = (

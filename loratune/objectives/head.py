@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     import torch
 
-ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once
+ROWS = {"cpu": 64, "cuda": 256}  # tokens whose logits are in memory at once
 _LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
 
 _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by head module
