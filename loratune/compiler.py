@@ -51,7 +51,7 @@ def is_wanted(wish: str, device: str, operations: float, begun: bool | None = No
 
     Args:
         wish: the recipe's `train.compile`.
-        device: `cpu` or `cuda`. On a CPU it gains some 2 % and takes half a minute: never `auto`.
+        device: `cpu` or `cuda`. On a CPU it gains nothing: never `auto`.
         operations: floating point operations of the whole training, roughly.
         begun: whether the run was begun so; `auto` keeps to that, as the last digits differ.
     """
@@ -77,15 +77,13 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     """
     widths = recompute.compile(net)
     if not widths:
-        return (
-            False,
-            "nothing is compiled: the norms and activations of this training are no known ones, or are trained",
-        )
+        return False, "nothing is compiled: norms and activations of this training are trained, or no known ones"
     tell("compile  norms and activations: this may take a minute")
     wrong = None
     for width, device in sorted(widths, key=str):
         try:
-            wrong = elementwise.apart(width, dtype, device)
+            other = elementwise.differs(width, dtype, device)
+            wrong = f"`{other}` gives other numbers" if other else None
         except Exception as error:  # the compiler's, and those of all it calls
             wrong = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         if wrong:

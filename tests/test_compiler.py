@@ -87,16 +87,16 @@ WRONG = ["norm_back", OSError("no compiler\nat all"), SyntaxError()]
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def apart(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    def differs(width: int, dtype: torch.dtype, device: torch.device) -> str:
         if isinstance(wrong, str):
             return wrong
         raise wrong
 
-    monkeypatch.setattr(elementwise, "apart", apart)
+    monkeypatch.setattr(elementwise, "differs", differs)
     net, told = adapted(), []
     done, note = compiler.install(net, torch.float32, "auto", told.append)
     assert (done, compiles(net), len(told)) == (False, False, 1)
-    shown = {0: "norm_back", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
+    shown = {0: "`norm_back` gives other numbers", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
     assert note == f"nothing is compiled: torch can't do it here ({shown})"
     with pytest.raises(SetupError, match=f"`train.compile: on`: torch can't compile here: {shown}"):
         compiler.install(net, torch.float32, "on", told.append)
@@ -105,14 +105,14 @@ def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatc
 def test_where_nothing_is_known_nothing_is_compiled() -> None:
     done, note = compiler.install(llama(), torch.float32, "on", pytest.fail)
     assert not done
-    assert note.startswith("nothing is compiled: the norms")
+    assert note.startswith("nothing is compiled: norms")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, as it is imported
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_it_learns_the_same_and_no_length_is_compiled_anew() -> None:
     """In bfloat16 as near to the truth as without; in float32 the same but for the last digits."""
-    assert elementwise.apart(64, torch.float32, torch.device("cpu")) is None
+    assert elementwise.differs(64, torch.float32, torch.device("cpu")) is None
     truth: list[torch.Tensor] = []
     for dtype in (torch.float32, torch.bfloat16):
         off = []

@@ -86,7 +86,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def apart(width: int, dtype: Any, device: Any) -> str | None:
+def differs(width: int, dtype: Any, device: Any) -> str | None:
     """Return which compiled operation does not give what the plain one gives for states of a width, or None.
 
     Raises:
