@@ -10,7 +10,7 @@ ON      = @echo "==> $(1)"
 .PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench gpu-bench clean
 
 help:
-	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about twenty minutes)"
+	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
 	@echo "make test       all tests but the slow ones and the faults"
 	@echo "make check      format, lint, types, layers, fast tests"
 	@echo "make fix        format and mend what the linter can"
