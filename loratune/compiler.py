@@ -75,14 +75,14 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     Raises:
         SetupError: when it was asked for and torch can't compile here, or compiles wrongly.
     """
-    widths = recompute.compile(net)
-    if not widths:
+    needed = recompute.compile(net)
+    if not needed:
         return False, "nothing is compiled: norms and activations of this training are trained, or no known ones"
     tell("compile  norms and activations: this may take a minute")
     wrong = None
-    for width, device in sorted(widths, key=str):
+    for kind, width, device in sorted(needed, key=str):
         try:
-            other = elementwise.differs(width, dtype, device)
+            other = elementwise.differs(kind, width, dtype, device)
             wrong = f"`{other}` gives other numbers" if other else None
         except Exception as error:  # the compiler's, and those of all it calls
             wrong = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -54,7 +54,6 @@ class _Group:
         none: places where no token stands, int64.
         tile: tokens of a tile.
         rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
-        alone: whether these are all rows of the pack.
     """
 
     tokens: torch.Tensor
@@ -63,7 +62,6 @@ class _Group:
     none: torch.Tensor
     tile: int
     rows: tuple[int, ...]
-    alone: bool
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
@@ -105,7 +103,7 @@ class _Group:
 
     def _write(self, padded: torch.Tensor, out: torch.Tensor) -> None:
         lined = padded.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
-        if self.alone:
+        if len(self.tokens) == len(out):  # all of the pack
             torch.index_select(lined, 0, self.slots, out=out)
         else:
             out.index_copy_(0, self.tokens, lined.index_select(0, self.slots))
@@ -134,7 +132,7 @@ def _parts(lengths: tuple[int, ...], longest: int) -> tuple[list[slice], list[_G
         have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
         fill = torch.full((len(rows) * tiles[0] * tile,), -1).index_copy_(0, slots, tokens)
         none = (fill < 0).nonzero().flatten()
-        groups.append(_Group(tokens, slots, fill.clamp_(min=0), none, tile, have, len(rows) == len(lengths)))
+        groups.append(_Group(tokens, slots, fill.clamp_(min=0), none, tile, have))
     return long, groups
 
 

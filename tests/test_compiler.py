@@ -87,7 +87,7 @@ WRONG = ["norm_back", OSError("no compiler\nat all"), SyntaxError()]
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def differs(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    def differs(kind: str, width: int, dtype: torch.dtype, device: torch.device) -> str:
         if isinstance(wrong, str):
             return wrong
         raise wrong
@@ -112,7 +112,8 @@ def test_where_nothing_is_known_nothing_is_compiled() -> None:
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_it_learns_the_same_and_no_length_is_compiled_anew() -> None:
     """In bfloat16 as near to the truth as without; in float32 the same but for the last digits."""
-    assert elementwise.differs(64, torch.float32, torch.device("cpu")) is None
+    for kind in ("norm", "gate"):
+        assert elementwise.differs(kind, 64, torch.float32, torch.device("cpu")) is None
     truth: list[torch.Tensor] = []
     for dtype in (torch.float32, torch.bfloat16):
         off = []

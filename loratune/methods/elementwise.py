@@ -86,8 +86,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def differs(width: int, dtype: Any, device: Any) -> str | None:
-    """Return which compiled operation does not give what the plain one gives for states of a width, or None.
+def differs(kind: str, width: int, dtype: Any, device: Any) -> str | None:
+    """Return which compiled operation of a kind, `norm` or `gate`, gives other numbers than the plain one, or None.
 
     Raises:
         Exception: of many kinds, when torch can't compile here.
@@ -98,15 +98,16 @@ def differs(width: int, dtype: Any, device: Any) -> str | None:
     random = torch.Generator(device="cpu").manual_seed(0)
     x, up, g = (torch.randn(48, width, generator=random).to(device, dtype) * size for size in (3, 1, 1))
     weight = torch.linspace(0.5, 1.5, width).to(device, dtype)
-    scale = one.norm(x, weight, 1e-5)[1]
+    cases: dict[str, tuple[Any, ...]]
+    if kind == "norm":
+        cases = {"norm": (x, weight, 1e-5), "norm_back": (g, x, one.norm(x, weight, 1e-5)[1], weight)}
+    else:
+        cases = {"gate": (x, up), "gate_back": (g, x, up)}
     with torch.no_grad():
-        for name, given in {
-            "norm": (x, weight, 1e-5), "norm_back": (g, x, scale, weight), "gate": (x, up), "gate_back": (g, x, up),
-        }.items():  # fmt: skip
+        for name, given in cases.items():
             wanted, got = (getattr(which, name)(*given) for which in (one, other))
-            for a, b in zip(
-                *((found if isinstance(found, tuple) else (found,)) for found in (wanted, got)), strict=True
-            ):
-                if not (a - b).float().norm() <= CLOSE[str(dtype)] * a.float().norm():  # nor where one is not a number
-                    return name
+            pairs = zip(wanted, got, strict=True) if isinstance(wanted, tuple) else [(wanted, got)]
+            near = [(a - b).float().norm() <= CLOSE[str(dtype)] * a.float().norm() for a, b in pairs]
+            if not all(near):  # nor where one is not a number
+                return name
     return None

@@ -67,19 +67,20 @@ def install(model: Any, again: bool) -> None:
             module.forward = MethodType(forward, module)  # a method, so that a copy of the module gets one of its own
 
 
-def compile(model: Any, compiled: bool = True) -> set[tuple[int, Any]]:
+def compile(model: Any, compiled: bool = True) -> set[tuple[str, int, Any]]:
     """Let the norms and SwiGLUs that `install` found go through torch's compiler from now on, or no longer.
 
     Returns:
-        Their widths, each with its device; none where nothing was installed.
+        Which operations they need (`norm` or `gate`), each with width and device; none where nothing was installed.
     """
     found = set()
     for module in model.modules():
         way = getattr(vars(module).get("forward"), "__func__", None)
         if isinstance(way, partial) and way.func in (_normed, _gated):
             module.forward = MethodType(partial(way.func, **{**way.keywords, "compiled": compiled}), module)
-            width = module.weight.shape[0] if way.func is _normed else module.gate_proj.out_features
-            found.add((width, next(module.parameters()).device))
+            is_norm = way.func is _normed
+            width = module.weight.shape[0] if is_norm else module.gate_proj.out_features
+            found.add(("norm" if is_norm else "gate", width, next(module.parameters()).device))
     return found
 
 
