@@ -10,6 +10,7 @@ Which layers that are changes no bit of the result: dropout draws the same numbe
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import batches
+from loratune import batches, loop
 from loratune.apart import Packing
 from loratune.data import Rows
 from loratune.encode import Row
@@ -101,17 +102,15 @@ class Plan:
 
 
 def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator) -> tuple[Cost, list[Any]]:
-    """Measure what a forward pass of `net` keeps, on two short rows made of real ones, together as the others will be.
+    """Measure what a forward pass of `net` keeps, on short rows made of real ones, together as the others will be.
 
     What grows with the square of a row's length (scores that are written out) is taken for the longest row.
 
     Returns:
         The cost, and the layers that can be computed again one by one; towers no text passes are none.
     """
-    batch = {
-        name: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
-        for name, value in recipe.objective.collate(_two(rows, recipe.data.max_length), packing.packed).items()
-    }
+    made = _made(rows, recipe.data.max_length, packing.saved)
+    batch = loop.on(accelerator.device, recipe.objective.collate(made, packing.layout))
     tokens, width = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     longest = recipe.data.max_length if packing.by == "mask" else int(rows.lengths.max())
     layers = _layers(net)
@@ -225,16 +224,24 @@ def _layers(net: Any) -> list[Any]:
     return layers
 
 
-def _two(rows: Rows, max_length: int) -> list[Row]:
-    """Return two rows of unlike length made of the tokens of real ones, with as large a trained part as those have."""
+def _made(rows: Rows, max_length: int, shared: float) -> list[Row]:
+    """Return two rows of unlike length made of the tokens of real ones, with as large a trained part as those have.
+
+    Where rows share, there are as many and they begin so far alike that they share the same part (0-1) of their tokens.
+    """
     ids = np.concatenate([rows[i].ids for i in range(min(len(rows), LENGTH))])
     share = rows.counts.trained_tokens / max(rows.counts.tokens, 1)
+    known = np.unique(ids)
+    number = max(2, math.ceil(1 / (1 - shared)))
+    lengths = [max(2, min(LENGTH - (n == number - 1), max_length)) for n in range(number)]
+    common = min(round(shared * sum(lengths) / (number - 1)), min(lengths) - 1)
     made = []
-    for length in (LENGTH, LENGTH - 1):
-        length = max(2, min(length, max_length))
+    for n, length in enumerate(lengths):
         trained = np.diff(np.floor(np.arange(length + 1) * share)) > 0
         trained[-1] = True  # whatever the share
-        made.append(Row(np.resize(ids, length).astype(np.int32), trained, rows.place(0)))
+        own = np.resize(ids, length).astype(np.int32)
+        own[common] = known[n % len(known)]  # unlike from here on
+        made.append(Row(own, trained, rows.place(0)))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed rows apart: found out by trying it, before training."""
+"""Whether a model keeps packed rows apart, and may share what they have in common: found out by trying it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune import attention
+from loratune import attention, batches, loop, sharing
 from loratune.data import Rows
 from loratune.encode import Row
 from loratune.errors import ModelError, Place, Problem
 from loratune.model import Loaded
 from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
+from loratune.sharing import Layout
 
 LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
 LOOKED_AT = 48  # first and last tokens of a row whose logits are compared
 # how far logits may lie apart, relative: when the row before changes; packed and alone
 TOLERANCES = {"float32": (1e-4, 1e-3), "half": (1e-2, 5e-2)}
+LEAST = 0.02  # part of the tokens of a step that sharing must save, to be worth its index
 KERNELS = 0.1  # how far two kernels' rounding in 16 bit may bring logits apart, relative: 4-6 % over 30 layers
 
 
@@ -32,36 +34,47 @@ class Packing:
     """How the rows of a step are put together.
 
     Attributes:
-        packed: behind one another; else padded to the longest.
+        layout: side by side, padded to the longest; or in packs.
         by: the attention that keeps them apart: `rows` (ours) or `mask` (the model's own, told by positions).
         why_not: packing was not chosen because of this.
+        why_not_shared: nor sharing because of this.
+        saved: part (0-1) of the tokens of a step that need not be computed as rows share; 0 where they don't.
     """
 
-    packed: bool
+    layout: Layout
     by: str = ""
     why_not: str = ""
+    why_not_shared: str = ""
+    saved: float = 0.0
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows stand behind one another, sharing or not."""
+        return self.layout != "padded"
 
 
 def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
-    """Decide whether rows are packed, and leave the model with the attention for it.
+    """Decide whether rows are packed and share what they have in common; leave the model with the attention for it.
 
     A self-test decides, not a list of models: see `why_not`. Every process comes to the same answer.
 
     Args:
-        recipe: its `data.packing`: on insists, auto packs where it is exact and pays, off never.
+        recipe: its `data.packing` and `data.prefix_sharing`: on insists, auto does it where it is exact and pays, off
+            never.
         loaded: the base model.
         net: the base with what is trained on it.
         rows: to train on; the self-test is made of their tokens.
         accelerator: precision and the other processes.
 
     Raises:
-        ModelError: when packing is on and this model can't keep rows apart.
+        ModelError: when one of them is on and can't be done.
     """
-    wish = recipe.data.packing
+    wish, shared = recipe.data.packing, recipe.data.prefix_sharing
     if wish == "off":
-        return Packing(False, why_not="data.packing: off")
-    if recipe.model.quantization.type == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
-        found = Packing(False, why_not="int8 rounds all rows of a micro-batch together")
+        found = Packing("padded", why_not="data.packing: off", why_not_shared="data.packing: off")
+    elif recipe.model.quantization.type == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
+        reason = "int8 rounds all rows of a micro-batch together"
+        found = Packing("padded", why_not=reason, why_not_shared=reason)
     else:
         found = _tried(recipe, loaded, net, rows, accelerator)
     if wish == "on" and not found.packed:
@@ -72,18 +85,43 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
                 "set data.packing: auto or off",
             )
         )
+    if shared == "on" and found.layout != "shared":
+        raise ModelError(
+            Problem(
+                f"`data.prefix_sharing: on`, and here rows can't share what they begin with: {found.why_not_shared}",
+                Place(recipe.model.base),
+                "set data.prefix_sharing: auto or off",
+            )
+        )
     return found
+
+
+def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[float, str]:
+    """Return what part of the tokens sharing would save, and why it is not done, whatever the self-test would say."""
+    wish = recipe.data.prefix_sharing
+    if wish == "off":
+        return 0.0, "data.prefix_sharing: off"
+    if recipe.objective.is_noisy:
+        return 0.0, "neftune draws noise for each row apart"
+    settings, budget = recipe.train, batches.AUTO_TOKENS[device]
+    saved = batches.saved(
+        rows, settings.batch_size, settings.micro_batch_size, settings.seed, budget, recipe.data.max_length, world
+    )
+    if wish == "auto" and saved < LEAST:
+        return saved, f"the rows of a step have too little in common ({100 * saved:.1f} % of their tokens)"
+    return saved, ""
 
 
 def why_not(
     net: Any, objective: Objective, rows: tuple[Row, Row, Row], alone: torch.Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]], rounding: str,
+    autocast: Callable[[], AbstractContextManager[Any]], rounding: str, layout: Layout = "packed",
 ) -> str:  # fmt: skip
     """Return why packed rows don't stay apart in a model, or nothing when they do.
 
     With the row before it exchanged for another of the same length a row's logits must stay the same: kernels and
     shapes are the same, so hardly a bit may change, in any precision. And they must be those of the row alone, to what
     another order of summing explains; in 16 bit that of another kernel is told from packing by the row alone in it.
+    Rows that share must not hide what is drawn at random for each of them.
 
     Args:
         net: the model, with the attention to be tried.
@@ -92,14 +130,18 @@ def why_not(
         alone: logits of the last row, by the model's own attention.
         autocast: context of mixed precision.
         rounding: a key of TOLERANCES.
+        layout: of the packs.
     """
     first, before, second = rows
     leak, apart = TOLERANCES[rounding]
     try:
-        behind = _logits(net, objective, [first, second], autocast)
-        other = _logits(net, objective, [before, second], autocast)
+        behind = _logits(net, objective, [first, second], autocast, layout)
+        other = _logits(net, objective, [before, second], autocast, layout)
         few = [Row(row.ids[:2], row.trained[:2], row.place) for row in (first, second)]
-        _logits(net, objective, few, autocast, training=True)  # dropout of the attention, if it has any
+        drawn = _randomness(net)
+        _logits(net, objective, few, autocast, layout, training=True)  # dropout of the attention, if it has any
+        if layout == "shared" and not torch.equal(drawn, _randomness(net)):
+            return "it draws something at random for each token (dropout), and for each row apart"
     except torch.OutOfMemoryError:
         raise
     except (attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
@@ -113,7 +155,7 @@ def why_not(
     if found <= apart:
         return ""
     if rounding == "half" and found <= KERNELS:  # by the packing, or by the kernel, which rounds a row alone as well?
-        by_itself = _logits(net, objective, [second], autocast)
+        by_itself = _logits(net, objective, [second], autocast, layout)
         if float(_distance(behind, by_itself).max()) <= leak:
             return ""
     return f"a row's logits are {found:.1%} off when it is packed"
@@ -129,7 +171,9 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
         ways.append(("mask", own))
     made = _rows(rows, recipe.data.max_length, loaded.model.config)
-    alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, packed=False)
+    alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
+    saved, unshared = shareable(recipe, rows, accelerator.device.type, accelerator.num_processes)
+    layouts: dict[str, list[Layout]] = {"rows": ["packed"] if unshared else ["shared", "packed"], "mask": ["packed"]}
     reasons = []
     attention.register()
     for by, name in ways:
@@ -137,17 +181,27 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
         if loaded.model.config._attn_implementation != name:
             reasons.append("its attention can't be exchanged")
             continue
-        reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, "half" if half else "float32")
-        told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
-        if not told:
-            return Packing(True, by)
-        reasons += told[:1]
+        for layout in layouts[by]:
+            rounding = "half" if half else "float32"
+            reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, rounding, layout)
+            told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
+            if not told:
+                shared = layout == "shared"
+                return Packing(layout, by, why_not_shared="" if shared else unshared, saved=saved if shared else 0.0)
+            if layout == "shared":
+                unshared = told[0]
+            else:
+                reasons += told[:1]
     loaded.model.set_attn_implementation(own)
-    return Packing(False, why_not=reasons[0] if reasons else f"`{own}` attention costs more for packs than for rows")
+    reason = reasons[0] if reasons else f"`{own}` attention costs more for packs than for rows"
+    return Packing("padded", why_not=reason, why_not_shared=reason)
 
 
 def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
-    """Return three rows made of the tokens of real ones: two of one length, and one longer than any window."""
+    """Return three rows made of the tokens of real ones: two of one length, and one longer than any window.
+
+    They begin alike, so that a layout which shares has something to share.
+    """
     known = config.get_text_config().to_dict()
     windows = [
         value for name, value in known.items() if ("window" in name or "chunk" in name) and isinstance(value, int)
@@ -157,31 +211,39 @@ def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
     random = np.random.default_rng(0)
     place = rows[0].place
 
+    alike = random.choice(tokens, LENGTH // 4)
+
     def made(length: int) -> Row:
         length = max(2, min(length, max_length))
-        return Row(random.choice(tokens, length).astype(np.int32), np.ones(length, dtype=bool), place)
+        ids = np.concatenate([alike, random.choice(tokens, length)])[:length]
+        return Row(ids.astype(np.int32), np.ones(length, dtype=bool), place)
 
     return made(LENGTH // 2 + 1), made(LENGTH // 2 + 1), made(longest)
 
 
 def _logits(
     net: Any, objective: Objective, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]],
-    packed: bool = True, training: bool = False,
+    layout: Layout, training: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the logits of the first and last tokens of the last row, float32, (tokens, words)."""
+    """Return the logits of the first and last tokens of the last row but its very last, float32, (tokens, words)."""
     net.train(training)
     device = next(net.parameters()).device
-    inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in sft.inputs(objective.collate(rows, packed)).items()
-    }
-    chosen = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    last = len(rows[-1].ids)
-    chosen[:, -last:][:, :LOOKED_AT] = True
-    chosen[:, -min(LOOKED_AT, last) :] = True
-    with torch.no_grad(), autocast(), sft.head_only_at(net, chosen.flatten().nonzero().flatten()):
-        logits: torch.Tensor = net(**inputs, use_cache=False).logits
+    batch = loop.on(device, objective.collate(rows, layout))
+    if layout == "shared":
+        places = sharing.lay(rows).places[-1]  # the very last token is not among them
+    else:
+        count = len(rows[-1].ids)
+        places = np.arange(batch["input_ids"].numel() - count, batch["input_ids"].numel() - 1)
+    chosen = np.union1d(places[:LOOKED_AT], places[-LOOKED_AT:])
+    with torch.no_grad(), autocast(), sft.head_only_at(net, torch.from_numpy(chosen).to(device)):
+        logits: torch.Tensor = net(**sft.inputs(batch), use_cache=False).logits
     return logits.float()
+
+
+def _randomness(net: Any) -> torch.Tensor:
+    """Return the state of the random numbers of a model's device."""
+    device = next(net.parameters()).device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ NAME = "loratune_rows"  # of this attention among transformers'
 
 # what models hand on to their attention though it changes no score
 _HARMLESS = {
-    "cu_seq_lens_k", "max_length_k", "position_ids", "cache_position", "use_cache", "output_attentions",
+    "position_ids", "cache_position", "use_cache", "output_attentions",
     "output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict",
 }  # fmt: skip
 
@@ -33,7 +33,8 @@ def attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
     is_causal: bool | None = None, sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None, **others: Any,
+    max_length_q: int | None = None, cu_seq_lens_k: torch.Tensor | None = None, max_length_k: int | None = None,
+    key_places: torch.Tensor | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
 
@@ -50,8 +51,12 @@ def attend(
         scaling: of the scores; None for 1 / sqrt(width).
         is_causal: as for sdpa.
         sliding_window: how many tokens a token sees, itself included; None for all before it.
-        cu_seq_lens_q: where each row of the pack begins, and the end of the last, int32, shape (rows + 1,).
-        max_length_q: length of the longest row in tokens.
+        cu_seq_lens_q: where the own tokens of each row of the pack begin, and the last end, int32, (rows + 1,).
+        max_length_q: most own tokens of a row.
+        cu_seq_lens_k: where each row begins in `key_places`, and the last ends, int32, (rows + 1,).
+        max_length_k: length of the longest row in tokens.
+        key_places: where all tokens of each row stand in the pack, int64, (tokens of all rows,): there first those that
+            it has in common with rows before it, then its own; None for rows that have none in common.
         others: whatever else the model hands to its attention.
 
     Returns:
@@ -73,20 +78,24 @@ def attend(
         if dropout:
             raise Unfit("its attention has dropout, which the kernel for packed rows has not")
         assert max_length_q is not None
-        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
-    lengths = cu_seq_lens_q.diff().tolist()
+        starts, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+        if key_places is not None and cu_seq_lens_k is not None and max_length_k is not None:
+            starts, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        return _varlen(query, key, value, scaling, sliding_window, starts, longest, key_places), None
+    own = cu_seq_lens_q.diff().tolist()
+    lengths = own if key_places is None or cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     windowed = sliding_window is not None and max(lengths) > sliding_window
     if query.dtype is torch.bfloat16 and not (windowed or dropout or is_causal is False):
-        return tiles.attend(query, key, value, lengths, scaling or query.shape[-1] ** -0.5), None
-    rows = (
-        torch.split_with_sizes(part, lengths, dim=2) for part in (query, key, value)
-    )  # each slice would get a full gradient
+        return tiles.attend(query, key, value, own, scaling or query.shape[-1] ** -0.5, key_places, lengths), None
+    parts = [part if key_places is None else part.index_select(2, key_places) for part in (query, key, value)]
+    rows = (torch.split_with_sizes(part, lengths, dim=2) for part in parts)  # each slice would get a full gradient
     out = []
-    for q, k, v in zip(*rows, strict=True):
+    for q, k, v, asks in zip(*rows, own, strict=True):
         band = None
         if sliding_window is not None and q.shape[2] > sliding_window:
             band = _band(q.shape[2], sliding_window, query.device)
-        out.append(sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=is_causal)[0])
+        made = sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=is_causal)[0]
+        out.append(made[:, -asks:])
     return torch.cat(out, dim=1), None
 
 
@@ -111,19 +120,41 @@ def mask(
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None,
-    starts: torch.Tensor, longest: int,
+    starts: tuple[torch.Tensor, torch.Tensor], longest: tuple[int, int], places: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend through torch's kernel for rows of different lengths; return (1, tokens, heads, width of a value)."""
+    """Attend through torch's kernel for rows of different lengths; return (1, tokens, heads, width of a value).
+
+    Where a row has more keys than queries, the last of both stand under one another.
+    """
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     wider = query.shape[-1] - value.shape[-1]  # latent attention has narrower values than keys, the kernel has not
     value = torch.nn.functional.pad(value, (0, wider)) if wider else value
-    rows = [part[0].transpose(0, 1).to(half) for part in (query, key, value)]  # (tokens, heads, width)
+    q, k, v = (part[0].transpose(0, 1).to(half) for part in (query, key, value))  # (tokens, heads, width)
+    if places is not None:
+        k, v = (_Gathered.apply(part, places) for part in (k, v))  # type: ignore[no-untyped-call]
     out = varlen_attn(
-        rows[0], rows[1], rows[2], starts, starts, longest, longest, scale=scaling,
+        q, k, v, *starts, *longest, scale=scaling,
         window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out[None, ..., : out.shape[-1] - wider]
+
+
+class _Gathered(torch.autograd.Function):
+    """`part[places]`, (places, heads, width); the gradients of one token are added up in float32, then rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.tokens = len(part)
+        return part.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        gradient = outer[0]
+        added = torch.zeros(ctx.tokens, *gradient.shape[1:], dtype=torch.float32, device=gradient.device)
+        return added.index_add_(0, places, gradient.float()).to(gradient.dtype), None
 
 
 def _band(tokens: int, window: int, device: torch.device) -> torch.Tensor:

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from loratune import sharing
 from loratune.data import Rows
 from loratune.encode import Row
 from loratune.packing import pack
+from loratune.sharing import Layout
 
 WINDOW = 16  # batches whose rows are sorted by length together
+LOOKED_AT = 512  # rows by which it is found out how much they have in common
 AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of a micro-batch of `auto` where nothing is trained
 
 
@@ -66,13 +69,13 @@ class Batch:
         micro: rows of each micro-batch of this process, longest first.
         epoch: how many epochs will have been seen after this step.
         rows: number of rows over all processes.
-        packed: whether the rows of a micro-batch stand behind one another; else they are padded to the longest.
+        layout: how the rows of a micro-batch are put together.
     """
 
     micro: list[list[Row]]
     epoch: float
     rows: int
-    packed: bool = False
+    layout: Layout = "padded"
 
 
 def batches(
@@ -85,13 +88,14 @@ def batches(
     budget: int = AUTO_TOKENS["cpu"],
     rank: int = 0,
     world: int = 1,
-    capacity: int | None = None,
+    capacity: int = 0,
+    layout: Layout = "padded",
 ) -> Iterator[Batch]:
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 
-    The batches don't depend on `micro_batch_size`, `rank`, `world` or `capacity`: each process gets its part of the
-    same rows. With a `capacity` (tokens) these are packed, and packs are what a micro-batch is made of. `budget` is how
-    many tokens, padding included, a micro-batch of `auto` has.
+    The batches don't depend on `micro_batch_size`, `rank`, `world`, `capacity` or `layout`: each process gets its part
+    of the same rows. Packs hold `capacity` tokens, and are what a micro-batch is made of where rows are packed or
+    share. `budget` is how many tokens, padding included, a micro-batch of `auto` has.
     """
     per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
     epoch, order = -1, []
@@ -104,11 +108,13 @@ def batches(
         if not mine:  # fewer rows than processes: this one repeats a row and learns nothing from it
             row = data[int(chosen[0])]
             mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
-        if capacity is None:
+        if layout == "padded":
             micro = split(mine, micro_batch_size, budget)
-        else:
+        elif layout == "packed":
             micro = split_packed(mine, capacity, micro_batch_size, budget)
-        yield Batch(micro, (step + 1) / per_epoch, len(chosen), packed=capacity is not None)
+        else:
+            micro = sharing.cut(mine, budget if isinstance(micro_batch_size, str) else micro_batch_size * capacity)
+        yield Batch(micro, (step + 1) / per_epoch, len(chosen), layout)
 
 
 def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
@@ -157,6 +163,22 @@ def filling(
         lengths = data.lengths[chosen[rank::world]]
         rows, tokens, packs = rows + len(lengths), tokens + int(lengths.sum()), packs + len(pack(lengths, capacity))
     return rows / packs, tokens / packs / capacity
+
+
+def saved(
+    data: Rows, batch_size: int, micro_batch_size: int | str, seed: int, budget: int, capacity: int, world: int = 1
+) -> float:
+    """Return what part (0-1) of the tokens of a step need not be computed where its rows share, on average.
+
+    Looked at are the first steps, and rows of one process, until a few hundred rows have been seen; the other arguments
+    are those of `batches`.
+    """
+    steps = -(-LOOKED_AT // batch_size)
+    tokens = computed = 0
+    for batch in batches(data, batch_size, micro_batch_size, seed, steps, 0, budget, 0, world, capacity, "shared"):
+        for part in batch.micro:
+            tokens, computed = tokens + sum(len(row.ids) for row in part), computed + sharing.computed(part)
+    return 1 - computed / tokens
 
 
 def largest(

@@ -29,7 +29,8 @@ FREE = {
 LENGTH = {"train.epochs", "train.max_steps"}
 # Keys that say where something is found: it may move, as long as what is found there has the same fingerprint.
 FOUND = {"data": ("data", "eval"), "model.base": ("base",), "model.revision": ("base",)}
-LAYOUT = "data.packing"  # rows stay the same, but not the order of sums and the random numbers of dropout
+# rows stay the same, but not the order of sums and the random numbers of dropout
+LAYOUT = {"data.packing", "data.prefix_sharing"}
 NAMES = {
     "data": "the training rows",
     "eval": "the held-out rows",
@@ -55,9 +56,9 @@ def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
     drift = Drift()
     for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
         line = f"{key}: {_shown(before)} -> {_shown(now)}"
-        if _is_under(key, FREE):
+        if _is_under(key, FREE) or (key in LAYOUT and before is None):  # it was begun when there was no such key
             drift.told.append(line)
-        elif key == LAYOUT or (not _is_under(key, FOUND) and key not in LENGTH):
+        elif key in LAYOUT or (not _is_under(key, FOUND) and key not in LENGTH):
             drift.refused.append(line)
     return drift
 
@@ -86,7 +87,7 @@ def of_run(
         if key in LENGTH:
             moved = _moved_rates(recipe.train, seal, facts["steps"])
             drift.refused.append(line + moved) if moved and not finished else drift.told.append(line + moved)
-        elif _is_under(key, FOUND) and key != LAYOUT:
+        elif _is_under(key, FOUND) and key not in LAYOUT:
             judges = next(names for prefix, names in FOUND.items() if _is_under(key, {prefix}))
             if all(name in known and name in fingerprints for name in judges):
                 drift.told.append(line)  # its fingerprint has the say

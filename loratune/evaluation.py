@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import bases, data, decode, generate, metrics, model, nodes, report, storage, subject
+from loratune import bases, data, decode, generate, loop, metrics, model, nodes, report, storage, subject
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -222,7 +222,7 @@ def _losses(net: Any, rows: Rows, device: torch.device) -> list[dict[str, float]
     done = 0
     with torch.no_grad(), contextlib.ExitStack():
         for part in in_length_order(rows, "auto", AUTO_TOKENS[device.type]):
-            batch = {key: value.to(device) for key, value in objective.collate(part).items()}
+            batch = loop.on(device, objective.collate(part))
             values = torch.stack(objective.scores(net, batch), dim=1).tolist()
             for nats, right, count in values:
                 sums[int(order[done])] = {"nats": nats, "right": right, "trained_tokens": count}

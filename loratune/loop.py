@@ -15,12 +15,13 @@ import torch
 from loratune.batches import Batch
 from loratune.encode import Row
 from loratune.errors import TrainingError
+from loratune.sharing import Layout
 
 
 class Objective(Protocol):
     """What the loop needs of an objective: a sum and what to divide it by."""
 
-    def collate(self, rows: list[Row], packed: bool = False) -> dict[str, Any]: ...
+    def collate(self, rows: list[Row], layout: Layout = "padded") -> dict[str, Any]: ...
     def count(self, batch: dict[str, Any]) -> int: ...
     def total(self, model: Any, batch: dict[str, Any]) -> torch.Tensor: ...
 
@@ -36,6 +37,7 @@ class Step:
         grad_norm: length of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows, tokens, trained_tokens: in this step; tokens without padding.
+        computed: tokens that went through the model: padding counts, what rows share counts once.
         seconds: from the first micro-batch to the end of the optimizer's step.
     """
 
@@ -47,6 +49,7 @@ class Step:
     rows: int
     tokens: int
     trained_tokens: int
+    computed: int
     seconds: float
 
 
@@ -82,23 +85,24 @@ def steps(
         model.train()  # the caller may have evaluated
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
-        micro = [objective.collate(part, batch.packed) for part in batch.micro]
+        micro = [objective.collate(part, batch.layout) for part in batch.micro]
+        counted = [part for part in micro if objective.count(part)]  # one without keeps this process in step, no more
         sizes = torch.tensor(
-            # a part without a count only keeps this process in step with the others: its tokens are no one's
             [
-                sum(objective.count(part) for part in micro),
-                sum(_tokens(part) for part in micro if objective.count(part)),
+                sum(objective.count(part) for part in counted),
+                sum(part["tokens"] for part in counted),
+                sum(part["input_ids"].numel() for part in micro),
             ]
         )
         if world > 1:
             sizes = accelerator.reduce(sizes.to(device), reduction="sum")
-        count, tokens = (int(size) for size in sizes)
+        count, tokens, computed = (int(size) for size in sizes)
         total = torch.zeros((), device=device)
         for index, part in enumerate(micro):
             poll()
             last = index == len(micro) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = objective.total(model, _on(device, part))
+                loss = objective.total(model, on(device, part))
                 accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
             total += loss.detach()
             del loss  # its graph: thousands of small things between the activations' places, which the next ones want
@@ -118,7 +122,7 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
-            batch.rows, tokens, count, time.perf_counter() - began,
+            batch.rows, tokens, count, computed, time.perf_counter() - began,
         )  # fmt: skip
 
 
@@ -138,7 +142,7 @@ def measure(
         for index, rows in enumerate(micro_batches):
             if index % world == rank:
                 part = objective.collate(rows)
-                total = objective.total(inner, _on(device, part))
+                total = objective.total(inner, on(device, part))
                 sums += torch.stack(
                     [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
                 )
@@ -148,16 +152,12 @@ def measure(
     return total_loss / max(count, 1), int(count)
 
 
-def _on(device: torch.device, part: dict[str, Any]) -> dict[str, Any]:
+def on(device: torch.device, part: dict[str, Any]) -> dict[str, Any]:
+    """Return a micro-batch with its tensors on a device."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in part.items()
     }
-
-
-def _tokens(part: dict[str, Any]) -> int:
-    """Return the tokens of a micro-batch: all of a packed one, those of a padded one without padding."""
-    return int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
 
 
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:

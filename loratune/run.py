@@ -214,7 +214,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
             job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
             progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
             job.plan.tokens, accelerator.process_index, accelerator.num_processes,
-            recipe.data.max_length if job.packing.packed else None,
+            recipe.data.max_length, job.packing.layout,
         )  # fmt: skip
         with report.training(progress.step, steps, log_every):
             for step in loop.steps(

@@ -76,9 +76,14 @@ def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> di
     """Return how the rows of a step are put together, for run.json and the start report."""
     if not packing.packed:
         return {"packed": False, "why_not": packing.why_not}
+    if packing.layout == "shared":
+        return {"packed": True, "by": packing.by, "shared": True, "saved": round(packing.saved, 4)}
     settings, capacity = recipe.train, recipe.data.max_length
     each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, processes)
-    return {"packed": True, "by": packing.by, "rows_per_pack": round(each, 2), "filled": round(filled, 4)}
+    return {
+        "packed": True, "by": packing.by, "shared": False, "why_not_shared": packing.why_not_shared,
+        "rows_per_pack": round(each, 2), "filled": round(filled, 4),
+    }  # fmt: skip
 
 
 def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
@@ -129,7 +134,12 @@ def tell_start(
         f"{product(recipe)} of {size(on_disk)} on disk"
     )
     report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
-    if batching["packed"]:
+    if batching.get("shared"):
+        report.note(
+            f"batches  packed; what rows begin with alike is computed once, and nothing behind their last trained "
+            f"token: {100 * batching['saved']:.0f} % of the tokens saved"
+        )
+    elif batching["packed"]:
         report.note(
             f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
             f"tokens on average, {100 * batching['filled']:.0f} % filled"

@@ -6,6 +6,9 @@ and the n-th tiles of all of them go through one product with all the keys befor
 as in that kernel; they are computed again on the way back, so that nothing of the size (tokens, tokens) is kept.
 
 Long rows do go through the kernel: their scores outgrow the cache, and each of their tiles is another product.
+
+What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
+stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.
 """
 
 from __future__ import annotations
@@ -28,19 +31,90 @@ _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own: list[int], scale: float,
+    places: torch.Tensor | None = None, lengths: list[int] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return causal attention within each row, (1, tokens, heads, width of a value).
 
     Args:
         query: (1, heads, tokens, width).
         key: (1, heads or fewer, tokens, width).
         value: (1, as many, tokens, width of a value).
-        lengths: of the rows in tokens.
+        own: how many tokens of the pack are each row's own; those of the second stand behind those of the first.
         scale: of the scores.
+        places: where all tokens of each row stand in the pack, int64, (sum of lengths,); None: its own are all.
+        lengths: of the rows in tokens, where `places` are given.
     """
-    out: torch.Tensor = _Rows.apply(query, key, value, tuple(lengths), scale)  # type: ignore[no-untyped-call]
+    rows = _Pack(tuple(own), tuple(lengths or own), b"" if places is None else places.numpy().tobytes())
+    out: torch.Tensor = _Rows.apply(query, key, value, rows, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """How rows stand in a pack, as a key: own tokens of each, all tokens of each, and where those stand (int64)."""
+
+    own: tuple[int, ...]
+    lengths: tuple[int, ...]
+    places: bytes
+
+    def rows(self) -> list[tuple[slice, int, torch.Tensor]]:
+        """Return for each row where its own tokens stand, how many others it begins with, and where all stand."""
+        if self.places:
+            places = torch.frombuffer(bytearray(self.places), dtype=torch.int64)
+        else:
+            places = torch.arange(sum(self.own))
+        starts = accumulate(self.own, initial=0)
+        return [
+            (slice(start, start + own), len(of) - own, of)
+            for start, own, of in zip(starts, self.own, torch.split_with_sizes(places, self.lengths), strict=False)
+        ]
+
+
+@dataclass(frozen=True)
+class _Lined:
+    """Tokens of several rows, as they stand padded to the same length behind one another.
+
+    Attributes:
+        tokens: where they stand in the pack, int64, (tokens,).
+        slots: where each stands padded, int64, (tokens,).
+        fill: which token of the pack stands in each place: the first where there should be none, int64, (places,).
+        none: places where there should be none, int64.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    fill: torch.Tensor
+    none: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: list[torch.Tensor], ends: list[int], width: int) -> _Lined:
+        """Line up rows of `width` places, the tokens of each such that they end where `ends` says."""
+        slots = torch.cat(
+            [
+                torch.arange(end - len(of), end) + at * width
+                for at, (of, end) in enumerate(zip(tokens, ends, strict=True))
+            ]
+        )
+        together, order = torch.cat(tokens).sort(stable=True)
+        slots = slots[order]
+        fill = torch.full((len(tokens) * width,), -1).index_copy_(0, slots, together)
+        none = (fill < 0).nonzero().flatten()
+        return cls(together, slots, fill.clamp_(min=0), none)
+
+    def padded(self, part: torch.Tensor) -> torch.Tensor:
+        """Return (1, heads, tokens, width) as (places, heads, width)."""
+        return part[0].transpose(0, 1).index_select(0, self.fill)  # most models have it in memory that way round
+
+    def write(self, padded: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+        """Write what stands in the places of tokens to these, `out` of (tokens, heads, width), or add it there."""
+        lined = padded.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
+        if add:
+            out.index_add_(0, self.tokens, lined.index_select(0, self.slots))
+        elif len(self.tokens) == len(out):  # all of the pack
+            torch.index_select(lined, 0, self.slots, out=out)
+        else:
+            out.index_copy_(0, self.tokens, lined.index_select(0, self.slots))
 
 
 @dataclass(frozen=True)
@@ -48,25 +122,23 @@ class _Group:
     """Rows of about the same length, longest first.
 
     Attributes:
-        tokens: of all rows where they stand in the pack, ascending, int64, (tokens,).
-        slots: the place of each where the rows stand padded behind one another, int64, (tokens,).
-        fill: what stands in each place: a token of the pack, or the first in place of none, int64, (places,).
-        none: places where no token stands, int64.
+        asking: the own tokens of the rows, in tiles from the first of their own on.
+        seen: all tokens of the rows.
         tile: tokens of a tile.
-        rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
+        first: number of the first tile in which a row has tokens of its own.
+        rows: how many rows have an n-th tile, for each n from there; the padded ones have as many as the longest.
     """
 
-    tokens: torch.Tensor
-    slots: torch.Tensor
-    fill: torch.Tensor
-    none: torch.Tensor
+    asking: _Lined
+    seen: _Lined
     tile: int
+    first: int
     rows: tuple[int, ...]
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
         for number, rows in enumerate(self.rows):
-            yield number, rows, (number + 1) * self.tile
+            yield number, rows, (self.first + number + 1) * self.tile
 
     def queries(self, part: torch.Tensor, heads: int, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
         """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x tile, width).
@@ -74,65 +146,125 @@ class _Group:
         Where no token stands something does, unless it is to be `empty`: it sees and gives nothing anyone asks for, but
         what comes back to it would go on to the keys.
         """
-        padded = self._padded(part)
+        padded = self.asking.padded(part)
         if empty:
-            padded.index_fill_(0, self.none, 0)
+            padded.index_fill_(0, self.asking.none, 0)
         padded = padded.view(self.rows[0], -1, self.tile, heads, part.shape[1] // heads, part.shape[-1])
         padded = padded.permute(1, 0, 3, 4, 2, 5)
         return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(3, 4)
 
     def keys(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return (1, heads, tokens, width) as (rows x heads, tiles x tile, width)."""
-        padded = self._padded(part)
+        padded = self.seen.padded(part)
         padded = padded.view(self.rows[0], -1, *padded.shape[1:]).transpose(1, 2)
         return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(0, 1)
 
     def put(self, part: torch.Tensor, out: torch.Tensor) -> None:
         """Write what `queries` gives to where it comes from, `out` of (tokens, query heads, width)."""
         apart = part.view(*part.shape[:3], -1, self.tile, part.shape[-1])  # (tiles, rows, heads, group, tile, width)
-        self._write(apart.permute(1, 0, 4, 2, 3, 5), out)
+        self.asking.write(apart.permute(1, 0, 4, 2, 3, 5), out)
 
-    def put_keys(self, part: torch.Tensor, heads: int, out: torch.Tensor) -> None:
-        """Write what `keys` gives to where it comes from, `out` of (tokens, heads, width)."""
+    def put_keys(self, part: torch.Tensor, heads: int, out: torch.Tensor, add: bool) -> None:
+        """Write what `keys` gives to where it comes from, `out` of (tokens, heads, width); see `_Lined.write`."""
         apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, tiles x tile, width)
-        self._write(apart.transpose(1, 2), out)
+        self.seen.write(apart.transpose(1, 2), out, add)
 
-    def _padded(self, part: torch.Tensor) -> torch.Tensor:
-        """Return (1, heads, tokens, width) as (places, heads, width)."""
-        return part[0].transpose(0, 1).index_select(0, self.fill)  # most models have it in memory that way round
 
-    def _write(self, padded: torch.Tensor, out: torch.Tensor) -> None:
-        lined = padded.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
-        if len(self.tokens) == len(out):  # all of the pack
-            torch.index_select(lined, 0, self.slots, out=out)
+@dataclass(frozen=True)
+class _Long:
+    """A row that goes through torch's kernel: twice, where it begins with tokens of others.
+
+    Two attentions of the same queries are one over the keys of both, if each is weighed by its part of the sum under
+    the softmax; backward, the kernel wants nothing but that sum and what came out.
+
+    Attributes:
+        own: where its own tokens stand in the pack.
+        common: where those before them stand, int64, (tokens,); None where there are none.
+    """
+
+    own: slice
+    common: torch.Tensor | None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (1, heads, own tokens, width) and the logarithms of the softmax's sums, (1, heads, own tokens)."""
+        q = query[:, :, self.own]
+        out, norm = _KERNEL(q, key[:, :, self.own], value[:, :, self.own], 0.0, True, scale=scale)
+        if self.common is None:
+            return out, norm
+        k, v = (part.index_select(2, self.common) for part in (key, value))
+        before, norm_before = _KERNEL(q, k, v, 0.0, False, scale=scale)
+        both = torch.logaddexp(norm, norm_before)
+        weighed = out * (norm - both).exp()[..., None] + before * (norm_before - both).exp()[..., None]
+        return weighed.to(out.dtype), both
+
+    def backward(
+        self, gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+        norm: torch.Tensor, scale: float, into: tuple[torch.Tensor, torch.Tensor, torch.Tensor], add: bool,
+    ) -> None:  # fmt: skip
+        """Write the gradients of the row's queries, keys and values `into` those of all, (tokens, heads, width) each.
+
+        Those of keys and values are added there, if so asked.
+        """
+        of_query, of_key, of_value = into
+        q, g, made = query[:, :, self.own], gradient[:, :, self.own], out[None, self.own].transpose(1, 2)
+        heads = key.shape[1]
+
+        def through(where: Any, causal: bool) -> list[torch.Tensor]:
+            # each head of queries with keys of its own: the kernel adds up those of a shared one in bfloat16
+            k, v = (p[:, :, where].repeat_interleave(query.shape[1] // heads, dim=1) for p in (key, value))
+            of_q, of_k, of_v = _KERNEL_BACKWARD(g, q, k, v, made, norm, 0.0, causal, scale=scale)
+            return [
+                of_q[0].transpose(0, 1),
+                *(p[0].unflatten(0, (heads, -1)).sum(1).transpose(0, 1) for p in (of_k, of_v)),
+            ]
+
+        of_query[self.own], of_k, of_v = through(self.own, True)
+        if add:
+            of_key[self.own] += of_k
+            of_value[self.own] += of_v
         else:
-            out.index_copy_(0, self.tokens, lined.index_select(0, self.slots))
+            of_key[self.own], of_value[self.own] = of_k, of_v
+        if self.common is not None:
+            of_q, of_k, of_v = through(self.common, False)
+            of_query[self.own] += of_q
+            of_key.index_add_(0, self.common, of_k.to(of_key.dtype))
+            of_value.index_add_(0, self.common, of_v.to(of_value.dtype))
 
 
 @lru_cache(maxsize=16)  # all layers ask for the same
-def _parts(lengths: tuple[int, ...], longest: int) -> tuple[list[slice], list[_Group]]:
-    """Return where rows longer than `longest` stand, and the others in groups, such that padding takes little."""
-    starts = list(accumulate(lengths, initial=0))
-    long = [slice(start, start + length) for start, length in zip(starts, lengths, strict=False) if length > longest]
-    short = sorted((row for row, length in enumerate(lengths) if length <= longest), key=lambda row: -lengths[row])
-    found: list[list[int]] = []
+def _parts(pack: _Pack, longest: int) -> tuple[list[_Long], list[_Group]]:
+    """Return the rows longer than `longest`, and the others in groups, such that padding takes little."""
+    rows = pack.rows()
+    long = [_Long(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
+    short = sorted((row for row in rows if len(row[2]) <= longest), key=lambda row: (row[1] // TILE, -len(row[2])))
+    found: list[list[tuple[slice, int, torch.Tensor]]] = []
     for row in short:
-        if not found or -(-lengths[row] // TILE) * SPREAD < -(-lengths[found[-1][0]] // TILE):
+        above = found[-1][0] if found else None
+        alike = (
+            above
+            and row[1] // TILE == above[1] // TILE
+            and -(-len(row[2]) // TILE) * SPREAD >= -(-len(above[2]) // TILE)
+        )
+        if not alike:
             found.append([])
         found[-1].append(row)
     groups = []
-    for rows in found:
+    for members in found:
         tile = TILE
-        while -(-lengths[rows[0]] // tile) > TILES:
+        while -(-len(members[0][2]) // tile) > TILES:
             tile *= 2
-        tiles = [-(-lengths[row] // tile) for row in rows]
-        place = {row: at * tiles[0] * tile for at, row in enumerate(rows)}
-        tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in sorted(rows)])
-        slots = torch.cat([torch.arange(lengths[row]) + place[row] for row in sorted(rows)])
-        have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
-        fill = torch.full((len(rows) * tiles[0] * tile,), -1).index_copy_(0, slots, tokens)
-        none = (fill < 0).nonzero().flatten()
-        groups.append(_Group(tokens, slots, fill.clamp_(min=0), none, tile, have))
+        tiles = [-(-len(of) // tile) for _, _, of in members]
+        first = min(common for _, common, _ in members) // tile
+        ends = [len(of) for _, _, of in members]
+        seen = _Lined.of([of for _, _, of in members], ends, tiles[0] * tile)
+        asking = seen
+        if pack.places:
+            asked = [torch.arange(own.start, own.stop) for own, _, _ in members]
+            asking = _Lined.of(asked, [end - first * tile for end in ends], (tiles[0] - first) * tile)
+        have = tuple(sum(number < own for own in tiles) for number in range(first, tiles[0]))
+        groups.append(_Group(asking, seen, tile, first, have))
     return long, groups
 
 
@@ -158,15 +290,16 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: int) -> torch.Tensor:
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: _Pack, scale: float
     ) -> torch.Tensor:
         heads, dtype, wide = key.shape[1], query.dtype, torch.float32
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        ctx.parts = long, groups = _parts(lengths, LONG if query.shape[-1] == value.shape[-1] else max(lengths))
+        longest = LONG if query.shape[-1] == value.shape[-1] else max(pack.lengths)
+        long, groups = ctx.parts = _parts(pack, longest)
         norms = []
         for row in long:
-            made, norm = _KERNEL(*(part[:, :, row] for part in (query, key, value)), 0.0, True, scale=scale)
-            out[row] = made[0].transpose(0, 1)
+            made, norm = row.attend(query, key, value, scale)
+            out[row.own] = made[0].transpose(0, 1)
             norms.append(norm)
         for group in groups:
             q, k, v = group.queries(query, heads, wide), group.keys(key, wide).mul_(scale), group.keys(value, dtype)
@@ -177,23 +310,22 @@ class _Rows(torch.autograd.Function):
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
             group.put(made, out)
         ctx.save_for_backward(query, key, value, *([out, *norms] if long else []))
-        ctx.scale = scale
+        ctx.scale, ctx.shared = scale, bool(pack.places)
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        heads, dtype, wide = key.shape[1], query.dtype, torch.float32
+        heads, dtype, wide, add = key.shape[1], query.dtype, torch.float32, ctx.shared
         gradient = outer[0].transpose(1, 2)
-        of_query, of_key, of_value = (p.new_empty(p.shape[2], p.shape[1], p.shape[3]) for p in (query, key, value))
+        of_query = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        shapes = [(part.shape[2], part.shape[1], part.shape[3]) for part in (key, value)]
+        of_key, of_value = (
+            torch.zeros(shape, dtype=wide) if add else torch.empty(shape, dtype=dtype) for shape in shapes
+        )
         long, groups = ctx.parts
         for row, norm in zip(long, kept[1:], strict=True):
-            # each head of queries with keys of its own: the kernel adds up those of a shared one in bfloat16
-            k, v = (p[:, :, row].repeat_interleave(query.shape[1] // heads, dim=1) for p in (key, value))
-            q, g, made = query[:, :, row], gradient[:, :, row], kept[0][None, row].transpose(1, 2)
-            of_q, of_k, of_v = _KERNEL_BACKWARD(g, q, k, v, made, norm, 0.0, True, scale=ctx.scale)
-            of_query[row] = of_q[0].transpose(0, 1)
-            of_key[row], of_value[row] = (p[0].unflatten(0, (heads, -1)).sum(1).transpose(0, 1) for p in (of_k, of_v))
+            row.backward(gradient, query, key, value, kept[0], norm, ctx.scale, (of_query, of_key, of_value), add)
         for group in groups:
             q, g = group.queries(query, heads, dtype), group.queries(gradient, heads, dtype, empty=True)
             k, v = group.keys(key, dtype), group.keys(value, dtype)
@@ -210,6 +342,6 @@ class _Rows(torch.autograd.Function):
                 torch.bmm(of_s, k[:b, :keys], out=of_q[tile, :rows].flatten(0, 1))
                 of_k[:b, :keys].add_(torch.bmm(of_s.transpose(1, 2), q[tile, :rows].flatten(0, 1)))
             group.put(of_q, of_query)
-            group.put_keys(of_k, heads, of_key)
-            group.put_keys(of_v, heads, of_value)
-        return *(part.transpose(0, 1)[None] for part in (of_query, of_key, of_value)), None, None
+            group.put_keys(of_k, heads, of_key, add)
+            group.put_keys(of_v, heads, of_value, add)
+        return *(part.to(dtype).transpose(0, 1)[None] for part in (of_query, of_key, of_value)), None, None

@@ -17,13 +17,16 @@ from loratune import activations, batches, fit, keeping, recipe
 from loratune.activations import BUDGETS, Cost, Plan
 from loratune.apart import Packing
 from loratune.errors import ModelError
+from loratune.objectives import Sft
+from loratune.sharing import Layout
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit
+from tests.test_sharing import alike
 
 GB = 10**9
 LAYERS = 30
-PACKED, PADDED = Packing(True, "rows"), Packing(False)
+PACKED, PADDED = Packing("packed", "rows"), Packing("padded")
 COST = Cost((100_000.0,) * LAYERS, (1_000.0,) * LAYERS, 10_000.0)  # 3 MB a token with everything kept
 
 
@@ -40,7 +43,9 @@ def kept_bytes(run: Any) -> tuple[Any, int]:
 
 
 @pytest.mark.parametrize("again", ["none", 3, "all"])
-@pytest.mark.parametrize("kind", ["packed", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head"])
+@pytest.mark.parametrize(
+    "kind", ["packed", "shared", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head"]
+)
 def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: int | str) -> None:
     """The profiler's bytes of a batch ten times as large as the measured one: never 5 % more, nor 10 % less.
 
@@ -49,7 +54,7 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
     lora = {"type": "lora", "r": 4, "lora_dropout": 0.1 if kind == "dropout" else 0.0}
     if kind == "trained head":
         lora["modules_to_save"] = ["lm_head"]
-    packed = kind in ("packed", "nf4")
+    layout: Layout = "packed" if kind in ("packed", "nf4") else "shared" if kind == "shared" else "padded"
     done = fit(
         on=tiny.save(tmp_path / "deep", layers=6, hidden_size=128, intermediate_size=256),
         rows=8,
@@ -58,9 +63,11 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
             "quantization": kind if kind in ("nf4", "int8") else "none",
         },
         method={"type": "full"} if kind == "full" else lora,
-        data={"packing": "on" if packed else "off"},
+        data={
+            "packing": "off" if layout == "padded" else "on", "prefix_sharing": "on" if layout == "shared" else "off",
+        },
         train={"gradient_checkpointing": again},
-    )
+    )  # fmt: skip
     known = done.facts()
     longest, trained = known["memory"]["longest"], known["data"]["train"]
     share = trained["trained_tokens"] / trained["tokens"]
@@ -68,7 +75,11 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
     for row in rows:
         row.ids[:] %= 200
         row.trained[:] = np.arange(len(row.ids)) % round(1 / share) == 0
-    objective, batch = done.recipe.objective, done.recipe.objective.collate(rows, packed)
+    if layout == "shared":
+        saved = known["batching"]["saved"]
+        assert 0.1 < saved < 0.4
+        rows = alike(rows, round(saved * 8 / 7 * longest / 1.5))  # of every other row twice as many
+    objective, batch = done.recipe.objective, done.recipe.objective.collate(rows, layout)
     done.net.train()
     objective.total(done.net, batch)  # the head is looked at once
     loss, kept = kept_bytes(lambda: objective.total(done.net, batch))
@@ -232,10 +243,10 @@ def test_a_resume_takes_the_budget_from_the_checkpoint(fit: Fit, monkeypatch: py
     assert len(other.column("loss")) == len(whole.column("loss"))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("micro", [1, 3, "auto"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_no_micro_batch_is_larger_than_the_largest(packed: bool, micro: int | str, world: int) -> None:
+def test_no_micro_batch_is_larger_than_the_largest(layout: Layout, micro: int | str, world: int) -> None:
     """All micro-batches of ten epochs against the figure that is planned with, which some of them nearly reach."""
     random = np.random.default_rng(3)
     lengths = random.integers(2, 200, 90)
@@ -243,18 +254,18 @@ def test_no_micro_batch_is_larger_than_the_largest(packed: bool, micro: int | st
     class Made(list[Any]):
         pass
 
-    data: Any = Made(models.rows(lengths.tolist()))
+    data: Any = Made(alike(models.rows(lengths.tolist()), 20))
     data.lengths, data.weights = lengths, random.choice([0.5, 1.0, 2.5], 90)
-    capacity = 256 if packed else None
+    capacity = None if layout == "padded" else 256
     most = batches.largest(data.lengths, data.weights, 12, micro, 300, capacity, world)
     steps = 10 * -(-batches.rows_per_epoch(data.weights) // 12)
     seen = [
-        sum(len(row.ids) for row in part) if packed else len(part) * max(len(row.ids) for row in part)
+        batch.layout == layout and Sft().collate(part, layout)["input_ids"].numel()
         for rank in range(world)
-        for batch in batches.batches(data, 12, micro, 0, steps, 0, 300, rank, world, capacity)
+        for batch in batches.batches(data, 12, micro, 0, steps, 0, 300, rank, world, 256, layout)
         for part in batch.micro
     ]
-    assert most * 0.9 <= max(seen) <= most
+    assert most * (0.8 if layout == "shared" else 0.9) <= max(seen) <= most
 
 
 def test_what_is_told() -> None:

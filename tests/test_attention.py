@@ -12,10 +12,12 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune import apart, attention, packing, tiles
+from loratune import apart, attention, packing, sharing, tiles
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.objectives import Sft, sft
+from loratune.sharing import Layout
+from tests.test_sharing import alike
 
 WINDOW = 16
 COMMON: dict[str, Any] = {
@@ -43,6 +45,7 @@ EXACT = {
     "Mixtral": {"num_local_experts": 4},
     "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
 }
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT2
 STATEFUL = {
     "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "Bamba": {**MAMBA, "attn_layer_indices": [1]},
@@ -99,8 +102,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None
     packs = packing.pack(np.array([len(row.ids) for row in ROWS]), 50)
     assert len(packs) < len(ROWS)
     whole, parts = (
-        [objective.collate(ROWS, packed=True)],
-        [objective.collate([ROWS[i] for i in members], packed=True) for members in packs],
+        [objective.collate(ROWS, layout="packed")],
+        [objective.collate([ROWS[i] for i in members], layout="packed") for members in packs],
     )
     for micro in (whole, parts):  # at once, and accumulated
         got, found = measured(net, micro)
@@ -132,10 +135,32 @@ def test_checkpointed_activations_and_packs() -> None:
     loss, gradients = measured(net, [Sft().collate(ROWS)])
     use(net, "rows")
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    got, found = measured(net, [Sft().collate(ROWS, packed=True)])
+    got, found = measured(net, [Sft().collate(ROWS, layout="packed")])
     assert got == pytest.approx(loss, rel=1e-5)
     for key, gradient in gradients.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+BEGINNING = alike(rows([40, 3, 2 * WINDOW, WINDOW + 1, 1, 29, 2]), 7)  # the last needs one token, and shares it
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_loss_and_gradients_of_rows_that_share_are_those_of_padded_rows(name: str) -> None:
+    net, objective = made(name, EXACT[name]), Sft()
+    loss, gradients = measured(net, [objective.collate([row]) for row in BEGINNING])
+    use(net, "rows")
+    parts = sharing.cut(BEGINNING, 50)
+    assert len(parts) > 1
+    for chosen in ([BEGINNING], parts):  # at once, and accumulated
+        micro = [objective.collate(part, "shared") for part in chosen]
+        assert micro[0]["input_ids"].shape[1] < sum(len(row.ids) for row in chosen[0]) - 5
+        got, found = measured(net, micro)
+        assert got == pytest.approx(loss, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+        assert sum(objective.count(batch) for batch in micro) == sum(row.count() for row in BEGINNING)
+        assert sum(batch["tokens"] for batch in micro) == sum(len(row.ids) for row in BEGINNING)
 
 
 # ---------------------------------------------------------------- the self-test
@@ -145,19 +170,22 @@ class Tokens(list[Row]):
     """As much of `data.Rows` as the self-test needs."""
 
 
-def verdict(net: Any, by: str, max_length: int = 256) -> str:
+def verdict(net: Any, by: str, max_length: int = 256, layout: Layout = "packed") -> str:
     three = apart._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
-    alone = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, packed=False)
+    alone = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
     use(net, by)
     rounding = "float32" if net.dtype is torch.float32 else "half"
-    return apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding)
+    return apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("by", ["rows", "mask"])
 @pytest.mark.parametrize("name", EXACT)
 def test_the_self_test_lets_pass_what_is_right(name: str, by: str, dtype: torch.dtype) -> None:
-    assert verdict(made(name, EXACT[name], dtype), by) == ""
+    net = made(name, {**EXACT[name], **NO_DROPOUT}, dtype)
+    assert verdict(net, by) == ""
+    if by == "rows":
+        assert verdict(net, by, layout="shared") == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -165,7 +193,9 @@ def test_the_self_test_lets_pass_what_is_right(name: str, by: str, dtype: torch.
 @pytest.mark.parametrize("name", STATEFUL)
 def test_the_self_test_finds_state_that_runs_from_row_to_row(name: str, by: str, dtype: torch.dtype) -> None:
     """Short convolutions and state-space layers know nothing of where a row begins."""
-    assert "with the row before it" in verdict(made(name, STATEFUL[name], dtype), by)
+    net = made(name, STATEFUL[name], dtype)
+    assert "with the row before it" in verdict(net, by)
+    assert by == "mask" or "with the row before it" in verdict(net, by, layout="shared")
 
 
 def test_a_kernel_that_rounds_otherwise_is_no_packing_that_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +212,11 @@ def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest
     net = made("Llama", {}, torch.bfloat16)
     monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
 
-    def shifted(query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:
-        if len(lengths) > 1:
+    def shifted(query: Any, key: Any, value: Any, own: list[int], *others: Any) -> torch.Tensor:
+        if len(own) > 1:
             value = value.clone()
-            value[:, :, lengths[0]] = 0
-        return attend(query, key, value, lengths, scale)
+            value[:, :, own[0]] = 0
+        return attend(query, key, value, own, *others)
 
     attend = tiles.attend
     monkeypatch.setattr(tiles, "attend", shifted)
@@ -218,6 +248,40 @@ def test_the_self_test_finds_a_broken_attention(
     monkeypatch.setattr(attention, "register", lambda: None)
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
     assert told in verdict(made("Mistral", SLIDING, dtype), "rows")
+
+
+def _nothing_shared(*arguments: Any, key_places: Any = None, cu_seq_lens_k: Any = None, **others: Any) -> Any:
+    """Attend to a row's own tokens only, as where a model does not hand on what is shared."""
+    return attention.attend(*arguments, **others)
+
+
+def _another_rows_beginning(*arguments: Any, key_places: torch.Tensor, **others: Any) -> Any:
+    return attention.attend(*arguments, key_places=key_places.roll(1), **others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("broken", [_nothing_shared, _another_rows_beginning])
+def test_the_self_test_finds_what_is_not_shared_rightly(
+    broken: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention.register()
+    monkeypatch.setattr(attention, "register", lambda: None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    assert "a row's logits" in verdict(made("Llama", {}, dtype), "rows", layout="shared")
+
+
+DROPOUTS = {
+    "of attention": ("Llama", {"attention_dropout": 0.1}),
+    "a module": ("GPT2", {**EXACT["GPT2"], **dict.fromkeys(NO_DROPOUT, 0.0), "resid_pdrop": 0.1}),
+    "a function": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 64, "dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_what_is_drawn_for_each_row_is_not_shared(name: str) -> None:
+    net = made(*DROPOUTS[name])
+    assert verdict(net, "rows") == ""
+    assert "draws something at random" in verdict(net, "rows", layout="shared")
 
 
 def test_what_would_change_the_scores_is_not_ignored() -> None:

@@ -60,7 +60,7 @@ LEVELS = (
     ),
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
-    ("decode", "nodes", "section", "foreign", "templates"),
+    ("decode", "nodes", "section", "sharing", "foreign", "templates"),
     ("errors", "secrecy", "garbage"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other

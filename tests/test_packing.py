@@ -12,6 +12,7 @@ from loratune.batches import split_packed
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.packing import pack
+from loratune.sharing import Layout
 
 LENGTHS = st.integers(1, 60).flatmap(lambda most: st.lists(st.integers(1, most), max_size=60))
 
@@ -103,15 +104,16 @@ class Many:
 def test_packing_leaves_the_rows_of_every_step_alone(world: int) -> None:
     data = Many(np.random.default_rng(0).integers(2, 40, 101).tolist())
 
-    def steps(capacity: int | None, rank: int) -> list[set[int]]:
-        made = batches.batches(data, 8, "auto", 7, 26, 0, 4096, rank, world, capacity)  # type: ignore[arg-type]
-        return [{row.place.line for part in batch.micro for row in part} for batch in made]
+    def made(layout: Layout, rank: int, start: int = 0) -> list[batches.Batch]:
+        return list(batches.batches(data, 8, "auto", 7, 26, start, 96, rank, world, 64, layout))  # type: ignore[arg-type]
+
+    def steps(layout: Layout, rank: int) -> list[list[int]]:
+        return [sorted(row.place.line for part in batch.micro for row in part) for batch in made(layout, rank)]
 
     for rank in range(world):
-        assert steps(None, rank) == steps(64, rank)
-        resumed = batches.batches(data, 8, "auto", 7, 26, 9, 4096, rank, world, 64)  # type: ignore[arg-type]
-        whole = list(batches.batches(data, 8, "auto", 7, 26, 0, 4096, rank, world, 64))[9:]  # type: ignore[arg-type]
-        assert [batch.micro for batch in resumed] == [batch.micro for batch in whole]
+        assert steps("padded", rank) == steps("packed", rank) == steps("shared", rank)
+        for layout in ("packed", "shared"):
+            assert [batch.micro for batch in made(layout, rank, 9)] == [batch.micro for batch in made(layout, rank)[9:]]
 
 
 def test_how_full_packs_are() -> None:

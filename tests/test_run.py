@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import batches, checkpoint, data, loop, recipe, run, storage, tokenizing
+from loratune import apart, batches, checkpoint, data, loop, recipe, run, storage, tokenizing
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
@@ -258,8 +258,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
 class Exploding(Section):
     """An objective whose loss is finite and whose gradient is not."""
 
-    def collate(self, rows: list[Any], packed: bool = False) -> dict[str, torch.Tensor]:
-        return {"attention_mask": torch.ones(1, 1)}
+    def collate(self, rows: list[Any], layout: str = "padded") -> dict[str, Any]:
+        return {"input_ids": torch.ones(1, 1), "tokens": 1}
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:
         return 1
@@ -415,13 +415,57 @@ def test_a_model_that_mixes_packed_rows_is_padded_and_that_is_told(
 
 
 def test_packs_are_told(fit: Fit, capsys: pytest.CaptureFixture[str]):
-    done = fit()
+    done = fit(data={"prefix_sharing": "off"})
     batching = done.facts()["batching"]
     each, filled = batching["rows_per_pack"], batching["filled"]
     told = f"batches  packed: {each:.1f} rows in a pack of at most 256 tokens on average, {100 * filled:.0f} % filled"
     assert told in capsys.readouterr().err.splitlines()
+    assert (batching["shared"], batching["why_not_shared"]) == (False, "data.prefix_sharing: off")
     fit("off", data={"packing": "off"})
     assert "batches  padded (data.packing: off)" in capsys.readouterr().err.splitlines()
+
+
+def test_what_rows_share_is_told_and_counted(fit: Fit, capsys: pytest.CaptureFixture[str]):
+    done = fit(train={"epochs": 2})
+    saved = done.facts()["batching"]["saved"]
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("batches")]
+    assert told.endswith(f"{100 * saved:.0f} % of the tokens saved")
+    assert sum(done.column("computed")) == pytest.approx((1 - saved) * sum(done.column("tokens")), rel=0.01)
+    assert sum(done.column("tokens")) == 2 * done.facts()["data"]["train"]["tokens"]
+    off = fit("off", train={"epochs": 2}, data={"prefix_sharing": "off"})
+    assert off.column("computed") == off.column("tokens") == done.column("tokens")
+    assert off.column("trained_tokens") == done.column("trained_tokens")
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"data": {"prefix_sharing": "off"}}, "data.prefix_sharing: off"),
+        ({"data": {"packing": "off"}}, "data.packing: off"),
+        (
+            {"method": {"lora_dropout": 0.1}},
+            "it draws something at random for each token (dropout), and for each row apart",
+        ),
+        ({"objective": {"type": "sft", "neftune": 5.0}}, "neftune draws noise for each row apart"),
+    ],
+)
+def test_why_rows_do_not_share(fit: Fit, sections: dict[str, Any], told: str):
+    batching = fit(**sections).facts()["batching"]
+    assert batching.get("why_not_shared", batching.get("why_not")) == told
+    if told.endswith("off"):
+        return
+    with pytest.raises(ModelError) as caught:
+        fit("on", **{**sections, "data": {"prefix_sharing": "on"}})
+    assert told in str(caught.value)
+    assert "set data.prefix_sharing: auto or off" in str(caught.value)
+
+
+def test_rows_with_little_in_common_share_it_only_if_asked_to(fit: Fit, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(apart, "LEAST", 0.05)
+    alone = {"train": {"batch_size": 1}}
+    batching = fit(**alone).facts()["batching"]
+    assert batching["why_not_shared"] == "the rows of a step have too little in common (2.8 % of their tokens)"
+    assert fit("on", **alone, data={"prefix_sharing": "on"}).facts()["batching"]["saved"] == 0.0279
 
 
 def test_rows_of_an_int8_base_are_not_packed(fit: Fit):

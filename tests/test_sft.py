@@ -14,6 +14,7 @@ from loratune import attention
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.objectives import Sft
+from loratune.sharing import Layout
 from tests import tiny
 
 TOKENS = tiny.tokenizer()
@@ -126,6 +127,7 @@ def test_padding_and_order_dont_matter() -> None:
             for key in ("input_ids", "attention_mask", "labels")
         }
         padded["predicts"] = batch["predicts"] + 9 * (batch["predicts"] // batch["labels"].shape[1])
+        padded["targets"] = batch["targets"]
         assert objective.total(net, padded).item() == pytest.approx(apart, rel=1e-5)
 
 
@@ -160,12 +162,14 @@ def test_the_head_sees_trained_positions_only(name: str) -> None:
 def test_collate() -> None:
     made = Row(np.array([5, 6, 7], np.int32), np.array([True, False, True]), Place("made", 1))
     short = Row(np.array([8, 9], np.int32), np.array([False, True]), Place("made", 2))
-    batch = {key: value.tolist() for key, value in Sft().collate([made, short]).items()}
+    batch = {key: torch.as_tensor(value).tolist() for key, value in Sft().collate([made, short]).items()}
     assert batch == {
         "input_ids": [[5, 6, 7], [8, 9, 0]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "labels": [[-100, -100, 7], [-100, 9, -100]],
         "predicts": [1, 3],
+        "targets": [7, 9],
+        "tokens": 5,
     }
 
 
@@ -233,11 +237,13 @@ def test_neftune_is_noise_within_its_bound_while_training() -> None:
 def test_collate_packed() -> None:
     made = Row(np.array([5, 6, 7], np.int32), np.array([True, False, True]), Place("made", 1))
     short = Row(np.array([8, 9], np.int32), np.array([True, True]), Place("made", 2))
-    batch = Sft().collate([made, short], packed=True)
+    batch = Sft().collate([made, short], "packed")
     assert {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]],
         "labels": [[-100, -100, 7, -100, 9]],  # the 8 is trained, and nothing of its own row stands before it
         "predicts": [1, 3],
+        "targets": [7, 9],
+        "tokens": 5,
         "position_ids": [[0, 1, 2, 0, 1]],
         "cu_seq_lens_q": [0, 3, 5],
         "cu_seq_lens_k": [0, 3, 5],
@@ -247,14 +253,35 @@ def test_collate_packed() -> None:
     assert batch["cu_seq_lens_q"].dtype == torch.int32
 
 
-def test_packed_rows_count_the_same_tokens() -> None:
+def test_collate_shared() -> None:
+    """Two of three tokens in common, the third of one only to be foretold: from the place where others go on."""
+    made = Row(np.array([5, 6, 7], np.int32), np.array([True, False, True]), Place("made", 1))
+    longer = Row(np.array([5, 6, 8, 9, 4], np.int32), np.array([False, False, True, True, False]), Place("made", 2))
+    batch = Sft().collate([longer, made], "shared")
+    assert {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()} == {
+        "input_ids": [[5, 6, 8]],
+        "predicts": [1, 2, 1],
+        "targets": [8, 9, 7],
+        "tokens": 8,
+        "position_ids": [[0, 1, 2]],
+        "cu_seq_lens_q": [0, 2, 3],
+        "cu_seq_lens_k": [0, 2, 5],
+        "max_length_q": 2,
+        "max_length_k": 3,
+        "key_places": [0, 1, 0, 1, 2],
+    }
+    assert batch["cu_seq_lens_q"].dtype == batch["cu_seq_lens_k"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_packed_rows_count_the_same_tokens(layout: Layout) -> None:
     objective = Sft()
-    assert objective.count(objective.collate(ROWS, packed=True)) == objective.count(objective.collate(ROWS))
+    assert objective.count(objective.collate(ROWS, layout)) == objective.count(objective.collate(ROWS))
 
 
 def test_neftune_is_as_wide_for_a_packed_row_as_for_a_padded_one() -> None:
     net = llama().train()
-    batch = Sft().collate(ROWS, packed=True)
+    batch = Sft().collate(ROWS, "packed")
     clean = net.get_input_embeddings()(batch["input_ids"]).detach()
     torch.manual_seed(1)
     noise = (embedded(net, Sft(neftune=5.0), batch) - clean)[0]
@@ -282,14 +309,14 @@ class Waits(TorchDispatchMode):
         return op(*given, **(named or {}))
 
 
-@pytest.mark.parametrize("noise", [0.0, 5.0])
-def test_a_micro_batch_is_waited_for_once_at_most(noise: float) -> None:
+@pytest.mark.parametrize(("noise", "layout"), [(0.0, "packed"), (5.0, "packed"), (0.0, "shared")])
+def test_a_micro_batch_is_waited_for_once_at_most(noise: float, layout: Layout) -> None:
     attention.register()
     net, objective = llama().train(), Sft(neftune=noise)
     net.set_attn_implementation(attention.NAME)
     net.lm_head.weight.requires_grad_(False)
-    objective.total(net, objective.collate(ROWS, packed=True))  # the head is looked at once
-    batch = objective.collate(ROWS, packed=True)
+    objective.total(net, objective.collate(ROWS, layout))  # the head is looked at once
+    batch = objective.collate(ROWS, layout)
     with Waits() as waits:
         objective.total(net, batch).backward()
     assert waits.seen in ([], ["_local_scalar_dense"]), "transformers looks whether rows are packed, before any layer"

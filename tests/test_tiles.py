@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from loratune import tiles
+from loratune import sharing, tiles
+from tests.test_sharing import alike, row
 
 
 def made(tokens: int, groups: int, dtype: torch.dtype, of_value: int = 24) -> list[torch.Tensor]:
@@ -65,3 +67,52 @@ def test_long_rows_go_through_torchs_kernel_and_values_wider_than_keys_do_not(mo
         parts = made(sum(lengths), 2, torch.bfloat16, of_value)
         tiles.attend(*parts, lengths, 0.25)
         assert len(used) == times
+
+
+# rows that begin alike, as the first of each pair does: within a tile, over several, and in torch's kernel
+BEGINNINGS = [
+    ([30, 20, 31], 9), ([TILE + 9, 3 * TILE, TILE, 5], TILE), ([150, 200, 90, 201, 260], 70),
+    ([5 * TILE + 1, 5 * TILE, 130], 2 * TILE + 1), ([tiles.LONG + 5, 80, tiles.LONG + 90, 300], 50),
+]  # fmt: skip
+
+
+def shared(lengths: list[int], common: int) -> sharing.Shared:
+    """Return the pack of rows of these lengths: all begin with the same tokens, and every other with twice as many."""
+    made = [row(range(1000 * n, 1000 * n + length + 1), [True] * (length + 1)) for n, length in enumerate(lengths)]
+    return sharing.lay(alike(made, common))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize(("lengths", "common"), BEGINNINGS)
+def test_what_rows_share_is_as_if_it_stood_in_each(
+    lengths: list[int], common: int, groups: int, dtype: torch.dtype
+) -> None:
+    """Against all rows written out, where the gradients of what they share add up; in bfloat16 against float64."""
+    pack = shared(lengths, common)
+    every = [pack.places[number] for number in pack.order]
+    places, whole = torch.from_numpy(np.concatenate(every)), [len(of) for of in every]
+    assert len(places) > len(pack.ids)
+    parts = made(len(pack.ids), groups, dtype, of_value=16)
+
+    def written_out(parts: list[torch.Tensor]) -> torch.Tensor:
+        out = by_rows([part.index_select(2, places) for part in parts], whole, 0.25)
+        return torch.cat([of[:, -own:] for of, own in zip(out.split(whole, dim=1), pack.own, strict=True)], dim=1)
+
+    got = gradients(tiles.attend(*parts, pack.own, 0.25, places, whole), parts)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    truth = gradients(written_out(exact), exact)
+    near = gradients(written_out(parts), parts)
+    for mine, other, true in zip(got, near, truth, strict=True):
+        assert mine.shape == other.shape
+        allowed = 2e-6 if dtype is torch.float32 else max(1.2 * float((other - true).norm() / true.norm()), 2**-8)
+        assert (mine - true).norm() < allowed * true.norm()
+
+
+def test_tiles_before_a_rows_own_tokens_are_not_computed() -> None:
+    pack = shared([TILE + 40, 5 * TILE + 3, TILE + 39, 4 * TILE + 5], 2 * TILE)
+    own, lengths = tuple(pack.own), tuple(len(pack.places[n]) for n in pack.order)
+    places = np.concatenate([pack.places[n] for n in pack.order])
+    _, groups = tiles._parts(tiles._Pack(own, lengths, places.tobytes()), tiles.LONG)
+    assert list(zip(own, lengths, strict=True)) == [(103, 103), (1, 104), (219, 323), (5, 261)]
+    assert [(group.first, group.rows) for group in groups] == [(0, (1, 1)), (1, (2, 1, 1, 1, 1)), (4, (1,))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -12,20 +12,11 @@ from loratune.objectives import head
 from loratune.section import Section
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from loratune.sharing import Layout, Row
+
 IGNORED = -100  # torch's and transformers' label for a token that is not trained
-
-
-class Row(Protocol):
-    """A tokenized row: `ids` and `trained`, both of shape (tokens,)."""
-
-    @property
-    def ids(self) -> np.ndarray: ...
-
-    @property
-    def trained(self) -> np.ndarray: ...
 
 
 class Sft(Section):
@@ -42,19 +33,23 @@ class Sft(Section):
         "(arXiv:2310.05914, alg. 1)",
     )
 
-    def collate(self, rows: Sequence[Row], packed: bool = False) -> dict[str, Any]:
-        """Make one micro-batch of rows: padded on the right, or packed behind one another.
+    def collate(self, rows: Sequence[Row], layout: Layout = "padded") -> dict[str, Any]:
+        """Make one micro-batch of rows: padded on the right, or packed behind one another, or sharing what they can.
 
         Returns:
             input_ids, attention_mask and labels, each (rows, longest); a label stands under the token itself and is
             IGNORED where the token is not trained, or is the first of its row and so can't be predicted. Packed: see
-            `_behind_one_another`. `predicts`: the places where the next token is trained, counted through all rows,
-            int64, (trained tokens,); found here, as a GPU would have to be waited for.
+            `_behind_one_another` and `_sharing`. Of every layout `predicts`: the places where the next token is
+            trained, counted through all rows, int64, (trained tokens,); found here, as a GPU would have to be waited
+            for; `targets`: these tokens, as many; `tokens`: how many the rows have, without padding, not as a tensor.
         """
         import torch
 
-        if packed:
-            return _predicting(_behind_one_another(rows))
+        tokens = sum(len(row.ids) for row in rows)
+        if layout == "shared":
+            return _sharing(rows) | {"tokens": tokens}
+        if layout == "packed":
+            return _predicting(_behind_one_another(rows)) | {"tokens": tokens}
         shape = (len(rows), max(len(row.ids) for row in rows))
         input_ids = torch.zeros(shape, dtype=torch.long)
         attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -65,7 +60,13 @@ class Sft(Section):
             input_ids[index, :length] = ids
             attention_mask[index, :length] = 1
             labels[index, 1:length] = torch.where(trained[1:], ids[1:], IGNORED)
-        return _predicting({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+        padded = _predicting({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+        return padded | {"tokens": tokens}
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether something random is drawn for each token of each row."""
+        return self.neftune > 0
 
     def count(self, batch: dict[str, Any]) -> int:
         """Return the number of trained tokens in a micro-batch."""
@@ -85,7 +86,7 @@ class Sft(Section):
             layer = inner.get_output_embeddings()
             with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
                 model(**inputs(batch), use_cache=False)
-            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, _targets(batch), smoothing)
+            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, batch["targets"], smoothing)
         logits, targets = self._predictions(model, batch)
         return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
@@ -114,7 +115,7 @@ class Sft(Section):
         inner = _inner(model)
         with head_only_at(inner, batch["predicts"]), self._noise(inner, batch):
             logits = model(**inputs(batch), use_cache=False).logits
-        return logits, _targets(batch)
+        return logits, batch["targets"]
 
     @contextmanager
     def _noise(self, model: Any, batch: dict[str, Any]) -> Iterator[None]:
@@ -148,21 +149,16 @@ def _inner(model: Any) -> Any:
 
 def inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """Return what of a micro-batch the model is given."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "predicts")}
+    return {name: value for name, value in batch.items() if name not in ("labels", "predicts", "targets", "tokens")}
 
 
 def _predicting(batch: dict[str, Any]) -> dict[str, Any]:
-    """Add `predicts` to a micro-batch: position t predicts token t+1."""
+    """Add `predicts` and `targets` to a micro-batch: position t predicts token t+1."""
     from torch.nn.functional import pad
 
     trained = pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-    return batch | {"predicts": trained.flatten().nonzero().flatten()}
-
-
-def _targets(batch: dict[str, Any]) -> torch.Tensor:
-    """Return the trained tokens, (trained tokens,)."""
-    targets: torch.Tensor = batch["labels"].flatten().index_select(0, batch["predicts"] + 1)
-    return targets
+    predicts = trained.flatten().nonzero().flatten()
+    return batch | {"predicts": predicts, "targets": batch["labels"].flatten().index_select(0, predicts + 1)}
 
 
 def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
@@ -186,6 +182,36 @@ def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "input_ids": ids[None], "labels": labels[None], "position_ids": positions[None],
         "cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def _sharing(rows: Sequence[Row]) -> dict[str, Any]:
+    """Pack rows such that what they have in common stands there once; see `sharing.lay`.
+
+    Returns:
+        As `_behind_one_another`, but no labels: several tokens may be foretold from one place. cu_seq_lens_q tells
+        where the own tokens of each row begin, cu_seq_lens_k where the row begins in key_places: where all its tokens
+        stand in the pack, int64, (tokens of all rows,). predicts and targets: see `Sft.collate`.
+    """
+    import numpy as np
+    import torch
+    from torch.nn.functional import pad
+
+    from loratune import sharing
+
+    shared = sharing.lay(rows)
+    known = [np.flatnonzero(row.trained[1:]) for row in rows]  # position t predicts token t+1
+    lengths = [len(shared.places[row]) for row in shared.order]
+    return {
+        "input_ids": torch.from_numpy(shared.ids).long()[None],
+        "position_ids": torch.from_numpy(shared.positions)[None],
+        "cu_seq_lens_q": pad(torch.tensor(shared.own).cumsum(0), (1, 0)).int(), "max_length_q": max(shared.own),
+        "cu_seq_lens_k": pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), "max_length_k": max(lengths),
+        "key_places": torch.from_numpy(np.concatenate([shared.places[row] for row in shared.order])),
+        "predicts": torch.from_numpy(np.concatenate([at[t] for at, t in zip(shared.places, known, strict=True)])),
+        "targets": torch.from_numpy(
+            np.concatenate([row.ids[t + 1] for row, t in zip(rows, known, strict=True)])
+        ).long(),
     }  # fmt: skip
 
 

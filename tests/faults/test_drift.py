@@ -64,6 +64,7 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
     }  # fmt: skip
     assert {
         "data.packing",
+        "data.prefix_sharing",
         "optimizer.lr",
         "method.r",
         "train.seed",

@@ -146,8 +146,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 class Given(Section):
     """An objective that is the sum of what a function makes of the model."""
 
-    def collate(self, rows: list[Any], packed: bool = False) -> dict[str, torch.Tensor]:
-        return {"attention_mask": torch.ones(1, 1)}
+    def collate(self, rows: list[Any], layout: str = "padded") -> dict[str, Any]:
+        return {"input_ids": torch.ones(1, 1), "tokens": 1}
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:
         return 1

@@ -14,8 +14,10 @@ import loratune
 from loratune import apart, attention
 from loratune.encode import Row
 from loratune.objectives import Sft
+from loratune.sharing import Layout
 from tests import test_attention as models
 from tests import tiny
+from tests.test_sharing import alike
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,14 +61,14 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path, choice: int | s
 
 # ---------------------------------------------------------------- packed rows
 
-ROWS = models.rows([40, 3, models.WINDOW, models.WINDOW + 1, 1, 29, 2])
+ROWS = alike(models.rows([40, 3, models.WINDOW, models.WINDOW + 1, 1, 29, 2]), 7)
 
 
-def loss_and_gradients(net: Any, rows: list[Row], packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(net: Any, rows: list[Row], layout: Layout) -> tuple[float, dict[str, torch.Tensor]]:
     net.zero_grad()
     batch = {
         key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in Sft().collate(rows, packed).items()
+        for key, value in Sft().collate(rows, layout).items()
     }
     total = Sft().total(net, batch)
     total.backward()
@@ -78,16 +80,17 @@ def loss_and_gradients(net: Any, rows: list[Row], packed: bool) -> tuple[float, 
 def test_packed_rows_in_one_kernel_are_padded_rows(name: str, dtype: torch.dtype) -> None:
     """In 16 bit both are a rounding away from float32; the packed ones may not be further away than the padded ones."""
     net = models.made(name, models.EXACT[name]).cuda()
-    exact, wanted = loss_and_gradients(net, ROWS, packed=False)
+    exact, wanted = loss_and_gradients(net, ROWS, "padded")
     net = net.to(dtype)
-    padded, near = loss_and_gradients(net, ROWS, packed=False)
+    padded, near = loss_and_gradients(net, ROWS, "padded")
     attention.register()
     net.set_attn_implementation(attention.NAME)
-    packed, found = loss_and_gradients(net, ROWS, packed=True)
-    assert abs(packed - exact) <= 3 * abs(padded - exact) + 1e-3 * exact
-    for key, gradient in wanted.items():
-        apart_by = float((found[key] - gradient).norm())
-        assert apart_by <= 3 * float((near[key] - gradient).norm()) + 1e-3 * float(gradient.norm()), key
+    for layout in ("packed", "shared"):
+        packed, found = loss_and_gradients(net, ROWS, layout)
+        assert abs(packed - exact) <= 3 * abs(padded - exact) + 1e-3 * exact
+        for key, gradient in wanted.items():
+            apart_by = float((found[key] - gradient).norm())
+            assert apart_by <= 3 * float((near[key] - gradient).norm()) + 1e-3 * float(gradient.norm()), key
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -100,20 +103,22 @@ def test_a_packed_run_is_a_padded_run(tmp_path: Path, dtype: str) -> None:
     }
     facts = json.loads((done["on"].folder / "run.json").read_text())["batching"]
     assert facts["by"] == ("rows" if dtype == "bfloat16" else "mask")
+    assert facts["shared"] == (dtype == "bfloat16")
     assert done["on"].train_loss == pytest.approx(done["off"].train_loss, rel=1e-2 if dtype == "bfloat16" else 1e-5)
 
 
 @pytest.mark.parametrize("name", [*models.EXACT, *models.STATEFUL])
 def test_the_self_test_on_the_gpu(name: str) -> None:
-    settings = models.EXACT.get(name, models.STATEFUL.get(name, {}))
+    settings = {**models.EXACT.get(name, models.STATEFUL.get(name, {})), **models.NO_DROPOUT}
     net = models.made(name, settings, torch.bfloat16).cuda()
     three = apart._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
     autocast = Accelerator().autocast
-    alone = apart._logits(net, Sft(), [three[-1]], autocast, packed=False)
+    alone = apart._logits(net, Sft(), [three[-1]], autocast, "padded")
     attention.register()
     net.set_attn_implementation(attention.NAME)
-    told = apart.why_not(net, Sft(), three, alone, autocast, "half")
-    assert ("with the row before it" in told) if name in models.STATEFUL else told == ""
+    for layout in ("packed", "shared"):
+        told = apart.why_not(net.eval(), Sft(), three, alone, autocast, "half", layout)
+        assert ("with the row before it" in told) if name in models.STATEFUL else told == ""
 
 
 def test_a_full_pack_costs_no_mask() -> None:
@@ -124,10 +129,10 @@ def test_a_full_pack_costs_no_mask() -> None:
     peaks = {}
     for name in (attention.NAME, "sdpa"):
         net.set_attn_implementation(name)
-        loss_and_gradients(net, rows, packed=True)  # kernels and gradients have their memory now
+        loss_and_gradients(net, rows, "packed")  # kernels and gradients have their memory now
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_and_gradients(net, rows, packed=True)
+        loss_and_gradients(net, rows, "packed")
         peaks[name] = torch.cuda.max_memory_allocated() - before
     assert peaks[attention.NAME] < peaks["sdpa"] - 2**28

@@ -15,17 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import attention, model, tiles
+from loratune import attention, model, sharing, tiles
 from loratune.methods import Lora
 from loratune.objectives import Sft, head
 from loratune.recipe import Model, Nf4
+from loratune.sharing import Layout
 from tests import tiny
 from tests.conftest import Fit
 from tests.oracle.test_split import TRAIN, _two_processes
 from tests.test_sft import llama, rows
+from tests.test_sharing import alike
 
-ROWS = rows([70, 9, 140, 33, 2, 66])
-NEARLY = 1.5  # times another's distance from the truth: rounding is not the same twice
+ROWS = alike(rows([70, 9, 140, 33, 2, 66]), 40)
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
+NEARLY = 1.75  # times another's distance from the truth: what rows share is rounded once, not averaged over them
 HALF = {"dtype": "bfloat16"}
 
 Gradients = dict[str, torch.Tensor]
@@ -55,12 +58,12 @@ def exact(net: Any) -> Any:
     return copy.deepcopy(net).double()
 
 
-def gradients(net: Any, parts: Sequence[Any], packed: bool, objective: Sft | None = None) -> tuple[float, Gradients]:
+def gradients(net: Any, parts: Sequence[Any], layout: Layout, objective: Sft | None = None) -> tuple[float, Gradients]:
     """Return loss and gradients of rows, laid out and split into `parts` as the loop does it."""
     objective = objective or Sft()
-    batches = [objective.collate(part, packed) for part in parts]
+    batches = [objective.collate(part, layout) for part in parts]
     count = sum(objective.count(batch) for batch in batches)
-    kind = attention.NAME if packed else "sdpa"
+    kind = "sdpa" if layout == "padded" else attention.NAME
     attention.register()
     net.get_base_model().set_attn_implementation(kind)
     net.zero_grad()
@@ -104,18 +107,21 @@ def test_packed_or_padded_at_once_or_accumulated_is_equally_near_to_the_truth(
     tied: bool, used: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     net = adapted(half(tie_word_embeddings=tied))
-    loss, truth = gradients(exact(net), [ROWS], packed=False)
+    loss, truth = gradients(exact(net), [ROWS], "padded")
     assert used == {"tiles": 0, "head": 0}, "the truth goes none of our ways"
+    parts = sharing.cut(ROWS, 120)
+    assert len(parts) > 1
     ways = {
-        "padded": ([ROWS], False), "padded, one by one": ([[row] for row in ROWS], False), "packed": ([ROWS], True),
-        "packed, in three": ([ROWS[:2], ROWS[2:3], ROWS[3:]], True),
+        "padded": ([ROWS], "padded"), "padded, one by one": ([[row] for row in ROWS], "padded"),
+        "packed": ([ROWS], "packed"), "packed, in three": ([ROWS[:2], ROWS[2:3], ROWS[3:]], "packed"),
+        "shared": ([ROWS], "shared"), "shared, in parts": (parts, "shared"),
     }  # fmt: skip
     found = {name: gradients(net, *way) for name, way in ways.items()}
-    assert used == {"tiles": 2 * 4, "head": 1 + 6 + 1 + 3}  # 2 layers, 4 packs
+    assert used == {"tiles": 2 * (1 + 3 + 1 + len(parts)), "head": 1 + 6 + 1 + 3 + 1 + len(parts)}  # 2 layers
     with monkeypatch.context() as patch:
         patch.setattr(head, "is_fusible", lambda *_: False)
         patch.setattr("loratune.methods.lowrank.fits", lambda _: False)
-        plain = gradients(net, [ROWS], False)
+        plain = gradients(net, [ROWS], "padded")
     errors = {name: error(one, truth) for name, (_, one) in {**found, "PEFT's layers, padded": plain}.items()}
     with capsys.disabled():
         print("\nfrom the truth:", *(f"{name}: gradients {off:.2%}" for name, off in errors.items()), sep="\n  ")
@@ -130,9 +136,9 @@ def test_packed_or_padded_at_once_or_accumulated_is_equally_near_to_the_truth(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpointed_activations_change_no_bit(dtype: torch.dtype, used: dict[str, int]):
     net = adapted(half().to(dtype))
-    loss, plain = gradients(net, [ROWS[:3], ROWS[3:]], packed=True)
+    loss, plain = gradients(net, [ROWS[:3], ROWS[3:]], "packed")
     net.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, checkpointed = gradients(net, [ROWS[:3], ROWS[3:]], packed=True)
+    again, checkpointed = gradients(net, [ROWS[:3], ROWS[3:]], "packed")
     assert used["tiles"] == (0 if dtype is torch.float32 else 2 * 2 * 3), "once more on the way back"
     assert again == loss
     for name, gradient in plain.items():
@@ -156,13 +162,14 @@ def test_an_evaluation_draws_no_gradient_and_gives_the_plain_loss(
     assert float(fused) == pytest.approx(float(scored), rel=1e-6), "not smoothed"
 
 
+FEW = tuple(ROWS[0].ids[:2].tolist())
 SAVED = {
     "the embedding of a tied model": {"modules_to_save": ("embed_tokens",), "tied": True},
     "the embedding": {"modules_to_save": ("embed_tokens",), "tied": False},
     "the head": {"modules_to_save": ("lm_head",), "tied": False},
     "the head of a tied model": {"modules_to_save": ("lm_head",), "tied": True},
-    "some tokens of a tied model": {"trainable_token_indices": (3, 5), "tied": True},
-    "some tokens": {"trainable_token_indices": (3, 5), "tied": False},
+    "some tokens of a tied model": {"trainable_token_indices": FEW, "tied": True},
+    "some tokens": {"trainable_token_indices": FEW, "tied": False},
     "norms": {"modules_to_save": ("norm",), "tied": False},
 }
 
@@ -173,9 +180,9 @@ def test_what_is_trained_beside_the_adapter_gets_its_gradient(name: str):
     """Against logits and PEFT's layers in float64: nothing that is trained is taken for frozen."""
     changes = dict(SAVED[name])
     net = adapted(half(tie_word_embeddings=changes.pop("tied")), **changes).float()
-    loss, truth = gradients(exact(net), [ROWS], packed=False)
-    for packed in (False, True):
-        mine, found = gradients(net, [ROWS], packed)
+    loss, truth = gradients(exact(net), [ROWS], "padded")
+    for layout in LAYOUTS:
+        mine, found = gradients(net, [ROWS], layout)
         assert mine == pytest.approx(loss, rel=1e-6)
         assert found.keys() == truth.keys()
         for key, gradient in truth.items():
@@ -187,15 +194,16 @@ def test_a_four_bit_base_keeps_a_head_without_logits(base: Path, used: dict[str,
     section = Model(base=str(base), dtype="bfloat16", quantization=Nf4())
     net = adapted(model.load(section, where=torch.device("cpu")).model)
     assert type(net.get_output_embeddings()) is torch.nn.Linear
-    found = {packed: gradients(net, [ROWS], packed) for packed in (False, True)}
-    assert used["head"] == 2
+    found = {layout: gradients(net, [ROWS], layout) for layout in LAYOUTS}
+    assert used["head"] == 3
     with monkeypatch.context() as patch:
         patch.setattr(head, "is_fusible", lambda *_: False)
-        loss, plain = gradients(net, [ROWS], packed=False)
-    assert found[False][0] == pytest.approx(loss, rel=1e-6)
-    assert found[True][0] == pytest.approx(loss, rel=2e-3)
-    assert error(found[False][1], plain) < 2**-7
-    assert error(found[True][1], plain) < 2**-5
+        loss, plain = gradients(net, [ROWS], "padded")
+    assert found["padded"][0] == pytest.approx(loss, rel=1e-6)
+    assert error(found["padded"][1], plain) < 2**-7
+    for layout in ("packed", "shared"):
+        assert found[layout][0] == pytest.approx(loss, rel=2e-3)
+        assert error(found[layout][1], plain) < 2**-5
 
 
 def test_runs_split_otherwise_are_equally_near_to_the_truth(

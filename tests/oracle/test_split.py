@@ -127,16 +127,21 @@ def _same_adapter(one: Path, other: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+@pytest.mark.parametrize("sharing", ["on", "off"])
 @pytest.mark.parametrize("micro", [1, 2, "auto"])
-def test_packed_is_padded(fit: Fit, micro: int | str, capsys: pytest.CaptureFixture[str]):
-    """Packs of one, two and all at once, so with and without accumulation."""
+def test_packed_is_padded(fit: Fit, micro: int | str, sharing: str, capsys: pytest.CaptureFixture[str]):
+    """Packs of one, two and all at once, so with and without accumulation; sharing what rows have in common, or not."""
     padded = fit("padded", train={**TRAIN, "micro_batch_size": 8}, data={"packing": "off"})
-    packed = fit("packed", train={**TRAIN, "micro_batch_size": micro}, data={"packing": "on"})
+    data = {"packing": "on", "prefix_sharing": sharing}
+    packed = fit("packed", train={**TRAIN, "micro_batch_size": micro}, data=data)
     assert padded.facts()["batching"]["packed"] is False
     batching = packed.facts()["batching"]
-    assert (batching["packed"], batching["by"]) == (True, "rows")
-    assert 1 < batching["rows_per_pack"] < 8, "several packs make a step"
-    _check(f"packed, micro-batches of {micro}", _apart(packed.events(), padded.events()), capsys)
+    assert (batching["packed"], batching["by"], batching["shared"]) == (True, "rows", sharing == "on")
+    if sharing == "on":
+        assert sum(packed.column("computed")) < 0.95 * sum(packed.column("tokens"))
+    else:
+        assert 1 < batching["rows_per_pack"] < 8, "several packs make a step"
+    _check(f"packed, sharing {sharing}, micro-batches of {micro}", _apart(packed.events(), padded.events()), capsys)
     assert _same_adapter(packed.folder, padded.folder) < ADAPTER
 
 
