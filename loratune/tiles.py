@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-TILE = 64  # tokens of a row whose scores are computed at once: small ones skip more of what no token sees
-TILES = 6  # of a row at most, else they are larger: oneDNN makes seven products ready for each, and keeps few
+from loratune.tiling import tilings
+
 LONG = 768  # tokens of a row that torch's kernel takes at least as fast
-SPREAD = 4  # rows up to so many times shorter than the longest lie beside it; the rest is padding, never computed with
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives also the logarithm of the scores' sums
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -122,11 +121,11 @@ class _Group:
     """Rows of about the same length, longest first.
 
     Attributes:
-        asking: the own tokens of the rows, in tiles from the first of their own on.
-        seen: all tokens of the rows.
+        asking: the own tokens of the rows, padded to whole tiles.
+        seen: all tokens of the rows, padded to where the last tile ends.
         tile: tokens of a tile.
-        first: number of the first tile in which a row has tokens of its own.
-        rows: how many rows have an n-th tile, for each n from there; the padded ones have as many as the longest.
+        first: where the first tile begins, in tokens of a row: no row has any of its own before.
+        rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
     """
 
     asking: _Lined
@@ -138,7 +137,7 @@ class _Group:
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
         for number, rows in enumerate(self.rows):
-            yield number, rows, (self.first + number + 1) * self.tile
+            yield number, rows, self.first + (number + 1) * self.tile
 
     def queries(self, part: torch.Tensor, heads: int, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
         """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x tile, width).
@@ -154,7 +153,7 @@ class _Group:
         return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(3, 4)
 
     def keys(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return (1, heads, tokens, width) as (rows x heads, tiles x tile, width)."""
+        """Return (1, heads, tokens, width) as (rows x heads, keys, width)."""
         padded = self.seen.padded(part)
         padded = padded.view(self.rows[0], -1, *padded.shape[1:]).transpose(1, 2)
         return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(0, 1)
@@ -166,7 +165,7 @@ class _Group:
 
     def put_keys(self, part: torch.Tensor, heads: int, out: torch.Tensor, add: bool) -> None:
         """Write what `keys` gives to where it comes from, `out` of (tokens, heads, width); see `_Lined.write`."""
-        apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, tiles x tile, width)
+        apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, keys, width)
         self.seen.write(apart.transpose(1, 2), out, add)
 
 
@@ -238,33 +237,19 @@ def _parts(pack: _Pack, longest: int) -> tuple[list[_Long], list[_Group]]:
     """Return the rows longer than `longest`, and the others in groups, such that padding takes little."""
     rows = pack.rows()
     long = [_Long(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
-    short = sorted((row for row in rows if len(row[2]) <= longest), key=lambda row: (row[1] // TILE, -len(row[2])))
-    found: list[list[tuple[slice, int, torch.Tensor]]] = []
-    for row in short:
-        above = found[-1][0] if found else None
-        alike = (
-            above
-            and row[1] // TILE == above[1] // TILE
-            and -(-len(row[2]) // TILE) * SPREAD >= -(-len(above[2]) // TILE)
-        )
-        if not alike:
-            found.append([])
-        found[-1].append(row)
+    short = [number for number, length in enumerate(pack.lengths) if length <= longest]
     groups = []
-    for members in found:
-        tile = TILE
-        while -(-len(members[0][2]) // tile) > TILES:
-            tile *= 2
-        tiles = [-(-len(of) // tile) for _, _, of in members]
-        first = min(common for _, common, _ in members) // tile
-        ends = [len(of) for _, _, of in members]
-        seen = _Lined.of([of for _, _, of in members], ends, tiles[0] * tile)
+    for group in tilings(pack.lengths, pack.own, short):
+        ends = [pack.lengths[row] for row in group.rows]
+        tiles = [-(-(end - group.first) // group.tile) for end in ends]
+        width = tiles[0] * group.tile
+        seen = _Lined.of([rows[row][2] for row in group.rows], ends, group.first + width)
         asking = seen
         if pack.places:
-            asked = [torch.arange(own.start, own.stop) for own, _, _ in members]
-            asking = _Lined.of(asked, [end - first * tile for end in ends], (tiles[0] - first) * tile)
-        have = tuple(sum(number < own for own in tiles) for number in range(first, tiles[0]))
-        groups.append(_Group(asking, seen, tile, first, have))
+            asked = [torch.arange(rows[row][0].start, rows[row][0].stop) for row in group.rows]
+            asking = _Lined.of(asked, [end - group.first for end in ends], width)
+        have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
+        groups.append(_Group(asking, seen, group.tile, group.first, have))
     return long, groups
 
 

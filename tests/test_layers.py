@@ -37,6 +37,7 @@ LEVELS = (
         "activations",
         "attention",
         "tiles",
+        "tiling",
         "packing",
         "bases",
         "tokenizing",

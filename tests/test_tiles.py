@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from loratune import sharing, tiles
+from loratune import sharing, tiles, tiling
 from tests.test_sharing import alike, row
 
 
@@ -30,10 +32,10 @@ def gradients(out: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor
     return [out.detach(), *torch.autograd.grad(out, parts, outer)]
 
 
-TILE = tiles.TILE
+TILE = 64
 LENGTHS = [
     [1], [5, 1, 9], [TILE], [TILE + 1, 3], [2 * TILE + 7, TILE - 1], [3, 2 * TILE, 5 * TILE + 1, 7, 4 * TILE],
-    [tiles.TILES * TILE + 1, 9, 3 * TILE],
+    [tiling.TILES * tiling.LARGEST + 1, 9, 3 * TILE],
 ]  # fmt: skip
 LONG = [[tiles.LONG + 1], [7, tiles.LONG + 9, TILE, 3, tiles.LONG + 2]]  # torch's kernel takes some of these
 
@@ -109,10 +111,31 @@ def test_what_rows_share_is_as_if_it_stood_in_each(
         assert (mine - true).norm() < allowed * true.norm()
 
 
-def test_tiles_before_a_rows_own_tokens_are_not_computed() -> None:
-    pack = shared([TILE + 40, 5 * TILE + 3, TILE + 39, 4 * TILE + 5], 2 * TILE)
-    own, lengths = tuple(pack.own), tuple(len(pack.places[n]) for n in pack.order)
-    places = np.concatenate([pack.places[n] for n in pack.order])
-    _, groups = tiles._parts(tiles._Pack(own, lengths, places.tobytes()), tiles.LONG)
-    assert list(zip(own, lengths, strict=True)) == [(103, 103), (1, 104), (219, 323), (5, 261)]
-    assert [(group.first, group.rows) for group in groups] == [(0, (1, 1)), (1, (2, 1, 1, 1, 1)), (4, (1,))]
+def test_what_no_row_asks_for_is_hardly_computed() -> None:
+    """64 rows of 30 tokens behind a common beginning of 300: their tiles begin there."""
+    lengths, own = [330] * 64, [330, *[30] * 63]
+    alone, others = tiling.tilings(lengths, own, list(range(64)))
+    assert (alone.rows, alone.first) == ((0,), 0)
+    assert (others.rows, others.first, others.tile) == (tuple(range(1, 64)), 288, 48)
+
+
+def test_rows_of_one_length_lie_beside_one_another_and_a_small_one_is_no_group_of_its_own() -> None:
+    (together,) = tiling.tilings([186, 186, 180, 175, 60], [186, 162, 156, 150, 35], [0, 1, 2, 3, 4])
+    assert together.rows == (0, 1, 2, 3, 4)
+    apart = tiling.tilings([600, *[20] * 40], [600, *[20] * 40], list(range(41)))
+    assert sorted(len(group.rows) for group in apart) == [1, 40]
+
+
+@given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=12))
+def test_every_row_has_its_tiles(pairs: list[tuple[int, int]]) -> None:
+    lengths, own = [max(pair) for pair in pairs], [min(pair) for pair in pairs]
+    chosen = [row for row in range(len(pairs)) if lengths[row] != 7]
+    groups = tiling.tilings(lengths, own, chosen)
+    assert sorted(row for group in groups for row in group.rows) == chosen
+    assert len(groups) == 1 or sum(group.tiles for group in groups) <= tiling.TOGETHER
+    for group in groups:
+        longest = lengths[group.rows[0]]
+        assert longest == max(lengths[row] for row in group.rows)
+        assert group.first <= min(lengths[row] - own[row] for row in group.rows)
+        assert 1 <= -(-(longest - group.first) // group.tile) == group.tiles <= tiling.TILES
+        assert group.first % tiling.STEP == group.tile % tiling.STEP == 0
