@@ -26,6 +26,9 @@ SHAPE = {
 }  # fmt: skip
 
 
+AT_ONCE = 50  # rows of a step where their number grows: a hundred make steps of the same size, too
+
+
 def measure(base: Path, folder: Path, number: int, length: int, at_once: int, steps: int) -> dict[str, Any]:
     """Train on so many rows of so many tokens, `at_once` of them a step."""
     folder.mkdir()
@@ -56,10 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "model"
         gpu.write_model(base, SHAPE)
-        cases = [(given.tokens // length * given.steps, length) for length in given.lengths]
-        cases += [(number, given.short) for number in given.numbers]
-        for number, length in cases:
-            at_once = given.tokens // length
+        cases = [(given.tokens // length * given.steps, length, given.tokens // length) for length in given.lengths]
+        cases += [(number, given.short, AT_ONCE) for number in given.numbers]
+        for number, length, at_once in cases:
             one = measure(base, Path(place) / f"{number}x{length}", number, length, at_once, given.steps)
             if "failed" in one:
                 sys.exit(one["stderr"])

@@ -34,6 +34,7 @@ RATE = 2e-4
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}, "max_length": None}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SFTConfig that differ from its defaults
     "loratune": ("loratune as it comes", {}),
+    "loratune-unshared": ("loratune, each row computed whole", {}),
     "loratune-padded": ("loratune, rows padded", {}),
     "loratune-compiled": ("loratune, `train.compile: on`", {}),
     "trl": ("TRL's SFTTrainer as it comes", {}),
@@ -43,7 +44,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SF
     "trainer": ("Trainer + PEFT, bfloat16 weights", {}),
     "unsloth": ("unsloth", {}),
 }
-CPU = ("loratune", "trl", "trl-bf16", "trl-padding-free", "trainer")
+CPU = ("loratune", "loratune-unshared", "trl", "trl-bf16", "trl-padding-free", "trainer")
 
 
 def write_rows(path: Path, number: int, length: int, seed: int = 0) -> None:
@@ -148,7 +149,10 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     threading.Thread(target=watch, daemon=True).start()
     attention = clocked_attention() if case.get("attention_apart") else []
-    changes = {"loratune-padded": ["data.packing=off"], "loratune-compiled": ["train.compile=on"]}.get(name, [])
+    changes = {
+        "loratune-unshared": ["data.prefix_sharing=off"], "loratune-padded": ["data.packing=off"],
+        "loratune-compiled": ["train.compile=on"],
+    }.get(name, [])  # fmt: skip
     train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
     steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     counted = first[0] + sum(step["seconds"] for step in steps[1 : case["warm"]])
@@ -157,6 +161,7 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "attention": sum(seconds for ended, seconds in attention if ended > counted),
         "seconds": [step["seconds"] for step in steps],
         "losses": [step["loss"] for step in steps],
+        "computed": [step["computed"] for step in steps],
     }
 
 
@@ -279,12 +284,13 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     trained = sum(label != -100 for part in parts for row in part for label in row["labels"][1:])
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config["head_dim"] * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
-    flops = 4 * (layers * hidden * (width + 3 * inner) * tokens + config["vocab_size"] * hidden * trained)
+    computed = sum(found["computed"][case["warm"] :]) if "computed" in found else tokens
+    flops = 4 * (layers * hidden * (width + 3 * inner) * computed + config["vocab_size"] * hidden * trained)
     seconds = sum(found["seconds"][case["warm"] :])
     apart = {"without_attention": tokens / (seconds - found["attention"])} if case.get("attention_apart") else {}
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
-        "peak_memory": memory,
+        "computed_tokens_per_second": computed / seconds, "peak_memory": memory,
         "matrix_rate": rate, "share_of_matrix_rate": flops / seconds / rate,
         "start_seconds": found["started"] - begun, "losses": found["losses"], "seconds": found["seconds"],
         **apart,

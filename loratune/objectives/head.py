@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     import torch
 
-ROWS = {"cpu": 64, "cuda": 256}  # tokens whose logits are in memory at once
+ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once, at most
 _LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
 
 _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by head module
@@ -125,11 +125,19 @@ def _function() -> Any:
         ) -> torch.Tensor:  # fmt: skip
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            rows = ROWS[hidden.device.type]
-            for begin in range(0, len(hidden), rows):
+            parts = -(-len(hidden) // ROWS[hidden.device.type])
+            rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
+            # once for all parts: memory that is new has to be found page by page
+            made = hidden.new_empty(rows, len(weight))
+            wide = torch.empty_like(made, dtype=torch.float32)
+            for begin in range(0, len(hidden), max(rows, 1)):
                 part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
-                logits = torch.nn.functional.linear(part, weight, bias)
-                scores = logits.float()  # (rows, vocabulary), from here on in place
+                logits, scores = made[: len(part)], wide[: len(part)]  # (rows, vocabulary) each
+                if bias is None:
+                    torch.mm(part, weight.t(), out=logits)
+                else:
+                    torch.addmm(bias, part, weight.t(), out=logits)
+                scores.copy_(logits)
                 scores.sub_(scores.amax(dim=-1, keepdim=True))
                 of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
                 ones = scores.exp_().sum(dim=-1, keepdim=True)
