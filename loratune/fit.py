@@ -21,7 +21,7 @@ from loratune.recipe import Recipe
 from loratune.report import size
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
-_LOGITS = 12  # bytes per word and token of a chunk of the head: logits twice, float32 scores twice
+_LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32
 _NF4 = 0.52  # bytes per weight, scales included
 _PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
 
