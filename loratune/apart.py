@@ -174,6 +174,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
     saved, unshared = shareable(recipe, rows, accelerator.device.type, accelerator.num_processes)
     layouts: dict[str, list[Layout]] = {"rows": ["packed"] if unshared else ["shared", "packed"], "mask": ["packed"]}
+    unshared = unshared or f"`{own}` attention can't be told what rows share"  # stays if no other is tried
     reasons = []
     attention.register()
     for by, name in ways:
@@ -211,7 +212,7 @@ def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
     random = np.random.default_rng(0)
     place = rows[0].place
 
-    alike = random.choice(tokens, LENGTH // 4)
+    alike = random.choice(tokens, min(LENGTH, max_length) // 4)
 
     def made(length: int) -> Row:
         length = max(2, min(length, max_length))
