@@ -78,22 +78,14 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     else:
         found = _tried(recipe, loaded, net, rows, accelerator)
     if wish == "on" and not found.packed:
-        raise ModelError(
-            Problem(
-                f"`data.packing: on`, and this model does not keep packed rows apart: {found.why_not}",
-                Place(recipe.model.base),
-                "set data.packing: auto or off",
-            )
-        )
+        raise _refused(recipe, "data.packing", f"this model does not keep packed rows apart: {found.why_not}")
     if shared == "on" and found.layout != "shared":
-        raise ModelError(
-            Problem(
-                f"`data.prefix_sharing: on`, and here rows can't share what they begin with: {found.why_not_shared}",
-                Place(recipe.model.base),
-                "set data.prefix_sharing: auto or off",
-            )
-        )
+        raise _refused(recipe, "data.prefix_sharing", f"rows can't share what they begin with: {found.why_not_shared}")
     return found
+
+
+def _refused(recipe: Recipe, key: str, reason: str) -> ModelError:
+    return ModelError(Problem(f"`{key}: on`, and {reason}", Place(recipe.model.base), f"set {key}: auto or off"))
 
 
 def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[float, str]:
@@ -165,36 +157,34 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     """Try our attention, then the model's own; return the first that keeps rows apart."""
     own = str(loaded.model.config._attn_implementation)
     half = loaded.dtype is not torch.float32 or accelerator.mixed_precision != "no"
-    ways = []
-    if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
-        ways.append(("rows", attention.NAME))
-    if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
-        ways.append(("mask", own))
     made = _rows(rows, recipe.data.max_length, loaded.model.config)
     alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
     saved, unshared = shareable(recipe, rows, accelerator.device.type, accelerator.num_processes)
-    layouts: dict[str, list[Layout]] = {"rows": ["packed"] if unshared else ["shared", "packed"], "mask": ["packed"]}
-    unshared = unshared or f"`{own}` attention can't be told what rows share"  # stays if no other is tried
-    reasons = []
+    ways: list[tuple[str, str, Layout]] = []
+    if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
+        layouts: list[Layout] = ["packed"] if unshared else ["shared", "packed"]
+        ways += [("rows", attention.NAME, layout) for layout in layouts]
+    if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
+        ways.append(("mask", own, "packed"))
+    reasons: dict[str, str] = {}  # why each layout was not chosen, by the first attention that was tried
     attention.register()
-    for by, name in ways:
+    for by, name, layout in ways:
         loaded.model.set_attn_implementation(name)
         if loaded.model.config._attn_implementation != name:
-            reasons.append("its attention can't be exchanged")
-            continue
-        for layout in layouts[by]:
+            told = ["its attention can't be exchanged"]
+        else:
             rounding = "half" if half else "float32"
             reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, rounding, layout)
             told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
-            if not told:
-                shared = layout == "shared"
-                return Packing(layout, by, why_not_shared="" if shared else unshared, saved=saved if shared else 0.0)
-            if layout == "shared":
-                unshared = told[0]
-            else:
-                reasons += told[:1]
+        if told:
+            reasons.setdefault(layout, told[0])
+        elif layout == "shared":
+            return Packing(layout, by, saved=saved)
+        else:
+            unshared = unshared or reasons.get("shared", f"`{own}` attention can't be told what rows share")
+            return Packing(layout, by, why_not_shared=unshared)
     loaded.model.set_attn_implementation(own)
-    reason = reasons[0] if reasons else f"`{own}` attention costs more for packs than for rows"
+    reason = reasons.get("packed", f"`{own}` attention costs more for packs than for rows")
     return Packing("padded", why_not=reason, why_not_shared=reason)
 
 

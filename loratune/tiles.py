@@ -5,7 +5,7 @@ if there are enough of them in one call. So rows of about the same length are la
 and the n-th tiles of all of them go through one product with all the keys before them. Scores and softmax are float32,
 as in that kernel; they are computed again on the way back, so that nothing of the size (tokens, tokens) is kept.
 
-Long rows do go through the kernel: their scores outgrow the cache, and each of their tiles is another product.
+Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product.
 
 What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
 stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.
@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 
+from loratune.longrow import LongRow
 from loratune.tiling import tilings
 
 LONG = 768  # tokens of a row that torch's kernel takes at least as fast
-
-_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives also the logarithm of the scores' sums
-_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(
@@ -169,74 +167,11 @@ class _Group:
         self.seen.write(apart.transpose(1, 2), out, add)
 
 
-@dataclass(frozen=True)
-class _Long:
-    """A row that goes through torch's kernel: twice, where it begins with tokens of others.
-
-    Two attentions of the same queries are one over the keys of both, if each is weighed by its part of the sum under
-    the softmax; backward, the kernel wants nothing but that sum and what came out.
-
-    Attributes:
-        own: where its own tokens stand in the pack.
-        common: where those before them stand, int64, (tokens,); None where there are none.
-    """
-
-    own: slice
-    common: torch.Tensor | None
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (1, heads, own tokens, width) and the logarithms of the softmax's sums, (1, heads, own tokens)."""
-        q = query[:, :, self.own]
-        out, norm = _KERNEL(q, key[:, :, self.own], value[:, :, self.own], 0.0, True, scale=scale)
-        if self.common is None:
-            return out, norm
-        k, v = (part.index_select(2, self.common) for part in (key, value))
-        before, norm_before = _KERNEL(q, k, v, 0.0, False, scale=scale)
-        both = torch.logaddexp(norm, norm_before)
-        weighed = out * (norm - both).exp()[..., None] + before * (norm_before - both).exp()[..., None]
-        return weighed.to(out.dtype), both
-
-    def backward(
-        self, gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
-        norm: torch.Tensor, scale: float, into: tuple[torch.Tensor, torch.Tensor, torch.Tensor], add: bool,
-    ) -> None:  # fmt: skip
-        """Write the gradients of the row's queries, keys and values `into` those of all, (tokens, heads, width) each.
-
-        Those of keys and values are added there, if so asked.
-        """
-        of_query, of_key, of_value = into
-        q, g, made = query[:, :, self.own], gradient[:, :, self.own], out[None, self.own].transpose(1, 2)
-        heads = key.shape[1]
-
-        def through(where: Any, causal: bool) -> list[torch.Tensor]:
-            # each head of queries with keys of its own: the kernel adds up those of a shared one in bfloat16
-            k, v = (p[:, :, where].repeat_interleave(query.shape[1] // heads, dim=1) for p in (key, value))
-            of_q, of_k, of_v = _KERNEL_BACKWARD(g, q, k, v, made, norm, 0.0, causal, scale=scale)
-            return [
-                of_q[0].transpose(0, 1),
-                *(p[0].unflatten(0, (heads, -1)).sum(1).transpose(0, 1) for p in (of_k, of_v)),
-            ]
-
-        of_query[self.own], of_k, of_v = through(self.own, True)
-        if add:
-            of_key[self.own] += of_k
-            of_value[self.own] += of_v
-        else:
-            of_key[self.own], of_value[self.own] = of_k, of_v
-        if self.common is not None:
-            of_q, of_k, of_v = through(self.common, False)
-            of_query[self.own] += of_q
-            of_key.index_add_(0, self.common, of_k.to(of_key.dtype))
-            of_value.index_add_(0, self.common, of_v.to(of_value.dtype))
-
-
 @lru_cache(maxsize=16)  # all layers ask for the same
-def _parts(pack: _Pack, longest: int) -> tuple[list[_Long], list[_Group]]:
+def _parts(pack: _Pack, longest: int) -> tuple[list[LongRow], list[_Group]]:
     """Return the rows longer than `longest`, and the others in groups, such that padding takes little."""
     rows = pack.rows()
-    long = [_Long(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
+    long = [LongRow(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
     short = [number for number, length in enumerate(pack.lengths) if length <= longest]
     groups = []
     for group in tilings(pack.lengths, pack.own, short):

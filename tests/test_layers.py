@@ -36,6 +36,7 @@ LEVELS = (
         "apart",
         "activations",
         "attention",
+        "longrow",
         "tiles",
         "tiling",
         "packing",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from loratune import sharing, tiles, tiling
+from loratune import longrow, sharing, tiles, tiling
 from tests.test_sharing import alike, row
 
 
@@ -62,8 +62,8 @@ def test_bfloat16_is_as_near_to_the_truth_as_sdpa(lengths: list[int]) -> None:
 
 def test_long_rows_go_through_torchs_kernel_and_values_wider_than_keys_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    kernel = tiles._KERNEL
-    monkeypatch.setattr(tiles, "_KERNEL", lambda *given, **named: used.append(1) or kernel(*given, **named))
+    kernel = longrow.KERNEL
+    monkeypatch.setattr(longrow, "KERNEL", lambda *given, **named: used.append(1) or kernel(*given, **named))
     lengths = [tiles.LONG, tiles.LONG + 1, 3]
     for of_value, times in ((24, 0), (16, 1)):
         parts = made(sum(lengths), 2, torch.bfloat16, of_value)
