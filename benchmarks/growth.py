@@ -60,7 +60,7 @@ def main() -> None:
         base = Path(place) / "model"
         gpu.write_model(base, SHAPE)
         cases = [(given.tokens // length * given.steps, length, given.tokens // length) for length in given.lengths]
-        cases += [(number, given.short, AT_ONCE) for number in given.numbers]
+        cases += [(number, given.short, min(AT_ONCE, number)) for number in given.numbers]
         for number, length, at_once in cases:
             one = measure(base, Path(place) / f"{number}x{length}", number, length, at_once, given.steps)
             if "failed" in one:
