@@ -127,13 +127,10 @@ def why_not(
     first, before, second = rows
     leak, apart = TOLERANCES[rounding]
     try:
-        behind = _logits(net, objective, [first, second], autocast, layout)
-        other = _logits(net, objective, [before, second], autocast, layout)
-        few = [Row(row.ids[:2], row.trained[:2], row.place) for row in (first, second)]
-        drawn = _randomness(net)
-        _logits(net, objective, few, autocast, layout, training=True)  # dropout of the attention, if it has any
-        if layout == "shared" and not torch.equal(drawn, _randomness(net)):
+        behind, drew = _logits(net, objective, [first, second], autocast, layout)
+        if drew and layout == "shared":
             return "it draws something at random for each token (dropout), and for each row apart"
+        other, _ = _logits(net, objective, [before, second], autocast, layout)
     except torch.OutOfMemoryError:
         raise
     except (attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
@@ -147,7 +144,7 @@ def why_not(
     if found <= apart:
         return ""
     if rounding == "half" and found <= KERNELS:  # by the packing, or by the kernel, which rounds a row alone as well?
-        by_itself = _logits(net, objective, [second], autocast, layout)
+        by_itself, _ = _logits(net, objective, [second], autocast, layout)
         if float(_distance(behind, by_itself).max()) <= leak:
             return ""
     return f"a row's logits are {found:.1%} off when it is packed"
@@ -158,7 +155,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     own = str(loaded.model.config._attn_implementation)
     half = loaded.dtype is not torch.float32 or accelerator.mixed_precision != "no"
     made = _rows(rows, recipe.data.max_length, loaded.model.config)
-    alone = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
+    alone, _ = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
     saved, unshared = shareable(recipe, rows, accelerator.device.type, accelerator.num_processes)
     ways: list[tuple[str, str, Layout]] = []
     if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
@@ -213,11 +210,12 @@ def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
 
 
 def _logits(
-    net: Any, objective: Objective, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]],
-    layout: Layout, training: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Return the logits of the first and last tokens of the last row but its very last, float32, (tokens, words)."""
-    net.train(training)
+    net: Any, objective: Objective, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]], layout: Layout
+) -> tuple[torch.Tensor, bool]:
+    """Return logits of the first and last tokens of the last row but its very last, float32, (tokens, words).
+
+    They are those of a training, unless it draws something at random (dropout): then those of an evaluation, and True.
+    """
     device = next(net.parameters()).device
     batch = loop.on(device, objective.collate(rows, layout))
     if layout == "shared":
@@ -225,10 +223,18 @@ def _logits(
     else:
         count = len(rows[-1].ids)
         places = np.arange(batch["input_ids"].numel() - count, batch["input_ids"].numel() - 1)
-    chosen = np.union1d(places[:LOOKED_AT], places[-LOOKED_AT:])
-    with torch.no_grad(), autocast(), sft.head_only_at(net, torch.from_numpy(chosen).to(device)):
-        logits: torch.Tensor = net(**sft.inputs(batch), use_cache=False).logits
-    return logits.float()
+    chosen = torch.from_numpy(np.union1d(places[:LOOKED_AT], places[-LOOKED_AT:])).to(device)
+
+    def made(training: bool) -> torch.Tensor:
+        net.train(training)
+        with torch.no_grad(), autocast(), sft.head_only_at(net, chosen):
+            logits: torch.Tensor = net(**sft.inputs(batch), use_cache=False).logits
+        return logits.float()
+
+    before = _randomness(net)
+    logits = made(training=True)
+    drew = not torch.equal(before, _randomness(net))
+    return (made(training=False) if drew else logits), drew
 
 
 def _randomness(net: Any) -> torch.Tensor:

@@ -89,8 +89,6 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, own: bool = False):
-        from tokenizers import Tokenizer, processors
-
         if not tokenizer.is_fast:
             raise ModelError(
                 "this tokenizer has no fast implementation", "its offsets are needed to know which tokens are trained"
@@ -98,24 +96,36 @@ class Encoder:
         self.tokenizer = tokenizer
         self.turns = Turns(tokenizer)
         self.adds_bos = adds_bos_itself(tokenizer)
-        # Without the post-processor: it would trim white space off the offsets, and no token may be added here.
-        given = tokenizer.backend_tokenizer
-        self._backend: Any = given if own else Tokenizer.from_str(given.to_str())
-        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        # Some tokenizers put a space before every text: with these no text can be cut without a trace.
-        alone = self._backend.encode("a", add_special_tokens=False).ids
-        self._divisible = self._backend.decode(alone + alone) == self._backend.decode(alone) * 2
+        self._own = own
         self.special: frozenset[int] = frozenset(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
         self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
         self._is_special[list(self.special)] = True
 
+    # What follows is made with the first text: rows found in the cache need none of it.
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer without its post-processor, which would trim white space off the offsets and add tokens."""
+        from tokenizers import Tokenizer, processors
+
+        given = self.tokenizer.backend_tokenizer
+        backend: Any = given if self._own else Tokenizer.from_str(given.to_str())
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _divisible(self) -> bool:
+        """Whether a text can be cut without a trace: some tokenizers put a space before every one."""
+        alone = self._backend.encode("a", add_special_tokens=False).ids
+        return bool(self._backend.decode(alone + alone) == self._backend.decode(alone) * 2)
+
     @cached_property
     def _words(self) -> words.Words | None:
-        """The table of words, made with the first text: rows found in the cache need none."""
+        """The table of words."""
         return words.of(self._backend)
 
     def encode(self, example: Example, place: Place) -> Row:

@@ -172,7 +172,7 @@ class Tokens(list[Row]):
 
 def verdict(net: Any, by: str, max_length: int = 256, layout: Layout = "packed") -> str:
     three = apart._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
-    alone = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
+    alone, _ = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
     use(net, by)
     rounding = "float32" if net.dtype is torch.float32 else "half"
     return apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding, layout)

@@ -113,7 +113,7 @@ def test_the_self_test_on_the_gpu(name: str) -> None:
     net = models.made(name, settings, torch.bfloat16).cuda()
     three = apart._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
     autocast = Accelerator().autocast
-    alone = apart._logits(net, Sft(), [three[-1]], autocast, "padded")
+    alone, _ = apart._logits(net, Sft(), [three[-1]], autocast, "padded")
     attention.register()
     net.set_attn_implementation(attention.NAME)
     for layout in ("packed", "shared"):
