@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,15 +72,12 @@ def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch,
 
 def _two_processes(recipe: Path) -> Path:
     """Train a recipe with two gloo processes on the CPU; return the run folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        f"--master_port={port}",
+        "--standalone",  # it finds a free port itself, and holds it
         "-m",
         "loratune",
         "train",
