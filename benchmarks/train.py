@@ -8,7 +8,8 @@ tokens with the same mask: loratune reads the rows, and the peers are given its 
 its batches. Arms run one after the other, each in a process of its own, and the whole round is repeated, so that a
 change of the machine's speed meets them all. Counted are tokens without padding over the seconds of all steps but the
 first `--warm` ones. The share of the matrix rate is 4 FLOPs per frozen weight of the layers and token, and 4 per weight
-of the head and trained token, over what a bfloat16 matrix product reaches in the same process right after the training.
+of the head and trained token, over what a bfloat16 matrix product reaches in the same process right after the training:
+of the tokens that were computed, and of all that the rows have, shared or not.
 """
 
 from __future__ import annotations
@@ -285,14 +286,19 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config["head_dim"] * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
     computed = sum(found["computed"][case["warm"] :]) if "computed" in found else tokens
-    flops = 4 * (layers * hidden * (width + 3 * inner) * computed + config["vocab_size"] * hidden * trained)
     seconds = sum(found["seconds"][case["warm"] :])
+    weights, of_head = layers * hidden * (width + 3 * inner), config["vocab_size"] * hidden
+
+    def share(of: int) -> float:
+        return float(4 * (weights * of + of_head * trained) / seconds / rate)
+
     apart = {"without_attention": tokens / (seconds - found["attention"])} if case.get("attention_apart") else {}
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
         "computed_tokens_per_second": computed / seconds, "peak_memory": memory,
-        "matrix_rate": rate, "share_of_matrix_rate": flops / seconds / rate,
-        "start_seconds": found["started"] - begun, "losses": found["losses"], "seconds": found["seconds"],
+        "matrix_rate": rate, "share_of_matrix_rate": share(computed), "share_with_all_tokens": share(tokens),
+        "start_seconds": found["started"] - begun, "first_step_done": found["started"] - begun + found["seconds"][0],
+        "losses": found["losses"], "seconds": found["seconds"],
         **apart,
     }  # fmt: skip
 
@@ -306,15 +312,18 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Lay out the results as a Markdown table; a loss is that of the last step."""
     lines = [
-        "| | tokens/s | trained/s | peak memory | share of matrix rate | loss | start | speed of loratune |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | tokens/s | trained/s | peak memory | share of matrix rate (with all tokens) | loss | start "
+        "| first step done | speed of loratune |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ours = results.get("loratune", next(iter(results.values())))["tokens_per_second"]
     for name, one in results.items():
         lines.append(
             f"| {ARMS[name][0]} | {one['tokens_per_second']:.0f} | {one['trained_tokens_per_second']:.0f} "
-            f"| {one['peak_memory'] / 1e9:.2f} GB | {one['share_of_matrix_rate']:.0%} | {one['losses'][-1]:.4f} "
-            f"| {one['start_seconds']:.1f} s | {ours / one['tokens_per_second']:.2f} × |"
+            f"| {one['peak_memory'] / 1e9:.2f} GB "
+            f"| {one['share_of_matrix_rate']:.0%} ({one['share_with_all_tokens']:.0%}) | {one['losses'][-1]:.4f} "
+            f"| {one['start_seconds']:.1f} s | {one['first_step_done']:.1f} s "
+            f"| {ours / one['tokens_per_second']:.2f} × |"
         )
     return "\n".join(lines)
 
