@@ -25,8 +25,12 @@ def test_exact_match_rises_beyond_its_interval() -> None:
     match = {who: [exact_match(row[who], row["reference"]) for row in rows] for who in ("base", "adapter")}
     assert interval(match["base"])[1] < interval(match["adapter"])[0]
     assert sum(match["adapter"]) / 128 > 0.5
-    trained = {json.loads(line)["messages"][0]["content"] for line in (ROOT / "demo/data/train.jsonl").open()}
-    tested = {json.loads(line)["messages"][0]["content"] for line in (ROOT / "demo/data/test.jsonl").open()}
+    trained, tested = (_questions(ROOT / "demo" / "data" / name) for name in ("train.jsonl", "test.jsonl"))
     assert not trained & tested
     assert "exact match" in shown.stdout
     assert "intervals" in shown.stdout
+
+
+def _questions(path: Path) -> set[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["messages"][0]["content"] for line in lines}

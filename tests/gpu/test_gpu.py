@@ -46,9 +46,8 @@ def test_every_optimizer_learns_on_every_base(tmp_path: Path, optimizer: str, qu
         "train": {"epochs": 4},
     }
     result = run(tmp_path, **sections)
-    losses = [
-        float(line.partition('"loss": ')[2].partition(",")[0]) for line in (result.folder / "metrics.jsonl").open()
-    ]
+    lines = (result.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0] - 0.05
 
 
