@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from loratune import cgroup
 from loratune.activations import Cost, Plan
 from loratune.data import Rows
 from loratune.model import Loaded, count_parameters
@@ -51,7 +52,7 @@ def free_memory(where: torch.device, processes: int = 1) -> int | None:
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
         return int(free) + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-    found = [*_available(), *_left_in_cgroup()]
+    found = [left for left in (*_available(), cgroup.memory_left()) if left is not None]
     return min(found) // processes if found else None
 
 
@@ -136,23 +137,3 @@ def _available() -> Iterator[int]:
     for line in file.read_text().splitlines() if file.exists() else ():
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
-
-
-def _left_in_cgroup() -> Iterator[int]:
-    """Yield what is left of the memory limit of this process's control group, in bytes; cgroups of either version."""
-    file = Path("/proc/self/cgroup")
-    for line in file.read_text().splitlines() if file.exists() else ():
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup") / kinds
-        limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        for folder in (root / path.lstrip("/"), root):  # in a container the root is its own group
-            try:
-                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                cached = dict(part.split() for part in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):
-                continue
-            if most != "max":
-                yield max(int(most) - used + int(cached.get("inactive_file", 0)), 0)
-            break

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import bases, tokenizing
+from loratune import bases, cgroup, tokenizing
 from loratune.errors import ModelError, SetupError
 from loratune.recipe import Fp4, Int8, Model, Nf4
 
@@ -79,6 +79,16 @@ def as_begun(section: Model, dtype: str | None) -> Model:
     return section.model_copy(update={"dtype": dtype})
 
 
+def threads() -> int:
+    """Return how many threads torch is to compute with on a CPU: those of OMP_NUM_THREADS, where that is set.
+
+    Else no more than there are cores, or than the process is given time of: torch knows nothing of a container's limit,
+    and threads that have to stop wait for one another.
+    """
+    now = torch.get_num_threads()
+    return now if "OMP_NUM_THREADS" in os.environ else min(now, cgroup.cores())
+
+
 def exact_products() -> None:
     """Have a GPU multiply as exactly as the dtype says, whatever torch does by itself.
 
@@ -110,6 +120,7 @@ def load(
     where = where or device()
     dtype = dtype_of(section.dtype, where, full)
     exact_products()
+    torch.set_num_threads(threads())
     folder = bases.local_folder(section)
     if tokenizer is None:
         tokenizer = tokenizing.load(section, folder, trust)

@@ -38,7 +38,7 @@ def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     return {
         "recipe_sha256": recipe.hash(),
         "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({model.threads()} threads)",
         "processes": accelerator.num_processes,
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

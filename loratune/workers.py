@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import pickle
 import queue
 import signal
@@ -18,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from loratune import child
+from loratune import cgroup, child
 from loratune.encode import Encoder
 from loratune.errors import SetupError
 from loratune.prepare import Prepared, prepare
@@ -29,14 +28,9 @@ SMALL = 8 << 20  # bytes of data files that are read before processes would have
 AHEAD = 2  # blocks per worker on their way, so that none waits for the next
 
 
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def number(size: int) -> int:
     """Return how many processes prepare so many bytes of data files best; 1: threads of this one."""
-    return cores() if size > SMALL else 1
+    return cgroup.cores() if size > SMALL else 1
 
 
 def prepared(
@@ -56,9 +50,9 @@ def prepared(
     if processes > 1:
         yield from _by_processes(blocks, data, encoder, processes)
         return
-    threads = ThreadPoolExecutor(cores() + 1)  # one more: while the others tokenize it renders
+    threads = ThreadPoolExecutor(cgroup.cores() + 1)  # one more: while the others tokenize it renders
     try:
-        yield from _windowed(blocks, lambda block: threads.submit(prepare, block, data, encoder), cores() + 2)
+        yield from _windowed(blocks, lambda block: threads.submit(prepare, block, data, encoder), cgroup.cores() + 2)
     finally:
         threads.shutdown(cancel_futures=True)
 

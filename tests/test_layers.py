@@ -26,6 +26,7 @@ LEVELS = (
         "inputs",
         "workers",
         "child",
+        "cgroup",
         "prepare",
         "store",
         "ledger",
