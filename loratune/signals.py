@@ -20,6 +20,8 @@ from loratune.errors import Interrupted
 LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # a launcher passes on what the terminal has sent to every process already: that is one signal, not two
 SAME = 1.0  # seconds
+# what is raised inside a weak reference's callback or a `__del__` never gets out of it: the signal is sent once more
+AGAIN = 0.01  # seconds, by which such a callback is over
 
 
 def exit_code(number: int) -> int:
@@ -64,17 +66,33 @@ class Signals:
         if not self.training:
             raise Leave
 
+    def again(self) -> None:
+        """Send the signal once more, the `Leave` of which was lost."""
+        number, self.number = self.number, 0
+        threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
 
 @contextmanager
 def listening() -> Iterator[Signals]:
     """Listen to signals; outside of the main thread, where Python lets nobody listen, none ever comes."""
     asked = Signals()
     before: dict[int, Any] = {}
+    hook = sys.unraisablehook
+
+    def lost(what: Any) -> None:
+        if isinstance(what.exc_value, Leave):
+            asked.again()
+        else:
+            hook(what)
+
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, asked.note) for number in LISTENED}
+        sys.unraisablehook = lost
     try:
         yield asked
     finally:
+        if before:
+            sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

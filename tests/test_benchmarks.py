@@ -53,7 +53,10 @@ def test_data_with_a_tiny_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_growth_with_one_layer(tmp_path: Path) -> None:
-    words = "--lengths 16 64 --numbers 10 40 --tokens 64 --short 8 --layers 1 --rounds 1".split()
+    words = [
+        "--lengths", "16", "64", "--numbers", "10", "40",
+        "--tokens", "64", "--short", "8", "--layers", "1", "--rounds", "1",
+    ]  # fmt: skip
     said = run("growth.py", *words, "--out", str(tmp_path / "growth"), folder=tmp_path)
     assert len(said.splitlines()) == 6
     found = json.loads((tmp_path / "growth.json").read_text())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loratune import signals
 from tests import tiny
 
 
@@ -43,3 +44,20 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.S
     assert f"resuming after step {step}" in again.stderr
     assert ", and allowed: train.epochs: 100000.0 -> " in again.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_signal_in_a_callback_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Interrupting:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(100):  # the handler runs somewhere in here
+                pass
+
+    def start() -> None:
+        Interrupting()
+        time.sleep(10)
+
+    with signals.listening() as asked, pytest.raises(signals.Leave):
+        start()
+    assert asked.number == signal.SIGINT
+    assert capfd.readouterr().err == ""
