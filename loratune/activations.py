@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import batches, loop
+from loratune import batches, loop, tiles
 from loratune.apart import Packing
 from loratune.data import Rows
 from loratune.encode import Row
@@ -104,7 +104,7 @@ class Plan:
 def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator) -> tuple[Cost, list[Any]]:
     """Measure what a forward pass of `net` keeps, on short rows made of real ones, together as the others will be.
 
-    What grows with the square of a row's length (scores that are written out) is taken for the longest row.
+    What grows with the square of a row's length (scores that are written out or kept) is taken for the longest row.
 
     Returns:
         The cost, and the layers that can be computed again one by one; towers no text passes are none.
@@ -116,8 +116,9 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
     layers = _layers(net)
     given: dict[int, int] = {}
     saved = [0.0] * (len(layers) + 1)  # the last is outside
+    by_tiles = _growth_by_tiles(batch, rows) if packing.by == "rows" else 1.0
     for index, tensor in _saved(net, layers, given, lambda: recipe.objective.total(net, batch), accelerator.autocast):
-        grown = longest / width if tensor.shape[-2:] == (width, width) else 1.0
+        grown = longest / width if tensor.shape[-2:] == (width, width) else by_tiles if tensor.dim() == 5 else 1.0
         saved[index] += tensor.untyped_storage().nbytes() / tokens * grown
     ran = sorted(given)
     cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1])
@@ -245,6 +246,16 @@ def _made(rows: Rows, max_length: int, shared: float) -> list[Row]:
     return made
 
 
+def _growth_by_tiles(batch: Mapping[str, Any], rows: Rows) -> float:
+    """Return how much more probabilities tiles.py keeps per token of the longest rows it does so for than of a pack."""
+    own = batch["cu_seq_lens_q"].diff().tolist()
+    lengths = batch.get("cu_seq_lens_k", batch["cu_seq_lens_q"]).diff().tolist()
+    here, short = tiles.scores_kept(own, lengths), rows.lengths[rows.lengths <= tiles.KEPT]
+    times = short.max(initial=0) / max(lengths)
+    there = tiles.scores_kept(*([math.ceil(length * times) for length in part] for part in (own, lengths)))
+    return there / (here * times) if here * times else 0.0
+
+
 def _saved(
     net: Any, layers: list[Any], given: dict[int, int], run: Callable[[], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -255,7 +266,7 @@ def _saved(
     with the tokens. `given` gets the bytes of what each layer that ran was given.
     """
     there = {part.untyped_storage().data_ptr() for part in (*net.parameters(), *net.buffers())}
-    sizes = {parameter.numel() for parameter in net.parameters()}
+    shapes = {shape for part in net.parameters() for shape in (part.shape, part.shape[::-1])}  # transposed, too
     kept: dict[int, tuple[int, torch.Tensor]] = {}  # by storage; alive, so that no address is used twice
     inside = [-1]
 
@@ -263,7 +274,7 @@ def _saved(
 
     def keep(tensor: torch.Tensor, index: int) -> None:
         address = tensor.untyped_storage().data_ptr()
-        if address not in there and tensor.numel() not in sizes:
+        if address not in there and tensor.shape not in shapes:
             kept.setdefault(address, (index, tensor.detach()))
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

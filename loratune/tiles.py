@@ -3,7 +3,8 @@
 torch's flash kernel falls back to slow products there where it goes backward; oneDNN's own are several times faster,
 if there are enough of them in one call. So rows of about the same length are laid side by side, padded to whole tiles,
 and the n-th tiles of all of them go through one product with all the keys before them. Scores and softmax are float32,
-as in that kernel; they are computed again on the way back, so that nothing of the size (tokens, tokens) is kept.
+as in that kernel. The probabilities of short rows are kept for the way back, in the precision of the values, which they
+are multiplied with; those of other rows are computed again, so that what is kept grows with the tokens alone.
 
 Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product.
 
@@ -25,6 +26,7 @@ from loratune.longrow import LongRow
 from loratune.tiling import tilings
 
 LONG = 768  # tokens of a row that torch's kernel takes at least as fast
+KEPT = 256  # tokens of the longest rows whose probabilities are kept
 
 
 def attend(
@@ -45,6 +47,17 @@ def attend(
     rows = _Pack(tuple(own), tuple(lengths or own), b"" if places is None else places.numpy().tobytes())
     out: torch.Tensor = _Rows.apply(query, key, value, rows, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def scores_kept(own: list[int], lengths: list[int]) -> int:
+    """Return how many probabilities of a head `attend` keeps, in tensors of (rows, heads, group, queries, keys).
+
+    Args:
+        own: how many tokens of the pack are each row's own.
+        lengths: of the rows in tokens.
+    """
+    short = [row for row, length in enumerate(lengths) if length <= KEPT]
+    return sum(group.scores for group in tilings(lengths, own, short) if group.keys <= KEPT)
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class _Group:
         tile: tokens of a tile.
         first: where the first tile begins, in tokens of a row: no row has any of its own before.
         rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
+        kept: whether the probabilities are kept until the way back.
     """
 
     asking: _Lined
@@ -131,6 +145,7 @@ class _Group:
     tile: int
     first: int
     rows: tuple[int, ...]
+    kept: bool
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
@@ -178,13 +193,13 @@ def _parts(pack: _Pack, longest: int) -> tuple[list[LongRow], list[_Group]]:
         ends = [pack.lengths[row] for row in group.rows]
         tiles = [-(-(end - group.first) // group.tile) for end in ends]
         width = tiles[0] * group.tile
-        seen = _Lined.of([rows[row][2] for row in group.rows], ends, group.first + width)
+        seen = _Lined.of([rows[row][2] for row in group.rows], ends, group.keys)
         asking = seen
         if pack.places:
             asked = [torch.arange(rows[row][0].start, rows[row][0].stop) for row in group.rows]
             asking = _Lined.of(asked, [end - group.first for end in ends], width)
         have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
-        groups.append(_Group(asking, seen, group.tile, group.first, have))
+        groups.append(_Group(asking, seen, group.tile, group.first, have, group.keys <= KEPT))
     return long, groups
 
 
@@ -216,7 +231,7 @@ class _Rows(torch.autograd.Function):
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         longest = LONG if query.shape[-1] == value.shape[-1] else max(pack.lengths)
         long, groups = ctx.parts = _parts(pack, longest)
-        norms = []
+        norms, probabilities = [], []
         for row in long:
             made, norm = row.attend(query, key, value, scale)
             out[row.own] = made[0].transpose(0, 1)
@@ -228,8 +243,10 @@ class _Rows(torch.autograd.Function):
                 b = rows * heads
                 p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys], group.tile).to(dtype)
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
+                if group.kept:
+                    probabilities.append(p.view(rows, heads, -1, group.tile, keys))
             group.put(made, out)
-        ctx.save_for_backward(query, key, value, *([out, *norms] if long else []))
+        ctx.save_for_backward(query, key, value, *([out, *norms] if long else []), *probabilities)
         ctx.scale, ctx.shared = scale, bool(pack.places)
         return out[None]
 
@@ -244,21 +261,27 @@ class _Rows(torch.autograd.Function):
             torch.zeros(shape, dtype=wide) if add else torch.empty(shape, dtype=dtype) for shape in shapes
         )
         long, groups = ctx.parts
-        for row, norm in zip(long, kept[1:], strict=True):
-            row.backward(gradient, query, key, value, kept[0], norm, ctx.scale, (of_query, of_key, of_value), add)
+        if long:
+            out, *kept = kept
+        norms, probabilities = kept[: len(long)], iter(kept[len(long) :])
+        for row, norm in zip(long, norms, strict=True):
+            row.backward(gradient, query, key, value, out, norm, ctx.scale, (of_query, of_key, of_value), add)
         for group in groups:
             q, g = group.queries(query, heads, dtype), group.queries(gradient, heads, dtype, empty=True)
             k, v = group.keys(key, dtype), group.keys(value, dtype)
-            q32, k32 = q.to(wide), k.to(wide) * ctx.scale
+            again = None if group.kept else (q.to(wide), k.to(wide) * ctx.scale)
             of_q = torch.empty_like(q)
             of_k, of_v = (torch.zeros(part.shape, dtype=wide) for part in (k, v))
             for tile, rows, keys in group.steps():
                 b = rows * heads
-                p = _probabilities(q32[tile, :rows].flatten(0, 1), k32[:b, :keys], group.tile)
+                if again is None:
+                    p = next(probabilities).view(b, -1, keys)
+                else:
+                    p = _probabilities(again[0][tile, :rows].flatten(0, 1), again[1][:b, :keys], group.tile)
                 g_here = g[tile, :rows].flatten(0, 1)
                 of_v[:b, :keys].add_(torch.bmm(p.to(dtype).transpose(1, 2), g_here))
-                of_p = torch.bmm(g_here, v[:b, :keys].transpose(1, 2)).to(wide)
-                of_s = torch._softmax_backward_data(of_p, p, -1, wide).mul_(ctx.scale).to(dtype)
+                of_p = torch.bmm(g_here, v[:b, :keys].transpose(1, 2)).to(p.dtype)
+                of_s = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale).to(dtype)
                 torch.bmm(of_s, k[:b, :keys], out=of_q[tile, :rows].flatten(0, 1))
                 of_k[:b, :keys].add_(torch.bmm(of_s.transpose(1, 2), q[tile, :rows].flatten(0, 1)))
             group.put(of_q, of_query)

@@ -25,6 +25,7 @@ class Tiling:
         first: where the first tile begins, in tokens of a row: no row has any of its own before.
         tile: tokens of a tile.
         tiles: how many the longest has.
+        scores: of a head that are computed for all rows.
         cost: time it takes, in scores.
     """
 
@@ -32,7 +33,13 @@ class Tiling:
     first: int
     tile: int
     tiles: int
+    scores: int
     cost: int
+
+    @property
+    def keys(self) -> int:
+        """How many keys the last tile sees."""
+        return self.first + self.tiles * self.tile
 
 
 def tilings(lengths: Sequence[int], own: Sequence[int], rows: list[int]) -> list[Tiling]:
@@ -74,5 +81,5 @@ def _tiling(lengths: Sequence[int], own: Sequence[int], rows: tuple[int, ...]) -
             scores = sum(tile * (n * first + tile * n * (n + 1) // 2) for n in tiles)
             places = len(rows) * (2 * tiles[0] * tile + first)
             cost = scores + _OF_A_PLACE * places + _OF_A_TILE * tiles[0] + _OF_A_GROUP
-            best.append(Tiling(rows, first, tile, tiles[0], cost))
+            best.append(Tiling(rows, first, tile, tiles[0], scores, cost))
     return min(best, key=lambda one: (one.cost, one.first, one.tile))

@@ -42,10 +42,14 @@ def kept_bytes(run: Any) -> tuple[Any, int]:
     return out, sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
+KINDS = [
+    "packed", "shared", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head",
+    "packed bfloat16", "shared bfloat16",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("again", ["none", 3, "all"])
-@pytest.mark.parametrize(
-    "kind", ["packed", "shared", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: int | str) -> None:
     """The profiler's bytes of a batch ten times as large as the measured one: never 5 % more, nor 10 % less.
 
@@ -54,6 +58,7 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
     lora = {"type": "lora", "r": 4, "lora_dropout": 0.1 if kind == "dropout" else 0.0}
     if kind == "trained head":
         lora["modules_to_save"] = ["lm_head"]
+    half, kind = kind.endswith(" bfloat16"), kind.removesuffix(" bfloat16")  # attention keeps probabilities then
     layout: Layout = "packed" if kind in ("packed", "nf4") else "shared" if kind == "shared" else "padded"
     done = fit(
         on=tiny.save(tmp_path / "deep", layers=6, hidden_size=128, intermediate_size=256),
@@ -61,6 +66,7 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
         model={
             "attention": "eager" if kind == "eager" else "auto",
             "quantization": kind if kind in ("nf4", "int8") else "none",
+            "dtype": "bfloat16" if half else "float32",
         },
         method={"type": "full"} if kind == "full" else lora,
         data={

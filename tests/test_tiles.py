@@ -33,6 +33,7 @@ def gradients(out: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor
 
 
 TILE = 64
+NEAR = 1.1 * 2**-8  # in bfloat16; 2^-8 with probabilities that are computed again in float32
 LENGTHS = [
     [1], [5, 1, 9], [TILE], [TILE + 1, 3], [2 * TILE + 7, TILE - 1], [3, 2 * TILE, 5 * TILE + 1, 7, 4 * TILE],
     [tiling.TILES * tiling.LARGEST + 1, 9, 3 * TILE],
@@ -57,7 +58,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_sdpa(lengths: list[int]) -> None:
     truth = gradients(by_rows(exact, lengths, 0.25), exact)
     sdpas = gradients(by_rows(parts, lengths, 0.25), parts)
     for mine, other, true in zip(gradients(tiles.attend(*parts, lengths, 0.25), parts), sdpas, truth, strict=True):
-        assert (mine - true).norm() < max(1.2 * (other - true).norm(), 2**-8 * true.norm())
+        assert (mine - true).norm() < max(1.2 * (other - true).norm(), NEAR * true.norm())
 
 
 def test_long_rows_go_through_torchs_kernel_and_values_wider_than_keys_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +70,21 @@ def test_long_rows_go_through_torchs_kernel_and_values_wider_than_keys_do_not(mo
         parts = made(sum(lengths), 2, torch.bfloat16, of_value)
         tiles.attend(*parts, lengths, 0.25)
         assert len(used) == times
+
+
+@pytest.mark.parametrize("common", [0, 40])
+def test_probabilities_of_short_rows_are_kept(common: int) -> None:
+    lengths = [tiles.KEPT, 100, 90, 41, tiles.LONG - 1]
+    pack = shared(lengths, common)
+    whole = [len(pack.places[row]) for row in pack.order]
+    parts = made(len(pack.ids), 2, torch.bfloat16)
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: found.append(part) or part, lambda part: part):
+        places = torch.from_numpy(np.concatenate([pack.places[row] for row in pack.order]))
+        tiles.attend(*parts, pack.own, 0.25, places, whole)
+    kept = [part for part in found if part.dim() == 5]
+    assert sum(part.numel() for part in kept) == 6 * tiles.scores_kept(pack.own, whole) > 0
+    assert all(part.shape[1:3] == (2, 3) and part.shape[-1] <= tiles.KEPT for part in kept)
 
 
 # rows that begin alike, as the first of each pair does: within a tile, over several, and in torch's kernel
@@ -107,7 +123,7 @@ def test_what_rows_share_is_as_if_it_stood_in_each(
     near = gradients(written_out(parts), parts)
     for mine, other, true in zip(got, near, truth, strict=True):
         assert mine.shape == other.shape
-        allowed = 2e-6 if dtype is torch.float32 else max(1.2 * float((other - true).norm() / true.norm()), 2**-8)
+        allowed = 2e-6 if dtype is torch.float32 else max(1.2 * float((other - true).norm() / true.norm()), NEAR)
         assert (mine - true).norm() < allowed * true.norm()
 
 
