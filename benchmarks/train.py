@@ -8,8 +8,9 @@ tokens with the same mask: loratune reads the rows, and the peers are given its 
 its batches. Arms run one after the other, each in a process of its own, and the whole round is repeated, so that a
 change of the machine's speed meets them all. Counted are tokens without padding over the seconds of all steps but the
 first `--warm` ones. The share of the matrix rate is 4 FLOPs per frozen weight of the layers and token, and 4 per weight
-of the head and trained token, over what a bfloat16 matrix product reaches in the same process right after the training:
-of the tokens that were computed, and of all that the rows have, shared or not.
+of the head and trained token, over what bfloat16 matrix products would have done in the time of the steps, at the best
+rate they reach right after each step (on a GPU: after the training, as they would count as its memory): of the tokens
+that were computed, and of all that the rows have, shared or not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 HERE = Path(__file__).parent
 BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RATE = 2e-4
+A_LOOK = 0.1  # seconds in which the matrix rate is looked at, after each step
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}, "max_length": None}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SFTConfig that differ from its defaults
     "loratune": ("loratune as it comes", {}),
@@ -110,14 +112,15 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     (folder / "tokens.json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def matrix_rate(config: dict[str, Any]) -> float:
-    """Return what a bfloat16 matrix product of the model's shapes reaches here, in FLOP/s."""
+def matrix_rate(config: dict[str, Any], seconds: float) -> float:
+    """Return what a bfloat16 matrix product of the model's shapes reaches at best in so many seconds, in FLOP/s."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     tokens, width, inner = 8192 if on_gpu else 1024, config["hidden_size"], config["intermediate_size"]
-    x, w = (torch.randn(rows, width, device="cuda" if on_gpu else "cpu").bfloat16() for rows in (tokens, inner))
-    best, until = float("inf"), time.perf_counter() + 1
+    shapes, where = ((tokens, width), (inner, width)), "cuda" if on_gpu else "cpu"
+    x, w = (torch.full(shape, 0.5, dtype=torch.bfloat16, device=where) for shape in shapes)
+    best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
         torch.nn.functional.linear(x, w)
@@ -149,6 +152,7 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         first.append(time.time())
 
     threading.Thread(target=watch, daemon=True).start()
+    rates = watched_rates(case)
     attention = clocked_attention() if case.get("attention_apart") else []
     changes = {
         "loratune-unshared": ["data.prefix_sharing=off"], "loratune-padded": ["data.packing=off"],
@@ -161,9 +165,35 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "started": first[0] - steps[0]["seconds"],
         "attention": sum(seconds for ended, seconds in attention if ended > counted),
         "seconds": [step["seconds"] for step in steps],
+        "rates": rates,
         "losses": [step["loss"] for step in steps],
         "computed": [step["computed"] for step in steps],
     }
+
+
+def watched_rates(case: dict[str, Any]) -> list[float]:
+    """Return a list that will hold the matrix rate after each of loratune's steps; it stays empty on a GPU."""
+    import torch
+
+    from loratune import loop
+
+    rates: list[float] = []
+    steps, config = loop.steps, model_config(case)
+
+    def watched(*given: Any, **named: Any) -> Any:
+        for step in steps(*given, **named):
+            yield step
+            rates.append(matrix_rate(config, A_LOOK))
+
+    if not torch.cuda.is_available():
+        loop.steps = watched
+    return rates
+
+
+def model_config(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a case's model."""
+    found: dict[str, Any] = json.loads((Path(case["model"]) / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def clocked_attention() -> list[tuple[float, float]]:
@@ -206,6 +236,8 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     begins: list[float] = []
     ends: list[float] = []
+    rates: list[float] = []
+    config = model_config(case)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -215,6 +247,8 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             ends.append(time.time())
+            if not torch.cuda.is_available():
+                rates.append(matrix_rate(config, A_LOOK))
 
     rows = Dataset.from_list(json.loads((folder / "tokens.json").read_text(encoding="utf-8")))
     words = AutoTokenizer.from_pretrained(case["model"])
@@ -266,6 +300,7 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {
         "started": begins[0],
         "seconds": [end - begin for begin, end in zip(begins, ends, strict=True)],
+        "rates": rates,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
 
@@ -276,8 +311,7 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     found = (loratune if name.startswith("loratune") else peer)(name, folder, case)
     memory = peak_memory()
-    config = json.loads((Path(case["model"]) / "config.json").read_text(encoding="utf-8"))
-    rate = matrix_rate(config)
+    config = model_config(case)
     rows = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
     size = case["batch_size"]
     parts = [rows[cut : cut + size] for cut in range(0, len(rows), size)][case["warm"] :]
@@ -286,17 +320,21 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config["head_dim"] * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
     computed = sum(found["computed"][case["warm"] :]) if "computed" in found else tokens
-    seconds = sum(found["seconds"][case["warm"] :])
+    counted = found["seconds"][case["warm"] :]
+    seconds = sum(counted)
+    rates = found["rates"][case["warm"] :] or [matrix_rate(config, 1.0)] * len(counted)
+    possible = sum(took * rate for took, rate in zip(counted, rates, strict=True))  # FLOPs
     weights, of_head = layers * hidden * (width + 3 * inner), config["vocab_size"] * hidden
 
     def share(of: int) -> float:
-        return float(4 * (weights * of + of_head * trained) / seconds / rate)
+        return float(4 * (weights * of + of_head * trained) / possible)
 
     apart = {"without_attention": tokens / (seconds - found["attention"])} if case.get("attention_apart") else {}
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
         "computed_tokens_per_second": computed / seconds, "peak_memory": memory,
-        "matrix_rate": rate, "share_of_matrix_rate": share(computed), "share_with_all_tokens": share(tokens),
+        "matrix_rate": possible / seconds, "share_of_matrix_rate": share(computed),
+        "share_with_all_tokens": share(tokens),
         "start_seconds": found["started"] - begun, "first_step_done": found["started"] - begun + found["seconds"][0],
         "losses": found["losses"], "seconds": found["seconds"],
         **apart,
