@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,26 +142,18 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Train with loratune, as a person would: a recipe and `train`."""
     from loratune import load_recipe, train
 
-    metrics, first = folder / "run" / "metrics.jsonl", []
-    metrics.unlink(missing_ok=True)
-
-    def watch() -> None:
-        while not metrics.exists() or not metrics.stat().st_size:
-            time.sleep(0.02)
-        first.append(time.time())
-
-    threading.Thread(target=watch, daemon=True).start()
-    rates = watched_rates(case)
+    ends, rates = watched_steps(case)
     attention = clocked_attention() if case.get("attention_apart") else []
     changes = {
         "loratune-unshared": ["data.prefix_sharing=off"], "loratune-padded": ["data.packing=off"],
         "loratune-compiled": ["train.compile=on"],
     }.get(name, [])  # fmt: skip
     train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
-    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    counted = first[0] + sum(step["seconds"] for step in steps[1 : case["warm"]])
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    counted = ends[case["warm"] - 1] if case["warm"] else 0.0
     return {
-        "started": first[0] - steps[0]["seconds"],
+        "started": ends[0] - steps[0]["seconds"],
         "attention": sum(seconds for ended, seconds in attention if ended > counted),
         "seconds": [step["seconds"] for step in steps],
         "rates": rates,
@@ -171,23 +162,25 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def watched_rates(case: dict[str, Any]) -> list[float]:
-    """Return a list that will hold the matrix rate after each of loratune's steps; it stays empty on a GPU."""
+def watched_steps(case: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Return lists that will hold when each of loratune's steps ended, and, but on a GPU, the matrix rate after it."""
     import torch
 
     from loratune import loop
 
+    ends: list[float] = []
     rates: list[float] = []
     steps, config = loop.steps, model_config(case)
 
     def watched(*given: Any, **named: Any) -> Any:
         for step in steps(*given, **named):
+            ends.append(time.time())
             yield step
-            rates.append(matrix_rate(config, A_LOOK))
+            if not torch.cuda.is_available():
+                rates.append(matrix_rate(config, A_LOOK))
 
-    if not torch.cuda.is_available():
-        loop.steps = watched
-    return rates
+    loop.steps = watched
+    return ends, rates
 
 
 def model_config(case: dict[str, Any]) -> dict[str, Any]:
