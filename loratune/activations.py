@@ -118,7 +118,11 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
     saved = [0.0] * (len(layers) + 1)  # the last is outside
     by_tiles = _growth_by_tiles(batch, rows) if packing.by == "rows" else 1.0
     for index, tensor in _saved(net, layers, given, lambda: recipe.objective.total(net, batch), accelerator.autocast):
-        grown = longest / width if tensor.shape[-2:] == (width, width) else by_tiles if tensor.dim() == 5 else 1.0
+        grown = 1.0
+        if tensor.shape[-2:] == (width, width):  # scores that the model writes out
+            grown = longest / width
+        elif tensor.dim() == 5:  # nothing else has (rows, heads, group, queries, keys)
+            grown = by_tiles
         saved[index] += tensor.untyped_storage().nbytes() / tokens * grown
     ran = sorted(given)
     cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1])
