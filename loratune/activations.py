@@ -254,10 +254,12 @@ def _growth_by_tiles(batch: Mapping[str, Any], rows: Rows) -> float:
     """Return how much more probabilities tiles.py keeps per token of the longest rows it does so for than of a pack."""
     own = batch["cu_seq_lens_q"].diff().tolist()
     lengths = batch.get("cu_seq_lens_k", batch["cu_seq_lens_q"]).diff().tolist()
-    here, short = tiles.scores_kept(own, lengths), rows.lengths[rows.lengths <= tiles.KEPT]
-    times = short.max(initial=0) / max(lengths)
+    short = rows.lengths[rows.lengths <= tiles.KEPT]
+    if not len(short):
+        return 0.0
+    times = short.max() / max(lengths)
     there = tiles.scores_kept(*([math.ceil(length * times) for length in part] for part in (own, lengths)))
-    return there / (here * times) if here * times else 0.0
+    return float(there / (tiles.scores_kept(own, lengths) * times))
 
 
 def _saved(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, batches, fit, keeping, recipe
+from loratune import activations, batches, fit, keeping, recipe, tiles
 from loratune.activations import BUDGETS, Cost, Plan
 from loratune.apart import Packing
 from loratune.errors import ModelError
@@ -44,7 +44,7 @@ def kept_bytes(run: Any) -> tuple[Any, int]:
 
 KINDS = [
     "packed", "shared", "padded", "eager", "dropout", "nf4", "int8", "full", "trained head",
-    "packed bfloat16", "shared bfloat16",
+    "packed bfloat16", "shared bfloat16", "long bfloat16",
 ]  # fmt: skip
 
 
@@ -59,7 +59,12 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
     if kind == "trained head":
         lora["modules_to_save"] = ["lm_head"]
     half, kind = kind.endswith(" bfloat16"), kind.removesuffix(" bfloat16")  # attention keeps probabilities then
-    layout: Layout = "packed" if kind in ("packed", "nf4") else "shared" if kind == "shared" else "padded"
+    layout: Layout = "packed" if kind in ("packed", "nf4", "long") else "shared" if kind == "shared" else "padded"
+    data: dict[str, Any] = {}
+    if kind == "long":  # all rows: nothing is kept of the probabilities
+        turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two " * (tiles.KEPT // 3)}]
+        rows = [{"messages": [{"role": "system", "content": word}, *turns]} for word in ("red", "blue") * 4]
+        data = {"train": str(tiny.write_jsonl(tmp_path / "long.jsonl", rows)), "max_length": 2 * tiles.KEPT}
     done = fit(
         on=tiny.save(tmp_path / "deep", layers=6, hidden_size=128, intermediate_size=256),
         rows=8,
@@ -71,21 +76,22 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
         method={"type": "full"} if kind == "full" else lora,
         data={
             "packing": "off" if layout == "padded" else "on", "prefix_sharing": "on" if layout == "shared" else "off",
+            **data,
         },
         train={"gradient_checkpointing": again},
     )  # fmt: skip
     known = done.facts()
     longest, trained = known["memory"]["longest"], known["data"]["train"]
     share = trained["trained_tokens"] / trained["tokens"]
-    rows = models.rows([longest, longest - 1] * 4)
-    for row in rows:
+    made = models.rows([longest, longest - 1] * 4)
+    for row in made:
         row.ids[:] %= 200
         row.trained[:] = np.arange(len(row.ids)) % round(1 / share) == 0
     if layout == "shared":
         saved = known["batching"]["saved"]
         assert 0.1 < saved < 0.4
-        rows = alike(rows, round(saved * 8 / 7 * longest / 1.5))  # of every other row twice as many
-    objective, batch = done.recipe.objective, done.recipe.objective.collate(rows, layout)
+        made = alike(made, round(saved * 8 / 7 * longest / 1.5))  # of every other row twice as many
+    objective, batch = done.recipe.objective, done.recipe.objective.collate(made, layout)
     done.net.train()
     objective.total(done.net, batch)  # the head is looked at once
     loss, kept = kept_bytes(lambda: objective.total(done.net, batch))
