@@ -38,8 +38,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
 
-    On a GPU all rows go through one kernel, torch's variable-length attention; on a CPU in bfloat16 through matrix
-    products over tiles; else each row through its own scaled_dot_product_attention.
+    On a GPU all rows go through one kernel, torch's variable-length attention; on a CPU through products over tiles or
+    the kernel behind sdpa; with dropout or a window each row through its own scaled_dot_product_attention.
 
     Args:
         module: the layer that calls.
@@ -85,7 +85,7 @@ def attend(
     own = cu_seq_lens_q.diff().tolist()
     lengths = own if key_places is None or cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     windowed = sliding_window is not None and max(lengths) > sliding_window
-    if query.dtype is torch.bfloat16 and not (windowed or dropout or is_causal is False):
+    if query.dtype in (torch.bfloat16, torch.float32) and not (windowed or dropout or is_causal is False):
         return tiles.attend(query, key, value, own, scaling or query.shape[-1] ** -0.5, key_places, lengths), None
     parts = [part if key_places is None else part.index_select(2, key_places) for part in (query, key, value)]
     rows = (torch.split_with_sizes(part, lengths, dim=2) for part in parts)  # each slice would get a full gradient

@@ -1,4 +1,4 @@
-"""Attention within each row of a pack on a CPU in bfloat16, by matrix products over tiles of many rows at once.
+"""Attention within each row of a pack on a CPU, in bfloat16 by matrix products over tiles of many rows at once.
 
 torch's flash kernel falls back to slow products there where it goes backward; oneDNN's own are several times faster,
 if there are enough of them in one call. So rows of about the same length are laid side by side, padded to whole tiles,
@@ -6,7 +6,9 @@ and the n-th tiles of all of them go through one product with all the keys befor
 as in that kernel. The probabilities of short rows are kept for the way back, in the precision of the values, which they
 are multiplied with; those of other rows are computed again, so that what is kept grows with the tokens alone.
 
-Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product.
+Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product. So do
+all rows in float32, where the kernel's products are fast; either way nothing is kept but the pack's queries, keys and
+values, and what came out.
 
 What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
 stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.
@@ -23,9 +25,9 @@ from typing import Any
 import torch
 
 from loratune.longrow import LongRow
-from loratune.tiling import tilings
+from loratune.tiling import Tiling, tilings
 
-LONG = 768  # tokens of a row that torch's kernel takes at least as fast
+LONG = 768  # tokens of a row in bfloat16 that torch's kernel takes at least as fast
 KEPT = 256  # tokens of the longest rows whose probabilities are kept
 
 
@@ -50,14 +52,18 @@ def attend(
 
 
 def scores_kept(own: list[int], lengths: list[int]) -> int:
-    """Return how many probabilities of a head `attend` keeps, in tensors of (rows, heads, group, queries, keys).
+    """Return how many probabilities of a head `attend` keeps in bfloat16: (rows, heads, group, queries, keys) tensors.
 
     Args:
         own: how many tokens of the pack are each row's own.
         lengths: of the rows in tokens.
     """
-    short = [row for row, length in enumerate(lengths) if length <= KEPT]
-    return sum(group.scores for group in tilings(lengths, own, short) if group.keys <= KEPT)
+    short = [row for row, length in enumerate(lengths) if length <= LONG]
+    return sum(group.scores for group in tilings(lengths, own, short) if _is_kept(group))
+
+
+def _is_kept(group: Tiling) -> bool:
+    return group.keys <= KEPT
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ def _parts(pack: _Pack, longest: int) -> tuple[list[LongRow], list[_Group]]:
             asked = [torch.arange(rows[row][0].start, rows[row][0].stop) for row in group.rows]
             asking = _Lined.of(asked, [end - group.first for end in ends], width)
         have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
-        groups.append(_Group(asking, seen, group.tile, group.first, have, group.keys <= KEPT))
+        groups.append(_Group(asking, seen, group.tile, group.first, have, _is_kept(group)))
     return long, groups
 
 
@@ -229,7 +235,9 @@ class _Rows(torch.autograd.Function):
     ) -> torch.Tensor:
         heads, dtype, wide = key.shape[1], query.dtype, torch.float32
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        longest = LONG if query.shape[-1] == value.shape[-1] else max(pack.lengths)
+        longest = max(pack.lengths)
+        if query.shape[-1] == value.shape[-1]:  # or the kernel won't take them
+            longest = LONG if dtype is torch.bfloat16 else 0
         long, groups = ctx.parts = _parts(pack, longest)
         norms, probabilities = [], []
         for row in long:

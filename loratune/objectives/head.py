@@ -129,7 +129,7 @@ def _function() -> Any:
             rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
             # once for all parts: memory that is new has to be found page by page
             made = hidden.new_empty(rows, len(weight))
-            wide = torch.empty_like(made, dtype=torch.float32)
+            wide = torch.empty_like(made, dtype=torch.float32) if made.dtype is not torch.float32 else made
             for begin in range(0, len(hidden), max(rows, 1)):
                 part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
                 logits, scores = made[: len(part)], wide[: len(part)]  # (rows, vocabulary) each
