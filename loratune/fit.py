@@ -1,6 +1,6 @@
 """What a training needs of memory and disk, and what is free: for its plan, its check, and advice when it did not fit.
 
-Weights and optimizer states are known from shapes to a few percent, activations are measured (`activations.py`).
+Weights and optimizer states are known from shapes to a few percent, activations are measured (`footprint.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from accelerate.utils import gather_object
 
 from loratune import cgroup
-from loratune.activations import Cost, Plan
+from loratune.activations import Plan
 from loratune.data import Rows
+from loratune.footprint import Cost
 from loratune.model import Loaded, count_parameters
 from loratune.objectives import head
 from loratune.recipe import Recipe

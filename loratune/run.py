@@ -26,6 +26,7 @@ from loratune import (
     drift,
     fingerprint,
     fit,
+    footprint,
     garbage,
     keeping,
     loop,
@@ -148,12 +149,14 @@ def _prepare(
     loaded = model.load(section, full, where, trust, tokenizer)
     if recipe.model.dtype == "auto" and loaded.dtype is not model.dtype_of("auto", where, full):
         loaded.notes.append(f"{section.dtype}, as the run was begun; here `model.dtype: auto` would choose otherwise")
+    elif loaded.dtype is torch.bfloat16 and not model.computes_in_bf16(where):
+        loaded.notes.append("bfloat16 is slow here, without instructions for it: `model.dtype: auto` would be float32")
     origin = fingerprint.record(recipe.model, tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)
-    cost, layers = activations.measure(recipe, net, train_rows, packing, accelerator)
+    cost, layers = footprint.measure(recipe, net, train_rows, packing, accelerator)
     free = fit.least(fit.free_memory(where, accelerator.num_processes))
     plan = activations.choose(
         recipe, cost, train_rows, packing, where.type, free, fit.fixed_bytes(recipe, loaded, net),

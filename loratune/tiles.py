@@ -1,14 +1,13 @@
-"""Attention within each row of a pack on a CPU, in bfloat16 by matrix products over tiles of many rows at once.
+"""Attention within each row of a pack on a CPU, by matrix products over tiles of many rows at once.
 
-torch's flash kernel falls back to slow products there where it goes backward; oneDNN's own are several times faster,
-if there are enough of them in one call. So rows of about the same length are laid side by side, padded to whole tiles,
-and the n-th tiles of all of them go through one product with all the keys before them. Scores and softmax are float32,
-as in that kernel. The probabilities of short rows are kept for the way back, in the precision of the values, which they
-are multiplied with; those of other rows are computed again, so that what is kept grows with the tokens alone.
+torch's flash kernel takes rows one by one, and where it goes backward in bfloat16 it falls back to slow products; those
+of whole tiles are several times faster, if there are enough of them in one call. So rows of about the same length are
+laid side by side, padded to whole tiles, and the n-th tiles of all of them go through one product with all the keys
+before them. Scores and softmax are float32, as in that kernel. In bfloat16 the probabilities of short rows are kept for
+the way back, in the precision of the values, which they are multiplied with; others are computed again, so that what is
+kept grows with the tokens alone.
 
-Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product. So do
-all rows in float32, where the kernel's products are fast; either way nothing is kept but the pack's queries, keys and
-values, and what came out.
+Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product.
 
 What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
 stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.
@@ -25,10 +24,10 @@ from typing import Any
 import torch
 
 from loratune.longrow import LongRow
-from loratune.tiling import Tiling, tilings
+from loratune.tiling import tilings
 
-LONG = 768  # tokens of a row in bfloat16 that torch's kernel takes at least as fast
-KEPT = 256  # tokens of the longest rows whose probabilities are kept
+LONG = 768  # tokens of a row that torch's kernel takes at least as fast
+KEPT = 256  # tokens of the longest rows whose probabilities are kept in bfloat16
 
 
 def attend(
@@ -59,11 +58,12 @@ def scores_kept(own: list[int], lengths: list[int]) -> int:
         lengths: of the rows in tokens.
     """
     short = [row for row, length in enumerate(lengths) if length <= LONG]
-    return sum(group.scores for group in tilings(lengths, own, short) if _is_kept(group))
+    return sum(group.scores for group in tilings(lengths, own, short) if _are_kept(torch.bfloat16, group.keys))
 
 
-def _is_kept(group: Tiling) -> bool:
-    return group.keys <= KEPT
+def _are_kept(dtype: torch.dtype, keys: int) -> bool:
+    """Return whether the probabilities of a group are kept: products in float32 make them as fast again."""
+    return dtype is torch.bfloat16 and keys <= KEPT
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,6 @@ class _Group:
         tile: tokens of a tile.
         first: where the first tile begins, in tokens of a row: no row has any of its own before.
         rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
-        kept: whether the probabilities are kept until the way back.
     """
 
     asking: _Lined
@@ -151,7 +150,10 @@ class _Group:
     tile: int
     first: int
     rows: tuple[int, ...]
-    kept: bool
+
+    def kept(self, dtype: torch.dtype) -> bool:
+        """Return whether the probabilities are kept until the way back."""
+        return _are_kept(dtype, self.first + len(self.rows) * self.tile)
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
@@ -205,7 +207,7 @@ def _parts(pack: _Pack, longest: int) -> tuple[list[LongRow], list[_Group]]:
             asked = [torch.arange(rows[row][0].start, rows[row][0].stop) for row in group.rows]
             asking = _Lined.of(asked, [end - group.first for end in ends], width)
         have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
-        groups.append(_Group(asking, seen, group.tile, group.first, have, _is_kept(group)))
+        groups.append(_Group(asking, seen, group.tile, group.first, have))
     return long, groups
 
 
@@ -235,9 +237,7 @@ class _Rows(torch.autograd.Function):
     ) -> torch.Tensor:
         heads, dtype, wide = key.shape[1], query.dtype, torch.float32
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        longest = max(pack.lengths)
-        if query.shape[-1] == value.shape[-1]:  # or the kernel won't take them
-            longest = LONG if dtype is torch.bfloat16 else 0
+        longest = LONG if query.shape[-1] == value.shape[-1] else max(pack.lengths)
         long, groups = ctx.parts = _parts(pack, longest)
         norms, probabilities = [], []
         for row in long:
@@ -251,7 +251,7 @@ class _Rows(torch.autograd.Function):
                 b = rows * heads
                 p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys], group.tile).to(dtype)
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
-                if group.kept:
+                if group.kept(dtype):
                     probabilities.append(p.view(rows, heads, -1, group.tile, keys))
             group.put(made, out)
         ctx.save_for_backward(query, key, value, *([out, *norms] if long else []), *probabilities)
@@ -277,7 +277,7 @@ class _Rows(torch.autograd.Function):
         for group in groups:
             q, g = group.queries(query, heads, dtype), group.queries(gradient, heads, dtype, empty=True)
             k, v = group.keys(key, dtype), group.keys(value, dtype)
-            again = None if group.kept else (q.to(wide), k.to(wide) * ctx.scale)
+            again = None if group.kept(dtype) else (q.to(wide), k.to(wide) * ctx.scale)
             of_q = torch.empty_like(q)
             of_k, of_v = (torch.zeros(part.shape, dtype=wide) for part in (k, v))
             for tile, rows, keys in group.steps():

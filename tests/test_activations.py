@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, batches, fit, keeping, recipe, tiles
-from loratune.activations import BUDGETS, Cost, Plan
+from loratune import activations, batches, fit, footprint, keeping, recipe, tiles
+from loratune.activations import BUDGETS, Plan
 from loratune.apart import Packing
 from loratune.errors import ModelError
+from loratune.footprint import Cost
 from loratune.objectives import Sft
 from loratune.sharing import Layout
 from tests import test_attention as models
@@ -102,7 +103,7 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
 def test_measuring_leaves_the_model_as_it_was(fit: Fit) -> None:
     done = fit("a", rows=8)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in done.net.modules())
-    assert not any(module.gradient_checkpointing for module in activations._layers(done.net))
+    assert not any(module.gradient_checkpointing for module in footprint._layers(done.net))
 
 
 # ---------------------------------------------------------------- computed a second time
@@ -122,7 +123,7 @@ def test_no_bit_depends_on_how_many_layers_are_computed_again(fit: Fit, method: 
         for choice in ("none", 1, "all")
     }  # fmt: skip
     for choice, again in (("none", 0), (1, 1), ("all", 2)):
-        flags = [layer.gradient_checkpointing for layer in activations._layers(runs[choice].net)]
+        flags = [layer.gradient_checkpointing for layer in footprint._layers(runs[choice].net)]
         assert flags == [True] * again + [False] * (2 - again)
         assert runs[choice].facts()["activations"]["again"] == again
         for name in ("loss", "grad_norm"):

@@ -36,6 +36,7 @@ LEVELS = (
         "rows",
         "apart",
         "activations",
+        "footprint",
         "attention",
         "longrow",
         "tiles",

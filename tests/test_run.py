@@ -191,6 +191,15 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_saved_in_its_precision(fit:
     assert facts["adapter_bytes_predicted"] == pytest.approx(facts["adapter_bytes"], rel=0.01)
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")])
+def test_bfloat16_without_instructions_for_it_is_told(
+    fit: Fit, fast: bool, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("loratune.model.computes_in_bf16", lambda where: fast)
+    fit(rows=8, model={"dtype": dtype})
+    assert ("bfloat16 is slow here" in capsys.readouterr().err) == (dtype == "bfloat16" and not fast)
+
+
 def test_products_are_as_exact_as_their_dtype_whatever_was_set_before(fit: Fit):
     flags = torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("medium")
