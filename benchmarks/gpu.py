@@ -52,7 +52,7 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "qlora-16xvaried": (16, (64, 2048), NF4),
     "qlora-1x2048-checkpointed": (1, 2048, NF4 | ALL),
 }
-ARMS = ("loratune", "loratune-compiled", "trl", "trl-bf16", "trl-liger", "unsloth")
+ARMS = ("loratune", "loratune-compiled", "trl", "trl-plain", "trl-liger", "unsloth")
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:
@@ -115,7 +115,8 @@ def main() -> None:
             length = length // given.shrink if isinstance(length, int) else tuple(n // given.shrink for n in length)
             longest = length if isinstance(length, int) else length[1]
             case = {
-                "model": str(base), "steps": given.steps, "warm": given.warm, "batch_size": rows, "rows_at_once": rows,
+                "model": str(base), "dtype": train.precision(), "steps": given.steps, "warm": given.warm,
+                "batch_size": rows, "rows_at_once": rows,
                 "sections": {**sections, "data": {"format": "text", "max_length": longest}},
             }  # fmt: skip
             write_rows(folder / "rows.jsonl", rows * given.steps, length, shape["vocab_size"])

@@ -30,8 +30,8 @@ def prepare(base: Path, folder: Path, number: int, length: int, at_once: int, st
     gpu.write_rows(folder / "rows.jsonl", number, length, SHAPE["vocab_size"])
     data = {"format": "text", "max_length": length, "max_lost": 0.5}
     case = {
-        "model": str(base), "steps": steps, "warm": 1, "batch_size": at_once, "sections": {"data": data},
-        "attention_apart": True,
+        "model": str(base), "dtype": train.precision(), "steps": steps, "warm": 1, "batch_size": at_once,
+        "sections": {"data": data}, "attention_apart": True,
     }  # fmt: skip
     train.prepare(folder, case)
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--out", type=Path, default=train.HERE / "results" / "growth")
+    parser.add_argument("--out", type=Path, default=None, help="results/growth-cpu-<precision> by default")
     given = parser.parse_args()
     SHAPE["num_hidden_layers"] = given.layers
     with tempfile.TemporaryDirectory() as place:
@@ -75,9 +75,10 @@ def main() -> None:
             f"| {one['peak_memory'] / 1e9:.2f} GB |"
         )
     print("\n".join(lines))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = given.out or train.HERE / "results" / f"growth-cpu-{train.precision()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

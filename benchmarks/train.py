@@ -3,14 +3,14 @@
     make bench
     python benchmarks/train.py --steps 20 --rounds 3 --peer-python ../peers/bin/python
 
-Every arm trains the same model (the demo's SmolLM2-135M, in bfloat16) with the same LoRA configuration on the same
-tokens with the same mask: loratune reads the rows, and the peers are given its token ids and labels in the order of
-its batches. Arms run one after the other, each in a process of its own, and the whole round is repeated, so that a
-change of the machine's speed meets them all. Counted are tokens without padding over the seconds of all steps but the
-first `--warm` ones. The share of the matrix rate is 4 FLOPs per frozen weight of the layers and token, and 4 per weight
-of the head and trained token, over what bfloat16 matrix products would have done in the time of the steps, at the best
-rate they reach right after each step (on a GPU: after the training, as they would count as its memory): of the tokens
-that were computed, and of all that the rows have, shared or not.
+Every arm trains the same model (the demo's SmolLM2-135M, in the precision that loratune takes on this device) with the
+same LoRA configuration on the same tokens with the same mask: loratune reads the rows, and the peers are given its
+token ids and labels in the order of its batches. Arms run one after the other, each in a process of its own, and the
+whole round is repeated, so that a change of the machine's speed meets them all. Counted are tokens without padding over
+the seconds of all steps but the first `--warm` ones. The share of the matrix rate is 4 FLOPs per frozen weight of the
+layers and token, and 4 per weight of the head and trained token, over what matrix products in that precision would have
+done in the time of the steps, at the best rate they reach right after each step (on a GPU: after the training, as they
+would count as its memory): of the tokens that were computed, and of all that the rows have, shared or not.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ HERE = Path(__file__).parent
 BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RATE = 2e-4
 A_LOOK = 0.1  # seconds in which the matrix rate is looked at, after each step
-PLAIN = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}, "max_length": None}
+PLAIN = {"bf16": False, "gradient_checkpointing": False, "max_length": None}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SFTConfig that differ from its defaults
     "loratune": ("loratune as it comes", {}),
     "loratune-unshared": ("loratune, each row computed whole", {}),
     "loratune-padded": ("loratune, rows padded", {}),
     "loratune-compiled": ("loratune, `train.compile: on`", {}),
     "trl": ("TRL's SFTTrainer as it comes", {}),
-    "trl-bf16": ("TRL, bfloat16 weights, no checkpointing", PLAIN),
+    "trl-plain": ("TRL, loratune's precision, no checkpointing", PLAIN),
     "trl-padding-free": ("TRL, the same, padding-free", PLAIN | {"padding_free": True}),
     "trl-liger": ("TRL, the same, with Liger's kernels", PLAIN | {"use_liger_kernel": True}),
-    "trainer": ("Trainer + PEFT, bfloat16 weights", {}),
+    "trainer": ("Trainer + PEFT, loratune's precision", {}),
     "unsloth": ("unsloth", {}),
 }
-CPU = ("loratune", "loratune-unshared", "trl", "trl-bf16", "trl-padding-free", "trainer")
+CPU = ("loratune", "loratune-unshared", "trl", "trl-plain", "trl-padding-free", "trainer")
 
 
 def write_rows(path: Path, number: int, length: int, seed: int = 0) -> None:
@@ -79,8 +79,8 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
 
     Args:
         folder: with `rows.jsonl`.
-        case: `model` (folder), `steps`, `warm` (steps not counted), `batch_size`, `sections` (of the recipe, besides);
-            `attention_apart`, where what attention takes is to be taken off as well.
+        case: `model` (folder), `dtype`, `steps`, `warm` (steps not counted), `batch_size`, `sections` (of the recipe,
+            besides); `attention_apart`, where what attention takes is to be taken off as well.
     """
     import numpy as np
     import yaml
@@ -89,7 +89,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     from loratune.encode import Encoder
 
     recipe: dict[str, Any] = {
-        "model": {"base": case["model"]},
+        "model": {"base": case["model"], "dtype": case["dtype"]},
         "method": {"type": "lora", "r": 16, "lora_alpha": 32},
         "data": {"train": "rows.jsonl"},
         "optimizer": {"type": "adamw", "lr": RATE},
@@ -111,14 +111,22 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     (folder / "tokens.json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def matrix_rate(config: dict[str, Any], seconds: float) -> float:
-    """Return what a bfloat16 matrix product of the model's shapes reaches at best in so many seconds, in FLOP/s."""
+def precision() -> str:
+    """Return the precision that loratune takes on this device: bfloat16, or float32 without instructions for it."""
+    from loratune import model
+
+    return str(model.dtype_of("auto", model.device())).removeprefix("torch.")
+
+
+def matrix_rate(case: dict[str, Any], seconds: float) -> float:
+    """Return what a product of the model's shapes and precision reaches at best in so many seconds, in FLOP/s."""
     import torch
 
+    config, dtype = model_config(case), getattr(torch, case["dtype"])
     on_gpu = torch.cuda.is_available()
     tokens, width, inner = 8192 if on_gpu else 1024, config["hidden_size"], config["intermediate_size"]
     shapes, where = ((tokens, width), (inner, width)), "cuda" if on_gpu else "cpu"
-    x, w = (torch.full(shape, 0.5, dtype=torch.bfloat16, device=where) for shape in shapes)
+    x, w = (torch.full(shape, 0.5, dtype=dtype, device=where) for shape in shapes)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
@@ -170,14 +178,14 @@ def watched_steps(case: dict[str, Any]) -> tuple[list[float], list[float]]:
 
     ends: list[float] = []
     rates: list[float] = []
-    steps, config = loop.steps, model_config(case)
+    steps = loop.steps
 
     def watched(*given: Any, **named: Any) -> Any:
         for step in steps(*given, **named):
             ends.append(time.time())
             yield step
             if not torch.cuda.is_available():
-                rates.append(matrix_rate(config, A_LOOK))
+                rates.append(matrix_rate(case, A_LOOK))
 
     loop.steps = watched
     return ends, rates
@@ -230,7 +238,6 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     begins: list[float] = []
     ends: list[float] = []
     rates: list[float] = []
-    config = model_config(case)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -241,7 +248,7 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             ends.append(time.time())
             if not torch.cuda.is_available():
-                rates.append(matrix_rate(config, A_LOOK))
+                rates.append(matrix_rate(case, A_LOOK))
 
     rows = Dataset.from_list(json.loads((folder / "tokens.json").read_text(encoding="utf-8")))
     words = AutoTokenizer.from_pretrained(case["model"])
@@ -255,16 +262,17 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "train_sampling_strategy": "sequential", "seed": 0, "per_device_train_batch_size": each,
         "gradient_accumulation_steps": case["batch_size"] // each,
     }  # fmt: skip
+    dtype = getattr(torch, case["dtype"])
     loading: dict[str, Any] = {}
     if case["sections"].get("model", {}).get("quantization") == "nf4":
         loading["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
     set_seed(0)
     trainer: Any
     if name == "trainer":
-        net = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.bfloat16, **loading)
+        net = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, **loading)
         net = get_peft_model(net, lora)
         collator = DataCollatorForSeq2Seq(words, label_pad_token_id=-100)
         trainer = Trainer(net, TrainingArguments(**settings, bf16=False), collator, rows)
@@ -275,7 +283,7 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         if name == "unsloth":
             longest = max(len(row) for row in rows["input_ids"])
             net, words = unsloth.FastLanguageModel.from_pretrained(
-                case["model"], max_seq_length=longest, load_in_4bit=bool(loading), dtype=torch.bfloat16
+                case["model"], max_seq_length=longest, load_in_4bit=bool(loading), dtype=dtype
             )
             net = unsloth.FastLanguageModel.get_peft_model(
                 net, r=16, lora_alpha=32, use_gradient_checkpointing="unsloth",
@@ -283,7 +291,8 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
         else:
             net = case["model"]
-            settings["model_init_kwargs"] = {**settings.get("model_init_kwargs", {}), **loading} or None
+            chosen = {} if name == "trl" else {"dtype": case["dtype"]}
+            settings["model_init_kwargs"] = {**chosen, **loading} or None
         trainer = SFTTrainer(
             net, args=SFTConfig(**settings), train_dataset=rows, processing_class=words,
             peft_config=None if name == "unsloth" else lora,
@@ -315,7 +324,7 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     computed = sum(found["computed"][case["warm"] :]) if "computed" in found else tokens
     counted = found["seconds"][case["warm"] :]
     seconds = sum(counted)
-    rates = found["rates"][case["warm"] :] or [matrix_rate(config, 1.0)] * len(counted)
+    rates = found["rates"][case["warm"] :] or [matrix_rate(case, 1.0)] * len(counted)
     possible = sum(took * rate for took, rate in zip(counted, rates, strict=True))  # FLOPs
     weights, of_head = layers * hidden * (width + 3 * inner), config["vocab_size"] * hidden
 
@@ -436,7 +445,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(CPU), choices=list(ARMS))
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds TRL")
     parser.add_argument("--model", type=Path, default=None, help="folder of a Llama; the demo's by default")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "train-cpu")
+    parser.add_argument("--out", type=Path, default=None, help="results/train-cpu-<precision> by default")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -450,7 +459,8 @@ def main() -> None:
             sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
         given.model = bases.from_gguf(BASE)
     case = {
-        "model": str(given.model), "steps": given.steps, "warm": given.warm, "batch_size": given.batch_size,
+        "model": str(given.model), "dtype": precision(), "steps": given.steps, "warm": given.warm,
+        "batch_size": given.batch_size,
         "sections": {"data": {"max_length": given.length, "on_long": "truncate", "max_lost": 0.5}},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -458,10 +468,19 @@ def main() -> None:
         prepare(Path(folder), case)
         median, everything = compare(Path(folder), given.arms, given.rounds, given.peer_python, given.threads)
     about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": given.threads, "rows": given.rows,
+        "machine": f"{processor()}, {os.cpu_count()} cores", "threads": given.threads, "rows": given.rows,
         "length": given.length, **case, "model": given.model.name, "median": median, **everything,
     }  # fmt: skip
-    keep(given.out, about, median)
+    keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}", about, median)
+
+
+def processor() -> str:
+    """Return the processor's name, as far as it is told."""
+    file = Path("/proc/cpuinfo")
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def keep(out: Path, about: dict[str, Any], median: dict[str, Any]) -> None:
