@@ -89,48 +89,47 @@ class _Pack:
 
 @dataclass(frozen=True)
 class _Lined:
-    """Tokens of several rows, as they stand padded to the same length behind one another.
+    """Heads of tokens of several rows, laid out anew: one gather brings them there, and one takes them back.
 
     Attributes:
-        tokens: where they stand in the pack, int64, (tokens,).
-        slots: where each stands padded, int64, (tokens,).
-        fill: which token of the pack stands in each place: the first where there should be none, int64, (places,).
+        fill: which head of which token of the pack, counted through, stands in each place; the first where there should
+            be none, int64, (places,).
         none: places where there should be none, int64.
+        heads: those that stand in a place, int64, (placed,); several times, if a token stands in several rows.
+        slots: their places, int64, (placed,).
+        order: the places of all heads of the pack, int64; None where some have none.
     """
 
-    tokens: torch.Tensor
-    slots: torch.Tensor
     fill: torch.Tensor
     none: torch.Tensor
+    heads: torch.Tensor
+    slots: torch.Tensor
+    order: torch.Tensor | None
 
     @classmethod
-    def of(cls, tokens: list[torch.Tensor], ends: list[int], width: int) -> _Lined:
-        """Line up rows of `width` places, the tokens of each such that they end where `ends` says."""
-        slots = torch.cat(
-            [
-                torch.arange(end - len(of), end) + at * width
-                for at, (of, end) in enumerate(zip(tokens, ends, strict=True))
-            ]
-        )
-        together, order = torch.cat(tokens).sort(stable=True)
-        slots = slots[order]
-        fill = torch.full((len(tokens) * width,), -1).index_copy_(0, slots, together)
-        none = (fill < 0).nonzero().flatten()
-        return cls(together, slots, fill.clamp_(min=0), none)
+    def of(cls, tokens: torch.Tensor, heads: torch.Tensor, pack: int) -> _Lined:
+        """Lay out tokens (-1: none) and heads, whose shapes broadcast to the layout, of so many tokens of a pack."""
+        counted = torch.where(tokens < 0, -1, tokens * heads.numel() + heads).flatten()
+        slots = (counted >= 0).nonzero().flatten()
+        found = counted[slots]
+        places = torch.full((pack * heads.numel(),), -1).index_copy_(0, found, slots)
+        order = None if bool((places < 0).any()) else places
+        return cls(counted.clamp(min=0), (counted < 0).nonzero().flatten(), found, slots, order)
 
     def padded(self, part: torch.Tensor) -> torch.Tensor:
-        """Return (1, heads, tokens, width) as (places, heads, width)."""
-        return part[0].transpose(0, 1).index_select(0, self.fill)  # most models have it in memory that way round
+        """Return (1, heads, tokens, width) as (places, width)."""
+        table = part[0].transpose(0, 1).reshape(-1, part.shape[-1])  # most models have it in memory that way round
+        return table.index_select(0, self.fill)
 
     def write(self, padded: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-        """Write what stands in the places of tokens to these, `out` of (tokens, heads, width), or add it there."""
-        lined = padded.to(out.dtype, memory_format=torch.contiguous_format).reshape(-1, *out.shape[1:])
+        """Write what `padded` gives to where it comes from, `out` of (tokens, heads, width), or add it there."""
+        made, into = padded.to(out.dtype).view(-1, out.shape[-1]), out.view(-1, out.shape[-1])
         if add:
-            out.index_add_(0, self.tokens, lined.index_select(0, self.slots))
-        elif len(self.tokens) == len(out):  # all of the pack
-            torch.index_select(lined, 0, self.slots, out=out)
+            into.index_add_(0, self.heads, made.index_select(0, self.slots))
+        elif self.order is not None:
+            torch.index_select(made, 0, self.order, out=into)
         else:
-            out.index_copy_(0, self.tokens, lined.index_select(0, self.slots))
+            into.index_copy_(0, self.heads, made.index_select(0, self.slots))
 
 
 @dataclass(frozen=True)
@@ -169,45 +168,39 @@ class _Group:
         padded = self.asking.padded(part)
         if empty:
             padded.index_fill_(0, self.asking.none, 0)
-        padded = padded.view(self.rows[0], -1, self.tile, heads, part.shape[1] // heads, part.shape[-1])
-        padded = padded.permute(1, 0, 3, 4, 2, 5)
-        return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(3, 4)
+        return padded.view(len(self.rows), self.rows[0], heads, -1, part.shape[-1]).to(dtype)
 
     def keys(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return (1, heads, tokens, width) as (rows x heads, keys, width)."""
-        padded = self.seen.padded(part)
-        padded = padded.view(self.rows[0], -1, *padded.shape[1:]).transpose(1, 2)
-        return torch.empty(padded.shape, dtype=dtype).copy_(padded).flatten(0, 1)
-
-    def put(self, part: torch.Tensor, out: torch.Tensor) -> None:
-        """Write what `queries` gives to where it comes from, `out` of (tokens, query heads, width)."""
-        apart = part.view(*part.shape[:3], -1, self.tile, part.shape[-1])  # (tiles, rows, heads, group, tile, width)
-        self.asking.write(apart.permute(1, 0, 4, 2, 3, 5), out)
-
-    def put_keys(self, part: torch.Tensor, heads: int, out: torch.Tensor, add: bool) -> None:
-        """Write what `keys` gives to where it comes from, `out` of (tokens, heads, width); see `_Lined.write`."""
-        apart = part.view(-1, heads, *part.shape[1:])  # (rows, heads, keys, width)
-        self.seen.write(apart.transpose(1, 2), out, add)
+        return self.seen.padded(part).view(self.rows[0] * part.shape[1], -1, part.shape[-1]).to(dtype)
 
 
-@lru_cache(maxsize=16)  # all layers ask for the same
-def _parts(pack: _Pack, longest: int) -> tuple[list[LongRow], list[_Group]]:
-    """Return the rows longer than `longest`, and the others in groups, such that padding takes little."""
-    rows = pack.rows()
+@lru_cache(maxsize=2)  # all layers of a micro-batch ask for the same
+def _parts(pack: _Pack, longest: int, heads: int, group: int) -> tuple[list[LongRow], list[_Group]]:
+    """Return the rows longer than `longest`, and the others in groups, such that padding takes little.
+
+    There are `heads` of keys, and a `group` of query heads to each.
+    """
+    rows, tokens = pack.rows(), sum(pack.own)
     long = [LongRow(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
     short = [number for number, length in enumerate(pack.lengths) if length <= longest]
     groups = []
-    for group in tilings(pack.lengths, pack.own, short):
-        ends = [pack.lengths[row] for row in group.rows]
-        tiles = [-(-(end - group.first) // group.tile) for end in ends]
-        width = tiles[0] * group.tile
-        seen = _Lined.of([rows[row][2] for row in group.rows], ends, group.keys)
-        asking = seen
-        if pack.places:
-            asked = [torch.arange(rows[row][0].start, rows[row][0].stop) for row in group.rows]
-            asking = _Lined.of(asked, [end - group.first for end in ends], width)
-        have = tuple(sum(number < own for own in tiles) for number in range(tiles[0]))
-        groups.append(_Group(asking, seen, group.tile, group.first, have))
+    for tiling in tilings(pack.lengths, pack.own, short):
+        seen = torch.full((len(tiling.rows), tiling.keys), -1)
+        asking = torch.full((len(tiling.rows), tiling.tiles * tiling.tile), -1)
+        for at, row in enumerate(tiling.rows):
+            _, common, of = rows[row]
+            seen[at, : len(of)] = of
+            asking[at, common - tiling.first : len(of) - tiling.first] = of[common:]
+        asking = asking.view(len(tiling.rows), tiling.tiles, 1, 1, tiling.tile).transpose(0, 1)
+        have = [-(-(pack.lengths[row] - tiling.first) // tiling.tile) for row in tiling.rows]
+        groups.append(
+            _Group(
+                _Lined.of(asking, torch.arange(heads * group).view(heads, group, 1), tokens),
+                _Lined.of(seen[:, None], torch.arange(heads).view(heads, 1), tokens),
+                tiling.tile, tiling.first, tuple(sum(n < own for own in have) for n in range(tiling.tiles)),
+            )
+        )  # fmt: skip
     return long, groups
 
 
@@ -238,7 +231,7 @@ class _Rows(torch.autograd.Function):
         heads, dtype, wide = key.shape[1], query.dtype, torch.float32
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         longest = LONG if query.shape[-1] == value.shape[-1] else max(pack.lengths)
-        long, groups = ctx.parts = _parts(pack, longest)
+        long, groups = ctx.parts = _parts(pack, longest, heads, query.shape[1] // heads)
         norms, probabilities = [], []
         for row in long:
             made, norm = row.attend(query, key, value, scale)
@@ -253,7 +246,7 @@ class _Rows(torch.autograd.Function):
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
                 if group.kept(dtype):
                     probabilities.append(p.view(rows, heads, -1, group.tile, keys))
-            group.put(made, out)
+            group.asking.write(made, out)
         ctx.save_for_backward(query, key, value, *([out, *norms] if long else []), *probabilities)
         ctx.scale, ctx.shared = scale, bool(pack.places)
         return out[None]
@@ -292,7 +285,7 @@ class _Rows(torch.autograd.Function):
                 of_s = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale).to(dtype)
                 torch.bmm(of_s, k[:b, :keys], out=of_q[tile, :rows].flatten(0, 1))
                 of_k[:b, :keys].add_(torch.bmm(of_s.transpose(1, 2), q[tile, :rows].flatten(0, 1)))
-            group.put(of_q, of_query)
-            group.put_keys(of_k, heads, of_key, add)
-            group.put_keys(of_v, heads, of_value, add)
+            group.asking.write(of_q, of_query)
+            group.seen.write(of_k, of_key, add)
+            group.seen.write(of_v, of_value, add)
         return *(part.to(dtype).transpose(0, 1)[None] for part in (of_query, of_key, of_value)), None, None

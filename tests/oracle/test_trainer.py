@@ -88,7 +88,7 @@ def _trainer(
 def test_six_steps_are_those_of_transformers_trainer(
     fit: Fit, tmp_path: Path, way: str, eps: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """With logits and PEFT's layers on both sides, and as it comes: sharing, without logits, with layers of our own.
+    """With logits and PEFT's layers on both sides, padded, and as it comes: packed and sharing, with layers of our own.
 
     These round otherwise. Where a gradient is no larger than Adam's eps its rounding decides how far a step goes, so
     eps is put above it there; `test_gradients_are_as_near_to_the_truth` says that the rounding is all.
@@ -98,7 +98,7 @@ def test_six_steps_are_those_of_transformers_trainer(
         monkeypatch.setattr(lowrank, "fits", lambda _: False)
     ours = fit(
         rows=48,
-        data={"prefix_sharing": "off" if way == "plain" else "auto"},
+        data={"packing": "off" if way == "plain" else "auto"},
         optimizer={"lr": 5e-3, "weight_decay": 0.1, "eps": eps},
         train={
             "batch_size": 8,
@@ -127,7 +127,7 @@ def test_six_steps_are_those_of_transformers_trainer(
 
     layers = {type(m).__name__ for m in ours.net.modules() if isinstance(m, LoraLayer)}
     assert layers == ({"Linear"} if way == "plain" else {"FewPasses"})
-    assert ours.facts()["batching"]["shared"] == (way != "plain")
+    assert ours.facts()["batching"].get("shared", False) == (way != "plain")
     assert min(ours.column("grad_norm")) > CLIP, "every step must be clipped, or clipping is not compared"
     assert len(set(ours.column("lr"))) == 6, "the rate must move, or the schedule is not compared"
     assert ours.column("loss")[-1] < ours.column("loss")[0]
