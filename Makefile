@@ -19,7 +19,7 @@ help:
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
-	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (about twenty minutes)"
+	@echo "make bench      training speed beside TRL and Trainer, which get a venv of their own (twenty to thirty minutes)"
 
 setup: $(READY)
 
