@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from loratune.longrow import LongRow
-from loratune.tiling import tilings
+from loratune.tiling import Tiling, tilings
 
 LONG = 768  # tokens of a row that torch's kernel takes at least as fast
 KEPT = 256  # tokens of the longest rows whose probabilities are kept in bfloat16
@@ -58,12 +58,12 @@ def scores_kept(own: list[int], lengths: list[int]) -> int:
         lengths: of the rows in tokens.
     """
     short = [row for row, length in enumerate(lengths) if length <= LONG]
-    return sum(group.scores for group in tilings(lengths, own, short) if _are_kept(torch.bfloat16, group.keys))
+    return sum(group.scores for group in tilings(lengths, own, short) if _are_kept(group, torch.bfloat16))
 
 
-def _are_kept(dtype: torch.dtype, keys: int) -> bool:
-    """Return whether the probabilities of a group are kept: products in float32 make them as fast again."""
-    return dtype is torch.bfloat16 and keys <= KEPT
+def _are_kept(tiling: Tiling, dtype: torch.dtype) -> bool:
+    """Return whether probabilities are kept until the way back: products in float32 make them as fast again."""
+    return dtype is torch.bfloat16 and tiling.keys <= KEPT
 
 
 @dataclass(frozen=True)
@@ -139,25 +139,19 @@ class _Group:
     Attributes:
         asking: the own tokens of the rows, padded to whole tiles.
         seen: all tokens of the rows, padded to where the last tile ends.
-        tile: tokens of a tile.
-        first: where the first tile begins, in tokens of a row: no row has any of its own before.
+        tiling: how they are cut into tiles.
         rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
     """
 
     asking: _Lined
     seen: _Lined
-    tile: int
-    first: int
+    tiling: Tiling
     rows: tuple[int, ...]
-
-    def kept(self, dtype: torch.dtype) -> bool:
-        """Return whether the probabilities are kept until the way back."""
-        return _are_kept(dtype, self.first + len(self.rows) * self.tile)
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
         for number, rows in enumerate(self.rows):
-            yield number, rows, self.first + (number + 1) * self.tile
+            yield number, rows, self.tiling.first + (number + 1) * self.tiling.tile
 
     def queries(self, part: torch.Tensor, heads: int, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
         """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x tile, width).
@@ -198,7 +192,7 @@ def _parts(pack: _Pack, longest: int, heads: int, group: int) -> tuple[list[Long
             _Group(
                 _Lined.of(asking, torch.arange(heads * group).view(heads, group, 1), tokens),
                 _Lined.of(seen[:, None], torch.arange(heads).view(heads, 1), tokens),
-                tiling.tile, tiling.first, tuple(sum(n < own for own in have) for n in range(tiling.tiles)),
+                tiling, tuple(sum(n < own for own in have) for n in range(tiling.tiles)),
             )
         )  # fmt: skip
     return long, groups
@@ -242,10 +236,10 @@ class _Rows(torch.autograd.Function):
             made = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
             for tile, rows, keys in group.steps():
                 b = rows * heads
-                p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys], group.tile).to(dtype)
+                p = _probabilities(q[tile, :rows].flatten(0, 1), k[:b, :keys], group.tiling.tile).to(dtype)
                 torch.bmm(p, v[:b, :keys], out=made[tile, :rows].flatten(0, 1))
-                if group.kept(dtype):
-                    probabilities.append(p.view(rows, heads, -1, group.tile, keys))
+                if _are_kept(group.tiling, dtype):
+                    probabilities.append(p.view(rows, heads, -1, group.tiling.tile, keys))
             group.asking.write(made, out)
         ctx.save_for_backward(query, key, value, *([out, *norms] if long else []), *probabilities)
         ctx.scale, ctx.shared = scale, bool(pack.places)
@@ -270,7 +264,7 @@ class _Rows(torch.autograd.Function):
         for group in groups:
             q, g = group.queries(query, heads, dtype), group.queries(gradient, heads, dtype, empty=True)
             k, v = group.keys(key, dtype), group.keys(value, dtype)
-            again = None if group.kept(dtype) else (q.to(wide), k.to(wide) * ctx.scale)
+            again = None if _are_kept(group.tiling, dtype) else (q.to(wide), k.to(wide) * ctx.scale)
             of_q = torch.empty_like(q)
             of_k, of_v = (torch.zeros(part.shape, dtype=wide) for part in (k, v))
             for tile, rows, keys in group.steps():
@@ -278,7 +272,7 @@ class _Rows(torch.autograd.Function):
                 if again is None:
                     p = next(probabilities).view(b, -1, keys)
                 else:
-                    p = _probabilities(again[0][tile, :rows].flatten(0, 1), again[1][:b, :keys], group.tile)
+                    p = _probabilities(again[0][tile, :rows].flatten(0, 1), again[1][:b, :keys], group.tiling.tile)
                 g_here = g[tile, :rows].flatten(0, 1)
                 of_v[:b, :keys].add_(torch.bmm(p.to(dtype).transpose(1, 2), g_here))
                 of_p = torch.bmm(g_here, v[:b, :keys].transpose(1, 2)).to(p.dtype)
