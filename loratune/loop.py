@@ -80,9 +80,11 @@ def steps(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, world = accelerator.device, accelerator.num_processes
     scaled = accelerator.scaler is not None
+    model.train()
     for number, batch in enumerate(batches, start + 1):
         began = time.perf_counter()
-        model.train()  # the caller may have evaluated
+        if not model.training:  # the caller has evaluated; otherwise thousands of modules would be told in each step
+            model.train()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
         micro = [objective.collate(part, batch.layout) for part in batch.micro]

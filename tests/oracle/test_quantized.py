@@ -98,9 +98,13 @@ def test_an_int8_layer_is_close_to_its_dequantized_weight(base: Path):
 TRAIN = {"batch_size": 8, "epochs": 3, "schedule": "constant", "warmup": 0}
 
 
-@pytest.mark.parametrize("quantization", ["nf4", {"type": "nf4", "double_quant": False}, "fp4", "int8"], ids=str)
-def test_training_after_an_evaluation_is_training_without_one(fit: Fit, quantization: Any):
-    sections = {"model": {"quantization": quantization}, "train": TRAIN}
+@pytest.mark.parametrize(
+    ("quantization", "dropout"),
+    [("nf4", 0), ({"type": "nf4", "double_quant": False}, 0), ("fp4", 0), ("int8", 0), ("none", 0.2)], ids=str,
+)  # fmt: skip
+def test_training_after_an_evaluation_is_training_without_one(fit: Fit, quantization: Any, dropout: float):
+    method = {"method": {"lora_dropout": dropout}} if dropout else {}
+    sections: dict[str, Any] = {"model": {"quantization": quantization}, "train": TRAIN, **method}
     plain = fit("plain", **sections)
     measured = fit("measured", **{**sections, "train": {**TRAIN, "eval_every": 1}, "data": {"eval": "eval.jsonl"}})
     assert len(measured.events("eval")) == 9
