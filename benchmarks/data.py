@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import machine
 
 HERE = Path(__file__).parent
 BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -160,7 +161,7 @@ def main() -> None:
             python = sys.executable if name == "loratune" else given.peer_python
             command = [python, __file__, "--arm", name, "--file", str(file), "--tokenizer", str(given.tokenizer)]
             results[name] = measured(command, {**environment, "HF_HUB_OFFLINE": "1"})
-    print(f"{given.rows:,} rows, {size / 1e6:,.0f} MB, {platform.machine()}, {os.cpu_count()} cores")
+    print(f"{given.rows:,} rows, {size / 1e6:,.0f} MB, {machine.processor()}")
     print(f"{'':12} {'seconds':>9} {'rows/s':>9} {'MB/s':>7} {'RSS MB':>8} {'PSS MB':>8} {'packs':>7}")
     for name, found in results.items():
         found |= {"rows_per_second": given.rows / found["seconds"], "mb_per_second": size / 1e6 / found["seconds"]}
@@ -172,7 +173,13 @@ def main() -> None:
         print(f"loratune's second start: {results['loratune']['second_start_seconds']:.2f} s")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"rows": given.rows, "turns": given.turns, "bytes": size, "cores": os.cpu_count(), "arms": results}
+        about = {
+            "rows": given.rows,
+            "turns": given.turns,
+            "bytes": size,
+            "machine": machine.processor(),
+            "arms": results,
+        }
         given.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

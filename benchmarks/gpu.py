@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import machine
 import train
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds the peers")
     parser.add_argument("--out", type=Path, default=train.HERE / "results")
     given = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine.processor()
     shape = SHAPES[given.shape]
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "model"
@@ -125,7 +126,7 @@ def main() -> None:
             median, everything = train.compare(folder, arms, given.rounds, given.peer_python)
             about = {"device": device, "shape": given.shape, "case": name, "median": median, **everything}
             print(f"\n{name} on {device}")
-            train.keep(given.out / f"gpu-{name}-{device.replace(' ', '-').lower()}", about, median)
+            train.keep(given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, median)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import machine
 
 HERE = Path(__file__).parent
 BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -468,19 +469,11 @@ def main() -> None:
         prepare(Path(folder), case)
         median, everything = compare(Path(folder), given.arms, given.rounds, given.peer_python, given.threads)
     about = {
-        "machine": f"{processor()}, {os.cpu_count()} cores", "threads": given.threads, "rows": given.rows,
+        "machine": machine.processor(), "threads": given.threads, "rows": given.rows,
         "length": given.length, **case, "model": given.model.name, "median": median, **everything,
     }  # fmt: skip
-    keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}", about, median)
-
-
-def processor() -> str:
-    """Return the processor's name, as far as it is told."""
-    file = Path("/proc/cpuinfo")
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    at_once = "" if given.batch_size == parser.get_default("batch_size") else f"-{given.batch_size}-rows"
+    keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}{at_once}", about, median)
 
 
 def keep(out: Path, about: dict[str, Any], median: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,16 +89,8 @@ def attend(
     windowed = sliding_window is not None and max(lengths) > sliding_window
     if query.dtype in (torch.bfloat16, torch.float32) and not (windowed or dropout or is_causal is False):
         return tiles.attend(query, key, value, own, scaling or query.shape[-1] ** -0.5, key_places, lengths), None
-    parts = [part if key_places is None else part.index_select(2, key_places) for part in (query, key, value)]
-    rows = (torch.split_with_sizes(part, lengths, dim=2) for part in parts)  # each slice would get a full gradient
-    out = []
-    for q, k, v, asks in zip(*rows, own, strict=True):
-        band = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            band = _band(q.shape[2], sliding_window, query.device)
-        made = sdpa(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=is_causal)[0]
-        out.append(made[:, -asks:])
-    return torch.cat(out, dim=1), None
+    by_itself = partial(sdpa, module, dropout=dropout, scaling=scaling, is_causal=is_causal)
+    return _one_by_one(by_itself, (query, key, value), own, lengths, key_places, sliding_window), None
 
 
 def mask(
@@ -138,6 +132,20 @@ def _varlen(
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out[None, ..., : out.shape[-1] - wider]
+
+
+def _one_by_one(
+    sdpa: Callable[..., Any], parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], own: list[int],
+    lengths: list[int], places: torch.Tensor | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attend in each row of a pack through a kernel of its own; return (1, tokens, heads, width of a value)."""
+    of_rows = (part if places is None else part.index_select(2, places) for part in parts)
+    rows = (torch.split_with_sizes(part, lengths, dim=2) for part in of_rows)  # each slice would get a full gradient
+    out = []
+    for q, k, v, asks in zip(*rows, own, strict=True):
+        seen = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
+        out.append(sdpa(q, k, v, seen)[0][:, -asks:])
+    return torch.cat(out, dim=1)
 
 
 class _Gathered(torch.autograd.Function):
