@@ -110,10 +110,10 @@ def why_not(
 ) -> str:  # fmt: skip
     """Return why packed rows don't stay apart in a model, or nothing when they do.
 
-    A row's logits must be those of the row alone: in float32 they are, to what another order of summing explains. In 16
-    bit that explains more. So there, with the row before it exchanged for another of the same length, they must stay the
-    same: kernels and shapes are the same, so hardly a bit may change; and that they are off by another kernel is told
-    from packing by the row alone in it.
+    A row's logits must be those of the row alone, to what another order of summing explains: hardly anything in
+    float32, which says all. In 16 bit it explains more. So there, with the row before it exchanged for another of the
+    same length, they must stay the same as well: kernels and shapes are the same, so hardly a bit may change; and
+    logits that are off by another kernel are told from packing by the row alone in it.
     Rows that share must not hide what is drawn at random for each of them.
 
     Args:
