@@ -174,12 +174,8 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         about = {
-            "rows": given.rows,
-            "turns": given.turns,
-            "bytes": size,
-            "machine": machine.processor(),
-            "arms": results,
-        }
+            "rows": given.rows, "turns": given.turns, "bytes": size, "machine": machine.processor(), "arms": results,
+        }  # fmt: skip
         given.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds the peers")
     parser.add_argument("--out", type=Path, default=train.HERE / "results")
     given = parser.parse_args()
+    if not torch.cuda.is_available() and given.shape != "tiny":
+        sys.exit("no GPU is in reach: on a CPU `--shape tiny --shrink 64` tries whether this runs")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine.processor()
     shape = SHAPES[given.shape]
     with tempfile.TemporaryDirectory() as place:

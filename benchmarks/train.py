@@ -472,8 +472,8 @@ def main() -> None:
         "machine": machine.processor(), "threads": given.threads, "rows": given.rows,
         "length": given.length, **case, "model": given.model.name, "median": median, **everything,
     }  # fmt: skip
-    at_once = "" if given.batch_size == parser.get_default("batch_size") else f"-{given.batch_size}-rows"
-    keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}{at_once}", about, median)
+    others = "" if given.batch_size == parser.get_default("batch_size") else f"-{given.batch_size}-rows"
+    keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}{others}", about, median)
 
 
 def keep(out: Path, about: dict[str, Any], median: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def why_not(
         if drew and layout == "shared":
             return "it draws something at random for each token (dropout), and for each row apart"
         off = _distance(behind, alone)
-        if float(off.max()) <= leak:  # the row before makes as little difference as none before, in float32
+        if rounding == "float32" and float(off.max()) <= leak:  # it makes no difference whether a row stands before
             return ""
         other, _ = _logits(net, objective, [before, second], autocast, layout)
     except torch.OutOfMemoryError:

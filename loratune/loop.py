@@ -60,7 +60,7 @@ def steps(
     """Train on batches, one optimizer step each, and yield after each step.
 
     The gradient is that of the summed loss divided once by the count over all micro-batches and all processes, so it
-    does not depend on how a batch is split. Between two steps the caller may evaluate or save.
+    does not depend on how a batch is split. Between two steps the caller may `measure` or save.
 
     Args:
         model: prepared by `accelerator` where there are several processes.
@@ -80,11 +80,9 @@ def steps(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, world = accelerator.device, accelerator.num_processes
     scaled = accelerator.scaler is not None
-    model.train()
+    model.train()  # once: there are thousands of modules to tell
     for number, batch in enumerate(batches, start + 1):
         began = time.perf_counter()
-        if not model.training:  # the caller has evaluated; otherwise thousands of modules would be told in each step
-            model.train()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
         micro = [objective.collate(part, batch.layout) for part in batch.micro]
@@ -131,23 +129,27 @@ def steps(
 def measure(
     model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any
 ) -> tuple[float, int]:
-    """Return (loss per count, count) over micro-batches without training; the caller's next step trains again.
+    """Return (loss per count, count) over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
     """
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
+    was_training = model.training
     model.eval()
     inner = accelerator.unwrap_model(model)  # shares may differ in number: no DDP forward here
-    with torch.no_grad():
-        for index, rows in enumerate(micro_batches):
-            if index % world == rank:
-                part = objective.collate(rows)
-                total = objective.total(inner, on(device, part))
-                sums += torch.stack(
-                    [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
-                )
+    try:
+        with torch.no_grad():
+            for index, rows in enumerate(micro_batches):
+                if index % world == rank:
+                    part = objective.collate(rows)
+                    total = objective.total(inner, on(device, part))
+                    sums += torch.stack(
+                        [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
+                    )
+    finally:
+        model.train(was_training)
     if world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     total_loss, count = sums.tolist()
