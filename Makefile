@@ -60,6 +60,8 @@ bench: $(READY) $(PEERS)/.ready
 
 gpu-bench: $(READY) $(PEERS)/.ready
 	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt bitsandbytes liger-kernel
+	@# its kernels alone are used: they need none of the many packages that it pins
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python axolotl==0.21.0
 	$(call ON,training speed on the GPU: results in benchmarks/results)
 	@$(BIN)/python benchmarks/gpu.py --peer-python $(PEERS)/bin/python
 

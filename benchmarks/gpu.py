@@ -53,7 +53,9 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "qlora-16xvaried": (16, (64, 2048), NF4),
     "qlora-1x2048-checkpointed": (1, 2048, NF4 | ALL),
 }
-ARMS = ("loratune", "loratune-compiled", "trl", "trl-plain", "trl-liger", "unsloth")
+ARMS = (
+    "loratune", "loratune-compiled", "trl", "trl-plain", "trl-liger", "trainer", "trainer-axolotl", "unsloth",
+)  # fmt: skip
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:

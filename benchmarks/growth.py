@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu
+import machine
 import train
 
 SHAPE = dict(gpu.SHAPES["smollm2-135m"])
@@ -77,7 +78,8 @@ def main() -> None:
     print("\n".join(lines))
     out = given.out or train.HERE / "results" / f"growth-cpu-{train.precision()}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    told = {"machine": machine.processor(), "cases": found}
+    out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

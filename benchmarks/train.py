@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # title, and the settings of SF
     "trl-padding-free": ("TRL, the same, padding-free", PLAIN | {"padding_free": True}),
     "trl-liger": ("TRL, the same, with Liger's kernels", PLAIN | {"use_liger_kernel": True}),
     "trainer": ("Trainer + PEFT, loratune's precision", {}),
+    "trainer-axolotl": ("Trainer + PEFT, the same, with axolotl's kernels", {}),
     "unsloth": ("unsloth", {}),
 }
 CPU = ("loratune", "loratune-unshared", "trl", "trl-plain", "trl-padding-free", "trainer")
@@ -272,11 +274,14 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     set_seed(0)
     trainer: Any
-    if name == "trainer":
+    if name.startswith("trainer"):
         net = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, **loading)
         net = get_peft_model(net, lora)
+        if name == "trainer-axolotl":
+            axolotl_kernels(net)
         collator = DataCollatorForSeq2Seq(words, label_pad_token_id=-100)
-        trainer = Trainer(net, TrainingArguments(**settings, bf16=False), collator, rows)
+        settings |= {"bf16": False, "gradient_checkpointing": torch.cuda.is_available()}  # large models are there
+        trainer = Trainer(net, TrainingArguments(**settings), collator, rows)
     else:
         from trl import SFTConfig, SFTTrainer
 
@@ -306,6 +311,27 @@ def peer(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "rates": rates,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
+
+
+def axolotl_kernels(net: Any) -> None:
+    """Put axolotl's functions for LoRA into a Llama with PEFT's layers, where its own trainer would put them."""
+    from axolotl.kernels.lora import apply_lora_mlp_swiglu, apply_lora_o, apply_lora_qkv
+
+    def attend_by(attention: Any) -> None:
+        made: dict[str, Any] = {}
+
+        def query(x: Any) -> Any:
+            found, made["key"], made["value"] = apply_lora_qkv(attention, x)
+            return found
+
+        attention.q_proj.forward = query
+        attention.k_proj.forward = lambda x: made.pop("key")
+        attention.v_proj.forward = lambda x: made.pop("value")
+        attention.o_proj.forward = partial(apply_lora_o, attention)
+
+    for layer in net.get_base_model().model.layers:
+        attend_by(layer.self_attn)
+        layer.mlp.forward = partial(apply_lora_mlp_swiglu, layer.mlp)
 
 
 def arm(name: str, folder: Path) -> dict[str, Any]:

@@ -59,6 +59,6 @@ def test_growth_with_one_layer(tmp_path: Path) -> None:
     ]  # fmt: skip
     said = run("growth.py", *words, "--out", str(tmp_path / "growth"), folder=tmp_path)
     assert len(said.splitlines()) == 6
-    found = json.loads((tmp_path / "growth.json").read_text())
+    found = json.loads((tmp_path / "growth.json").read_text())["cases"]
     assert [(one["rows"], one["length"]) for one in found] == [(16, 16), (4, 64), (10, 8), (40, 8)]
     assert all(one["tokens_per_second"] > 0 for one in found)
