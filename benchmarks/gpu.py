@@ -22,7 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
+import report
 import train
+import training
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -97,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b", choices=list(SHAPES))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(train.ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(report.TITLES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm", type=int, default=4, help="first steps whose time is not counted")
     parser.add_argument("--rounds", type=int, default=2)
@@ -120,17 +122,17 @@ def main() -> None:
             length = length // given.shrink if isinstance(length, int) else tuple(n // given.shrink for n in length)
             longest = length if isinstance(length, int) else length[1]
             case = {
-                "model": str(base), "dtype": train.precision(), "steps": given.steps, "warm": given.warm,
+                "model": str(base), "dtype": training.precision(), "steps": given.steps, "warm": given.warm,
                 "batch_size": rows, "rows_at_once": rows,
                 "sections": {**sections, "data": {"format": "text", "max_length": longest}},
             }  # fmt: skip
             write_rows(folder / "rows.jsonl", rows * given.steps, length, shape["vocab_size"])
-            train.prepare(folder, case)
+            training.prepare(folder, case)
             arms = [*given.arms, *(["loratune-padded"] if isinstance(CASES[name][1], tuple) else [])]
             median, everything = train.compare(folder, arms, given.rounds, given.peer_python)
             about = {"device": device, "shape": given.shape, "case": name, "median": median, **everything}
             print(f"\n{name} on {device}")
-            train.keep(given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, median)
+            report.keep(given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, median)
 
 
 if __name__ == "__main__":

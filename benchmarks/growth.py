@@ -19,7 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu
 import machine
+import report
 import train
+import training
 
 SHAPE = dict(gpu.SHAPES["smollm2-135m"])
 AT_ONCE = 50  # rows of a step where their number grows: a hundred make steps of the same size, too
@@ -31,10 +33,10 @@ def prepare(base: Path, folder: Path, number: int, length: int, at_once: int, st
     gpu.write_rows(folder / "rows.jsonl", number, length, SHAPE["vocab_size"])
     data = {"format": "text", "max_length": length, "max_lost": 0.5}
     case = {
-        "model": str(base), "dtype": train.precision(), "steps": steps, "warm": 1, "batch_size": at_once,
+        "model": str(base), "dtype": training.precision(), "steps": steps, "warm": 1, "batch_size": at_once,
         "sections": {"data": data}, "attention_apart": True,
     }  # fmt: skip
-    train.prepare(folder, case)
+    training.prepare(folder, case)
 
 
 def main() -> None:
@@ -69,14 +71,14 @@ def main() -> None:
     lines = ["| rows | tokens a row | tokens/s | without attention | peak memory |", "|---|---|---|---|---|"]
     found = []
     for (number, length, _), seen in zip(cases, rounds, strict=True):
-        one = train.summary(seen)
+        one = report.summary(seen)
         found.append({"rows": number, "length": length, **one, "rounds": seen})
         lines.append(
             f"| {number:,} | {length:,} | {one['tokens_per_second']:.0f} | {one['without_attention']:.0f} "
             f"| {one['peak_memory'] / 1e9:.2f} GB |"
         )
     print("\n".join(lines))
-    out = given.out or train.HERE / "results" / f"growth-cpu-{train.precision()}"
+    out = given.out or train.HERE / "results" / f"growth-cpu-{training.precision()}"
     out.parent.mkdir(parents=True, exist_ok=True)
     told = {"machine": machine.processor(), "cases": found}
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
