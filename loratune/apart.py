@@ -39,6 +39,7 @@ class Packing:
         why_not: packing was not chosen because of this.
         why_not_shared: nor sharing because of this.
         saved: part (0-1) of the tokens of a step that need not be computed as rows share; 0 where they don't.
+        missed: part (0-1) of them that need not be, could rows share as they were to.
     """
 
     layout: Layout
@@ -46,6 +47,7 @@ class Packing:
     why_not: str = ""
     why_not_shared: str = ""
     saved: float = 0.0
+    missed: float = 0.0
 
     @property
     def packed(self) -> bool:
@@ -89,19 +91,20 @@ def _refused(recipe: Recipe, key: str, reason: str) -> ModelError:
 
 
 def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[float, str]:
-    """Return what part of the tokens sharing would save, and why it is not done, whatever the self-test would say."""
+    """Return what part of the tokens sharing would save, and why it is not done, whatever the self-test would say.
+
+    The part is 0 where nobody would want it.
+    """
     wish = recipe.data.prefix_sharing
     if wish == "off":
         return 0.0, "data.prefix_sharing: off"
-    if recipe.objective.is_noisy:
-        return 0.0, "neftune draws noise for each row apart"
     settings, budget = recipe.train, batches.AUTO_TOKENS[device]
     saved = batches.saved(
         rows, settings.batch_size, settings.micro_batch_size, settings.seed, budget, recipe.data.max_length, world
     )
     if wish == "auto" and saved < LEAST:
-        return saved, f"the rows of a step have too little in common ({100 * saved:.1f} % of their tokens)"
-    return saved, ""
+        return 0.0, f"the rows of a step have too little in common ({100 * saved:.1f} % of their tokens)"
+    return saved, "neftune draws noise for each row apart" if recipe.objective.is_noisy else ""
 
 
 def why_not(
@@ -182,7 +185,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
             return Packing(layout, by, saved=saved)
         else:
             unshared = unshared or reasons.get("shared", f"`{own}` attention can't be told what rows share")
-            return Packing(layout, by, why_not_shared=unshared)
+            return Packing(layout, by, why_not_shared=unshared, missed=saved)
     loaded.model.set_attn_implementation(own)
     reason = reasons.get("packed", f"`{own}` attention costs more for packs than for rows")
     return Packing("padded", why_not=reason, why_not_shared=reason)

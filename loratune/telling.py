@@ -82,7 +82,7 @@ def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> di
     each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, processes)
     return {
         "packed": True, "by": packing.by, "shared": False, "why_not_shared": packing.why_not_shared,
-        "rows_per_pack": round(each, 2), "filled": round(filled, 4),
+        "missed": round(packing.missed, 4), "rows_per_pack": round(each, 2), "filled": round(filled, 4),
     }  # fmt: skip
 
 
@@ -145,6 +145,11 @@ def tell_start(
             f"tokens on average, {100 * batching['filled']:.0f} % filled"
             + (", kept apart by a mask" if batching["by"] == "mask" else "")
         )
+        if batching["missed"]:
+            report.note(
+                f"         {100 * batching['missed']:.0f} % of the tokens could be saved (data.prefix_sharing), but "
+                f"{batching['why_not_shared']}"
+            )
     else:
         report.note(f"batches  padded ({batching['why_not']})")
     report.note(f"memory   {plan.told()}")

@@ -459,9 +459,17 @@ def test_what_rows_share_is_told_and_counted(fit: Fit, capsys: pytest.CaptureFix
         ({"model": {"attention": "eager"}}, "`eager` attention costs more for packs than for rows"),
     ],
 )
-def test_why_rows_do_not_share(fit: Fit, sections: dict[str, Any], told: str):
+def test_why_rows_do_not_share(fit: Fit, capsys: pytest.CaptureFixture[str], sections: dict[str, Any], told: str):
     batching = fit(**sections).facts()["batching"]
     assert batching.get("why_not_shared", batching.get("why_not")) == told
+    missed = [line for line in capsys.readouterr().err.splitlines() if "could be saved" in line]
+    if "draws" in told:  # who asked for it learns what it costs
+        assert missed == [
+            f"         {100 * batching['missed']:.0f} % of the tokens could be saved (data.prefix_sharing), but {told}"
+        ]
+        assert batching["missed"] > 0.1
+    else:
+        assert missed == []
     if told.endswith("off"):
         return
     with pytest.raises(ModelError) as caught:
@@ -475,6 +483,7 @@ def test_rows_with_little_in_common_share_it_only_if_asked_to(fit: Fit, monkeypa
     alone = {"train": {"batch_size": 1}}
     batching = fit(**alone).facts()["batching"]
     assert batching["why_not_shared"] == "the rows of a step have too little in common (2.8 % of their tokens)"
+    assert batching["missed"] == 0, "nothing to regret"
     assert fit("on", **alone, data={"prefix_sharing": "on"}).facts()["batching"]["saved"] == 0.0279
 
 
