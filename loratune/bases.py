@@ -125,7 +125,7 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
         return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), guard.CONVERT))
     hint = None
     if not Path(base).is_absolute():
-        hint = "is it a hub id? a local folder is named relative to the recipe"
+        hint = "there is no such folder either; one in a recipe is named relative to it"
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             hint = "HF_HUB_OFFLINE is set: only models in the local cache can be had"
     return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))

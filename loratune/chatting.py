@@ -134,15 +134,13 @@ class Conversation:
             return "name an adapter: /adapter FOLDER"
         notes: tuple[str, ...] = ()
         if argument not in self.adapters:
-            what = subject.open_subject(argument)
-            if what.adapter is None:
-                raise UsageError(f"`{argument}` is a whole model, no adapter")
-            found = fingerprint.compare(what.adapter, self.base, self.allow_base_mismatch)
+            _, folder = subject.open_adapter(argument)
+            found = fingerprint.compare(folder, self.base, self.allow_base_mismatch)
             notes = found.notes
             peft_name = f"adapter{len(self.adapters)}" if self.adapters else "default"
-            self.loaded.model = subject.attach(self.loaded.model, what.adapter, peft_name)
+            self.loaded.model = subject.attach(self.loaded.model, folder, peft_name)
             self.loaded.model.eval()
-            argument = what.adapter.name
+            argument = folder.name
             self.adapters[argument] = peft_name
         self.active = self.adapters[argument]
         self.loaded.model.set_adapter(self.active, inference_mode=True)

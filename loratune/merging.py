@@ -76,16 +76,14 @@ def merge(
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
-    what = subject.open_subject(str(name), base, trust_remote_code)
-    if what.adapter is None:
-        raise UsageError(Problem("is a whole model: there is nothing to merge", Place(str(name))))
+    what, folder = subject.open_adapter(str(name), base, trust_remote_code)
     loaded = subject.load(what, True, allow_base_mismatch)  # float32: the sum W + s B A is rounded once, at the end
     for line in loaded.notes:
         tell.problem(line)
     wanted = _dtype(dtype, what)
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
-    merged = _fold(loaded.model, what.adapter)
+    merged = _fold(loaded.model, folder)
     _round(merged, wanted)
     after = _logits(merged, prompts)
     difference = max(float((a - b).abs().max()) for a, b in zip(with_adapter, after, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loratune import adapter, checkpoint, compiler, decode, fingerprint, guard, model, nodes, recipe, tokenizing
-from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, shorten
+from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
 
@@ -79,6 +79,21 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
         )
     dtype = known.model.dtype if known else "auto"
     return Subject(name, _model(name, dtype), None, original, known, trust)
+
+
+def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tuple[Subject, Path]:
+    """Find out what a name stands for that must be an adapter's; return that, and its folder.
+
+    Raises:
+        ModelError: as `open_subject`, and when there is no such folder: an adapter is never on the hub.
+        UsageError: when it is a whole model.
+    """
+    if not Path(name).expanduser().exists():
+        raise ModelError(Problem("no such folder", Place(name), "name a run or an adapter folder"))
+    found = open_subject(name, base, trust)
+    if found.adapter is None:
+        raise UsageError(Problem("is a whole model, no adapter", Place(name), "name a run or an adapter folder"))
+    return found, found.adapter
 
 
 def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> model.Loaded:

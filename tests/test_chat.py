@@ -133,9 +133,10 @@ def test_an_adapter_on_a_plain_model(
 def test_a_wrong_command_ends_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, err = talk(monkeypatch, capsys, base, "/what", f"/adapter {base}", "/adapter ./nowhere", "one")
+    out, err = talk(monkeypatch, capsys, base, "/what", f"/adapter {base}", "/adapter nowhere", "one")
     assert out == f"{Reference(base).answer('one')}\n"
-    assert err.splitlines() == [HELP, f"`{base}` is a whole model, no adapter", "./nowhere: no such folder"]
+    hint = "  name a run or an adapter folder"
+    assert err.splitlines() == [HELP, f"{base}: is a whole model, no adapter", hint, "nowhere: no such folder", hint]
 
 
 def test_errors(base: Path, tmp_path: Path) -> None:

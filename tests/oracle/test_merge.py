@@ -202,8 +202,14 @@ def test_a_full_disk_leaves_nothing_behind(fit: Fit, tmp_path: Path, monkeypatch
 
 
 def test_a_whole_model_has_nothing_to_merge(base: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="is a whole model: there is nothing to merge"):
+    with pytest.raises(UsageError, match="is a whole model, no adapter"):
         merge(base, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "runs/nowhere"])
+def test_a_folder_that_is_not_there_is_no_model_of_the_hub(name: str, tmp_path: Path):
+    with pytest.raises(ModelError, match=f"{name}: no such folder"):
+        merge(name, tmp_path / "merged")
 
 
 def test_an_adapter_of_another_base_is_refused(fit: Fit, tmp_path: Path):
