@@ -1,4 +1,4 @@
-"""The others, each as its own documentation has it: TRL's SFTTrainer, transformers' Trainer with PEFT, unsloth."""
+"""The others, as their documentation has them: TRL's SFTTrainer, Trainer with PEFT (and axolotl's kernels), unsloth."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def of_trl(name: str, folder: Path, case: dict[str, Any]) -> Any:
             load_in_4bit=bool(quantized(case)), dtype=getattr(torch, case["dtype"]),
         )  # fmt: skip
         net = FastLanguageModel.get_peft_model(
-            net, r=16, lora_alpha=32, use_gradient_checkpointing="unsloth",
+            net, **training.LORA, use_gradient_checkpointing="unsloth",
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         )  # fmt: skip
         return SFTTrainer(net, args=SFTConfig(**told), train_dataset=data, processing_class=words)
@@ -123,7 +123,7 @@ def lora() -> Any:
     """Return the adapter's configuration, loratune's own."""
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **training.LORA)
 
 
 def quantized(case: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import peers
 import report
 import training
 
@@ -104,12 +105,7 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     """Run one arm in this process and return its figures."""
     begun = time.time()
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    if name.startswith("loratune"):
-        found = loratune(name, folder, case)
-    else:
-        import peers
-
-        found = peers.run(name, folder, case)
+    found = (loratune if name.startswith("loratune") else peers.run)(name, folder, case)
     memory = machine.peak_memory()
     config = training.model_config(case)
     rows = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))

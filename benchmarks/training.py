@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RATE = 2e-4
+LORA = {"r": 16, "lora_alpha": 32}
 
 
 def write_rows(path: Path, number: int, length: int, seed: int = 0) -> None:
@@ -50,7 +51,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
 
     recipe: dict[str, Any] = {
         "model": {"base": case["model"], "dtype": case["dtype"]},
-        "method": {"type": "lora", "r": 16, "lora_alpha": 32},
+        "method": {"type": "lora", **LORA},
         "data": {"train": "rows.jsonl"},
         "optimizer": {"type": "adamw", "lr": RATE},
         "train": {
