@@ -74,7 +74,7 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     wish, shared = recipe.data.packing, recipe.data.prefix_sharing
     if wish == "off":
         found = Packing("padded", why_not="data.packing: off", why_not_shared="data.packing: off")
-    elif recipe.model.quantization.type == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
+    elif loaded.quantization == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
         reason = "int8 rounds all rows of a micro-batch together"
         found = Packing("padded", why_not=reason, why_not_shared=reason)
     else:

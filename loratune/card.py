@@ -31,7 +31,7 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
         f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
         f"| trained tokens | {data['trained_tokens']:,} per epoch |",
         f"| steps | {facts['step']} of {recipe.train.batch_size} rows |",
-        f"| method | {_method(recipe)} |",
+        f"| method | {_method(recipe, facts['quantization'])} |",
         f"| optimizer | {recipe.optimizer.type}, lr {recipe.optimizer.lr:g} |",
         f"| last train loss | {_number(facts.get('train_loss'))} |",
         f"| best eval loss | {_number(facts.get('best_eval_loss'))} |",
@@ -64,8 +64,8 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _method(recipe: Recipe) -> str:
-    method, quantization = recipe.method, recipe.model.quantization.type
+def _method(recipe: Recipe, quantization: str) -> str:
+    method = recipe.method
     base = "" if quantization == "none" else f" over a {quantization} base"
     if method.type == "full":
         return "full fine-tuning"

@@ -103,7 +103,7 @@ def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         recipe: that did not fit.
         facts: of its run; where the base did not even load they hold no `memory`.
     """
-    quantized = recipe.model.quantization.type != "none"
+    quantized = facts.get("quantization", recipe.model.quantization.type) != "none"
     if "memory" not in facts:
         smaller = "a smaller base model" if quantized else "model.quantization: nf4 (about a quarter of bfloat16)"
         return f"the base model itself does not fit: {smaller}"

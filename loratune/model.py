@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from loratune import bases, cgroup, tokenizing
-from loratune.errors import ModelError, SetupError
-from loratune.recipe import Fp4, Int8, Model, Nf4
+from loratune import bases, cgroup, quantization, tokenizing
+from loratune.errors import SetupError
+from loratune.recipe import Model
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -21,7 +21,8 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAI
 class Loaded:
     """A base model on its device, with its tokenizer and what a person must know about how it was loaded.
 
-    `base_differs` names how the base differs from the one its adapter was trained on, where that was allowed.
+    `base_differs` names how the base differs from the one its adapter was trained on, where that was allowed;
+    `quantization` what its linear layers hold: none, nf4, fp4, int8, or the name of another way.
     """
 
     model: Any
@@ -30,6 +31,7 @@ class Loaded:
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     base_differs: tuple[str, ...] = ()
+    quantization: str = "none"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -132,75 +134,47 @@ def load(
         raise SetupError("`model.attention: flash_attention_2` needs the package `flash-attn`", "use `auto`")
     if section.attention != "auto":
         arguments["attn_implementation"] = section.attention
-    if section.quantization.type != "none":
-        arguments["quantization_config"] = _bitsandbytes(section, dtype)
+    config = _config(section, folder, trust)
+    stored = quantization.stored_as(config)
+    arguments |= quantization.arguments(section, dtype, stored)
+    if stored or section.quantization.type != "none":
         arguments["device_map"] = {"": str(where)}
-    model = _from_pretrained(section, folder, dtype, arguments, trust)
-    if section.quantization.type == "none":
+    model = _from_pretrained(section, folder, config, dtype, arguments, trust)
+    if "device_map" not in arguments:
         model.to(where)
-    if section.quantization.type in ("nf4", "fp4"):
-        _mend_4bit_on_cpu(model, where)
+    loaded.quantization = quantization.kind_of(model)
+    quantization.compute_in(model, dtype)
+    if where.type == "cpu":
+        quantization.mend_on_cpu(model, computes_in_bf16(where))
+    loaded.notes += quantization.note(model, loaded.quantization, section.quantization.type)
     model.config.use_cache = False
     loaded.model = model
     return loaded
 
 
-def _from_pretrained(section: Model, folder: str, dtype: torch.dtype, arguments: dict[str, Any], trust: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _config(section: Model, folder: str, trust: bool) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
+        return AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
+    except Exception as error:  # its files come from elsewhere: they can fail in any way
+        raise bases.unusable(section.base, error, "model") from None
+
+
+def _from_pretrained(
+    section: Model, folder: str, config: Any, dtype: torch.dtype, arguments: dict[str, Any], trust: bool
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, revision=section.revision, dtype=dtype, use_safetensors=True,
             trust_remote_code=trust, low_cpu_mem_usage=True, **arguments,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # its files come from elsewhere: they can fail in any way
+    except Exception as error:
         raise bases.unusable(section.base, error, "model") from None
-
-
-def _bitsandbytes(section: Model, dtype: torch.dtype) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SetupError(f"`model.quantization: {section.quantization.type}` needs the package `bitsandbytes`")
-    from transformers import BitsAndBytesConfig
-
-    quantization = section.quantization
-    if isinstance(quantization, Int8):
-        return BitsAndBytesConfig(load_in_8bit=True)
-    assert isinstance(quantization, (Nf4, Fp4))
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _mend_4bit_on_cpu(model: Any, where: torch.device) -> None:
-    """Keep 4-bit layers right on CPUs, where bitsandbytes 0.50 has two faults.
-
-    A forward pass without gradients repacks the weights for a kernel that has no backward pass, so that training after
-    an evaluation would silently stop learning: switched off. And on CPUs with AVX512-BF16 dequantization is wrong for a
-    layer whose inputs are no multiple of the block size.
-
-    Raises:
-        ModelError: for such a layer.
-    """
-    import bitsandbytes as bnb
-
-    if where.type != "cpu":
-        return
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    for module in layers.values():
-        module.support_avx512bf16_for_cpu = False
-    wrong = [f"{name} ({m.in_features})" for name, m in layers.items() if m.in_features % m.weight.blocksize]
-    if wrong and computes_in_bf16(where):
-        raise ModelError(
-            "4-bit weights come out wrong on this CPU in layers whose inputs are no multiple of 64: "
-            + ", ".join(wrong[:4]),
-            "leave `model.quantization` out, or use a GPU",
-        )
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -327,14 +327,10 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
         )
-    quantized = model.quantization.type != "none"
+    without = "leave `model.quantization` out"
+    for message, path, hint in refused_over(method, model.quantization.type, without):
+        yield problem(message, *path, hint=hint)
     if method.type == "full":
-        if quantized:
-            yield problem(
-                f"`method: full` trains every weight, and {model.quantization.type} weights can't be trained",
-                "method",
-                hint="use `method: lora`, or leave `model.quantization` out",
-            )
         if given("optimizer", "loraplus_lr_ratio"):
             yield problem(
                 "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none",
@@ -342,21 +338,7 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
                 "loraplus_lr_ratio",
             )
         return
-    if method.init == "loftq" and model.quantization.type not in ("nf4", "fp4"):
-        yield problem(
-            "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit",
-            "method",
-            "init",
-            hint="set `model.quantization: nf4`",
-        )
     if method.changes_base:
-        if quantized:
-            yield problem(
-                f"`method.init: {method.init}` changes the base, which {model.quantization.type} weights don't allow",
-                "method",
-                "init",
-                hint="use `init: loftq`, or leave `model.quantization` out",
-            )
         if method.dora:
             yield problem(f"`method.init: {method.init}` and `method.dora` don't combine", "method", "dora")
         if method.rslora and (method.rank_pattern or method.alpha_pattern):
@@ -365,8 +347,37 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
                 "method",
                 "rank_pattern" if method.rank_pattern else "alpha_pattern",
             )
-    if method.init == "eva" and quantized and model.quantization.type == "int8":
-        yield problem("`method.init: eva` is not known to work on an int8 base", "method", "init", hint="use `nf4`")
+
+
+def refused_over(method: Method, quantization: str, without: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Yield what a method can't do over weights in a quantization: the message, the key's path, and the remedy.
+
+    Args:
+        method: what is trained.
+        quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
+        without: how to have a base that is not quantized.
+    """
+    quantized = quantization != "none"
+    if method.type == "full":
+        if quantized:
+            yield (
+                f"`method: full` trains every weight, and {quantization} weights can't be trained",
+                ("method",),
+                f"use `method: lora`, or {without}",
+            )
+        return
+    init = ("method", "init")
+    if method.init == "loftq" and quantization not in ("nf4", "fp4"):
+        hint = "set `model.quantization: nf4`"
+        yield "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit", init, hint
+    if method.changes_base and quantized:
+        yield (
+            f"`method.init: {method.init}` changes the base, which {quantization} weights don't allow",
+            init,
+            f"use `init: loftq`, or {without}",
+        )
+    if method.init == "eva" and quantization == "int8":
+        yield "`method.init: eva` is not known to work on an int8 base", init, "use `nf4`"
 
 
 def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:

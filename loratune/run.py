@@ -32,6 +32,7 @@ from loratune import (
     loop,
     model,
     plot,
+    quantization,
     signals,
     states,
     storage,
@@ -147,6 +148,7 @@ def _prepare(
     full = recipe.method.type == "full"
     section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = model.load(section, full, where, trust, tokenizer)
+    quantization.check(recipe, loaded.quantization)
     if recipe.model.dtype == "auto" and loaded.dtype is not model.dtype_of("auto", where, full):
         loaded.notes.append(f"{section.dtype}, as the run was begun; here `model.dtype: auto` would choose otherwise")
     elif loaded.dtype is torch.bfloat16 and not model.computes_in_bf16(where):
@@ -180,6 +182,7 @@ def _prepare(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
         data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
         batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
+        quantization=loaded.quantization,
         fingerprints={
             **telling.fingerprints(train_rows, eval_rows),
             "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],

@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, checkpoint, compiler, decode, fingerprint, guard, model, nodes, recipe, tokenizing
+from loratune import (
+    adapter,
+    checkpoint,
+    compiler,
+    decode,
+    fingerprint,
+    guard,
+    model,
+    nodes,
+    quantization,
+    recipe,
+    tokenizing,
+)  # fmt: skip
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
@@ -101,7 +113,8 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
 
     Args:
         subject: what `open_subject` returned.
-        exact: in float32 on the CPU and never quantized, whatever it was trained on: for a merge.
+        exact: in float32 on the CPU and never quantized, whatever it was trained on: for a merge. Weights that are
+            stored in few bits become the matrices they stand for.
         allow_mismatch: go on with another base than the one it was trained on.
 
     Returns:
@@ -117,6 +130,11 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
         adapter.check(subject.adapter)  # before minutes go into loading the base
     loaded = model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
     loaded.tokenizer = tokenizer(subject)
+    if exact and loaded.quantization != "none":
+        loaded.model = quantization.dequantized(loaded.model)
+        loaded.notes = [
+            f"the base's files hold {loaded.quantization} weights: the adapter goes into what they stand for"
+        ]
     if subject.adapter is not None:
         check_base(subject, loaded, section, allow_mismatch)
         loaded.model = attach(loaded.model, subject.adapter, "default")

@@ -22,6 +22,7 @@ from loratune.data import Rows
 from loratune.recipe import Recipe
 from loratune.report import Report, size
 from loratune.rows import files
+from loratune.schedules import warmup_steps
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
@@ -111,11 +112,10 @@ def tell_start(
     on_disk: int, plan: Plan, batching: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
-    quantization = recipe.model.quantization.type
     name = str(loaded.dtype).removeprefix("torch.")
     report.note(
-        f"base     {recipe.model.base}: {name}{f', {quantization}' if quantization != 'none' else ''}, on "
-        f"{loaded.device}"
+        f"base     {recipe.model.base}: {name}"
+        f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}"
     )
     counts = rows.counts
     report.note(
@@ -134,6 +134,8 @@ def tell_start(
         f"{product(recipe)} of {size(on_disk)} on disk"
     )
     report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    if steps <= (warmup := warmup_steps(recipe.train.warmup, steps)):
+        report.note(f"         the warmup of {warmup:,} steps does not end before the run: see train.warmup")
     if batching.get("shared"):
         report.note(
             f"batches  packed; what rows begin with alike is computed once, and nothing behind their last trained "
@@ -153,7 +155,8 @@ def tell_start(
     else:
         report.note(f"batches  padded ({batching['why_not']})")
     report.note(f"memory   {plan.told()}")
-    for note in (*loaded.notes, plan.note, recipe.method.note(loaded.model), recipe.optimizer.note(loaded.device.type)):
+    of_method = recipe.method.notes(loaded.model)
+    for note in (*loaded.notes, plan.note, *of_method, recipe.optimizer.note(loaded.device.type)):
         if note:
             report.note(f"note     {note}")
 

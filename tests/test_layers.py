@@ -45,6 +45,7 @@ LEVELS = (
         "bases",
         "tokenizing",
         "model",
+        "quantization",
         "guard",
         "adapter",
         "templating",

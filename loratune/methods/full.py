@@ -30,9 +30,9 @@ class Full(Section):
         model.requires_grad_(True)
         return model
 
-    def note(self, model: PreTrainedModel) -> str | None:
+    def notes(self, model: PreTrainedModel) -> list[str]:
         """Return what a person must know about this method on a model: nothing."""
-        return None
+        return []
 
     def state(
         self, model: PreTrainedModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune.errors import ModelError, Problem, listed
-from loratune.methods import lowrank, recompute, saved
+from loratune.errors import listed
+from loratune.methods import lowrank, recompute, saved, targets
 from loratune.section import Section, as_tuple
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ def _targets(value: Any) -> str | tuple[str, ...]:
     raise PydanticCustomError("expected", "must be `all-linear`, a list of module names, or a regular expression")
 
 
+def _patterns(value: dict[str, Any]) -> dict[str, Any]:
+    for word in value:
+        try:
+            re.compile(targets.whole(word))
+        except re.error as error:
+            hint = f" (a name is enough: `{word.strip('*.')}`)" if word.strip("*.") else ""
+            raise PydanticCustomError("expected", f"`{word}` is no regular expression: {error}{hint}") from None
+    return value
+
+
 class Lora(Section):
     """Train low-rank matrices A (r x in) and B (out x r) beside frozen weights: W + s B A."""
 
@@ -51,7 +61,7 @@ class Lora(Section):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ] = Field(
         "all-linear",
-        description="where A and B stand: `all-linear` (every linear layer but the head), a list of names, "
+        description="where A and B stand: `all-linear` (every linear layer but the head and routers), a list of names, "
         "or a regular expression over full names",
     )
     rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r): stable for high ranks (arXiv:2312.03732)")
@@ -62,10 +72,10 @@ class Lora(Section):
         "olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the "
         "training rows)",
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], AfterValidator(_patterns)] = Field(
         {}, description="other ranks for some modules: name or pattern -> r"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_patterns)] = Field(
         {}, description="other scales for some modules: name or pattern -> lora_alpha"
     )
     layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
@@ -76,6 +86,10 @@ class Lora(Section):
     )
     trainable_token_indices: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
         (), description="rows of the embedding trained beside the matrices, by token id: for new tokens"
+    )
+    router: Literal["frozen", "trained"] = Field(
+        "frozen",
+        description="of a mixture of experts: what chooses the experts; trained: in full, and saved with the adapter",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
 
@@ -102,7 +116,7 @@ class Lora(Section):
         """
         from peft import get_peft_model
 
-        self._check_names(model)
+        targets.check(self, model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
         config = self._config(model)
         few_passes = self._slower(model) is None
@@ -120,10 +134,11 @@ class Lora(Section):
         recompute.install(peft_model, again=few_passes)
         return peft_model
 
-    def note(self, model: PreTrainedModel) -> str | None:
-        """Return what a person must know about this method on a model: that its layers go the slower way, and why."""
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        """Return what a person must know about this method on a model: what it leaves out, and what is slower."""
         reason = self._slower(model)
-        return f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes" if reason else None
+        slower = f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes"
+        return [*targets.notes(self, model), *([slower] if reason else [])]
 
     def _slower(self, model: Any) -> str | None:
         """Return why PEFT's own layers are left as they are, or None where `lowrank` stands for them."""
@@ -133,10 +148,12 @@ class Lora(Section):
             return "`method.lora_dropout`"
         if self.bias != "none":
             return f"`method.bias: {self.bias}`"
+        import torch
+
         others = {
             "float16" if type(m).__name__ == "Linear" else type(m).__name__
             for m in model.modules()
-            if _is_linear(m) and not lowrank.fits(m)
+            if isinstance(m, torch.nn.Linear) and not lowrank.fits(m)
         }
         return f"the base has layers in {listed(sorted(others))}" if others else None
 
@@ -201,17 +218,13 @@ class Lora(Section):
         from peft import LoraConfig
 
         alpha = {k: int(v) if v == int(v) else v for k, v in {"": self.lora_alpha, **self.alpha_pattern}.items()}
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        if targets == "all-linear" and self.layers_to_transform is not None:
-            head = model.get_output_embeddings()  # PEFT wants names beside layers_to_transform
-            linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m) and m is not head}
-            targets = sorted(linear)
-        return LoraConfig(
+        config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=alpha.pop(""),
             lora_dropout=self.lora_dropout,
-            target_modules=targets,
+            target_modules=targets.names(self, model),
+            exclude_modules=targets.excluded(self, model),
             use_rslora=self.rslora,
             use_dora=self.dora,
             # LoftQ's matrices come after PEFT's own start, see _start_from_quantization_error
@@ -219,51 +232,12 @@ class Lora(Section):
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=alpha,
             layers_to_transform=list(self.layers_to_transform) if self.layers_to_transform is not None else None,
-            modules_to_save=list(self.modules_to_save) or None,
+            modules_to_save=targets.in_full(self, model) or None,
             trainable_token_indices=list(self.trainable_token_indices) or None,
             bias=self.bias,
         )
-
-    def _check_names(self, model: PreTrainedModel) -> None:
-        names = [name for name, _ in model.named_modules() if name]
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-        problems: list[Problem] = []
-
-        def ends(word: str) -> bool:
-            return any(name == word or name.endswith(f".{word}") for name in names)
-
-        if isinstance(self.target_modules, tuple):
-            problems += [_nothing("target_modules", word, linear) for word in self.target_modules if not ends(word)]
-        elif self.target_modules != "all-linear" and not any(re.fullmatch(self.target_modules, name) for name in names):
-            problems.append(_nothing("target_modules", self.target_modules, linear))
-        for word in self.modules_to_save:
-            if not ends(word):
-                problems.append(_nothing("modules_to_save", word, sorted({name.rpartition(".")[2] for name in names})))
-        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for word in pattern:
-                if not any(re.match(rf"(.*\.)?({word})$", name) for name in names):
-                    problems.append(_nothing(key, word, linear))
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
-            problems.append(
-                Problem(
-                    "`method.layers_to_transform` does not combine with a regular expression in `target_modules`",
-                    hint="write the layers into the expression",
-                )
-            )
-        layers = model.config.get_text_config().num_hidden_layers
-        for number in self.layers_to_transform or ():
-            if not 0 <= number < layers:
-                problems.append(
-                    Problem(f"`method.layers_to_transform`: no layer {number}; they go from 0 to {layers - 1}")
-                )
-        rows = model.get_input_embeddings().weight.shape[0]
-        for index in self.trainable_token_indices:
-            if not 0 <= index < rows:
-                problems.append(
-                    Problem(f"`method.trainable_token_indices`: no token {index}; they go from 0 to {rows - 1}")
-                )
-        if problems:
-            raise ModelError(problems)
+        targets.settle(self, config, model)
+        return config
 
     def _start_from_quantization_error(self, model: PeftModel) -> None:
         """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: arXiv:2310.08659, alg. 1."""
@@ -285,16 +259,6 @@ class Lora(Section):
                 r, root = module.r["default"], sigma.sqrt()
                 module.lora_A["default"].weight.copy_(root[:r, None] * v[:r])
                 module.lora_B["default"].weight.copy_(u[:, :r] * root[:r] / module.scaling["default"])
-
-
-def _is_linear(module: Any) -> bool:
-    import torch
-
-    return isinstance(module, torch.nn.Linear)
-
-
-def _nothing(key: str, word: str, known: list[str]) -> Problem:
-    return Problem(f"`method.{key}`: `{word}` matches no module of this model; there are: {listed(known)}")
 
 
 def _minus_initial(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,215 @@
+"""Which modules of a model get LoRA's matrices, which are left out, and what a person is told of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from loratune.errors import ModelError, Problem, listed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from loratune.methods.lora import Lora
+
+
+def whole(word: str) -> str:
+    """Return the regular expression over full names that PEFT makes of a key of `rank_pattern`."""
+    return rf"(.*\.)?({word})$"
+
+
+def names(method: Lora, model: Any) -> str | list[str]:
+    """Return `target_modules` for PEFT's config."""
+    wanted = method.target_modules
+    if wanted == "all-linear" and method.layers_to_transform is not None:  # PEFT wants names beside the layers
+        return sorted({name.rpartition(".")[2] for name in _linear(model)})
+    return wanted if isinstance(wanted, str) else list(wanted)
+
+
+def excluded(method: Lora, model: Any) -> str | None:
+    """Return `exclude_modules` for PEFT's config: a regular expression over full names, or None.
+
+    A regular expression of the user's own is taken at its word. Else no matrices go to what text does not reach, such
+    as a vision tower, nor to a router: under `all-linear` it is frozen, and where it is trained, it is so in full.
+    """
+    if isinstance(method.target_modules, str) and method.target_modules != "all-linear":
+        return None
+    out = _outside(model)
+    if method.target_modules == "all-linear" or method.router == "trained":
+        out += _routers(model)
+    return rf"({'|'.join(map(re.escape, out))})(\..*)?" if out else None
+
+
+def settle(method: Lora, config: LoraConfig, model: Any) -> None:
+    """Have PEFT name the experts' tensors of a mixture, as it will anyway, and take the routers' out again.
+
+    For models whose experts and routers were linear layers before transformers 5, PEFT makes `target_parameters` of
+    their old names; `all-linear` means both, and `exclude_modules` does not reach them.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    convert_peft_config_for_transformers(config, model, None)
+    asked = method.target_modules != "all-linear" and method.router == "frozen"
+    if not config.target_parameters or asked:
+        return
+    routers = {f"{name}.{part}" for name in _routers(model) for part, _ in model.get_submodule(name).named_parameters()}
+    config.target_parameters = sorted(
+        word for word in config.target_parameters if not any(name.endswith(f".{word}") for name in routers)
+    )
+
+
+def in_full(method: Lora, model: Any) -> list[str]:
+    """Return `modules_to_save` for PEFT's config: modules trained in full."""
+    return [*method.modules_to_save, *(_endings(_routers(model)) if method.router == "trained" else [])]
+
+
+def notes(method: Lora, model: Any) -> list[str]:
+    """Return what a person must know about where matrices are and are not.
+
+    Args:
+        method: the recipe's.
+        model: the base, with or without the matrices on it.
+    """
+    told = []
+    if out := _outside(model):
+        told.append(f"no matrices in {listed(out)}: text does not go through it")
+    routers = listed(_endings(_routers(model)))
+    if routers and method.router == "trained":
+        told.append(f"the routers ({routers}) are trained in full and saved with the adapter")
+    elif routers and method.target_modules == "all-linear":
+        told.append(f"the routers ({routers}) are frozen (`method.router: trained` trains them)")
+    if method.target_modules == "all-linear" and method.layers_to_transform is None:
+        told += _without(model)
+    return told + _tied(model)
+
+
+def check(method: Lora, model: Any) -> None:
+    """Hold the names in a recipe against a model.
+
+    Raises:
+        ModelError: when one matches nothing in it.
+    """
+    problems = [*_unknown_names(method, model), *_unknown_numbers(method, model)]
+    if method.router == "trained" and not _routers(model):
+        problems.append(Problem("`method.router: trained`: this model has no router: it is no mixture of experts"))
+    wanted = method.target_modules
+    if isinstance(wanted, str) and wanted != "all-linear" and method.layers_to_transform:
+        problems.append(
+            Problem(
+                "`method.layers_to_transform` does not combine with a regular expression in `target_modules`",
+                hint="write the layers into the expression",
+            )
+        )
+    if problems:
+        raise ModelError(problems)
+
+
+def _unknown_names(method: Lora, model: Any) -> Iterator[Problem]:
+    known = [name for name, _ in model.named_modules() if name]
+    linear = sorted({name.rpartition(".")[2] for name in _linear(model, head=True)})
+
+    def ends(word: str) -> bool:
+        return any(name == word or name.endswith(f".{word}") for name in known)
+
+    if isinstance(method.target_modules, tuple):
+        for word in method.target_modules:
+            if not ends(word):
+                yield _nothing("target_modules", word, linear)
+    elif method.target_modules != "all-linear" and not any(re.fullmatch(method.target_modules, name) for name in known):
+        yield _nothing("target_modules", method.target_modules, linear)
+    for word in method.modules_to_save:
+        if not ends(word):
+            yield _nothing("modules_to_save", word, sorted({name.rpartition(".")[2] for name in known}))
+    for key, pattern in (("rank_pattern", method.rank_pattern), ("alpha_pattern", method.alpha_pattern)):
+        for word in pattern:
+            if not any(re.match(whole(word), name) for name in known):
+                yield _nothing(key, word, linear)
+
+
+def _unknown_numbers(method: Lora, model: Any) -> Iterator[Problem]:
+    layers = model.config.get_text_config().num_hidden_layers
+    for number in method.layers_to_transform or ():
+        if not 0 <= number < layers:
+            yield Problem(f"`method.layers_to_transform`: no layer {number}; they go from 0 to {layers - 1}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    for index in method.trainable_token_indices:
+        if not 0 <= index < rows:
+            yield Problem(f"`method.trainable_token_indices`: no token {index}; they go from 0 to {rows - 1}")
+
+
+def _nothing(key: str, word: str, known: list[str]) -> Problem:
+    return Problem(f"`method.{key}`: `{word}` matches no module of this model; there are: {listed(known)}")
+
+
+def _linear(model: Any, head: bool = False) -> list[str]:
+    """Return the full names of the linear layers: torch's, those made of it (in few bits), and GPT-2's."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    last = None if head else model.get_output_embeddings()
+    found = ((n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+    return [name for name, module in found if module is not last]
+
+
+def _outside(model: Any) -> list[str]:
+    """Return the names of the largest modules with linear layers that lie beside the language model: a vision tower."""
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not inside:
+        return []
+    found = []
+    for name in _linear(model):
+        words = name.split(".")
+        above = (".".join(words[:end]) for end in range(1, len(words) + 1))
+        first = next((part for part in above if not f"{inside}.".startswith(f"{part}.")), None)
+        if first is not None and not name.startswith(f"{inside}.") and first not in found:
+            found.append(first)
+    return found
+
+
+def _routers(model: Any) -> list[str]:
+    """Return the names of the modules that choose among experts.
+
+    A list of classes would be out of date with each new model: it is what is called a router, or a gate beside experts.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        children = [child for child, _ in module.named_children()]
+        beside_experts = any("expert" in child for child in children)
+        for child in children:
+            inside = any(name == one or name.startswith(f"{one}.") for one in found)
+            if not inside and (child == "router" or (beside_experts and child.endswith("gate"))):
+                found.append(f"{name}.{child}")
+    return found
+
+
+def _endings(modules: list[str]) -> list[str]:
+    """Return the last two words of each name once: the same modules in all layers."""
+    return sorted({".".join(name.split(".")[-2:]) for name in modules})
+
+
+def _without(model: Any) -> list[str]:
+    """Return a line for what of the language model `all-linear` did not reach.
+
+    Experts may be tensors that PEFT does not know, and PEFT takes some names of linear layers for the experts'.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    reached = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    passed = [*_routers(model), *_outside(model), *reached]
+    experts = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
+    left = [n for n in (*_linear(model), *experts) if not any(n == one or n.startswith(f"{one}.") for one in passed)]
+    return [f"no matrices in {listed(_endings(left))}: frozen, PEFT's `all-linear` does not reach it"] if left else []
+
+
+def _tied(model: Any) -> list[str]:
+    """Return a line where matrices beside the embedding don't reach the head that shares its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    adapted = [name for name, module in found.items() if isinstance(module, BaseTunerLayer)]
+    weights = {id(m.base_layer.weight if name in adapted else m.weight) for name, m in found.items() if m is not None}
+    if not adapted or None in found.values() or len(weights) > 1:
+        return []
+    return [f"embedding and head share their weights: matrices in the {' and the '.join(adapted)} can't be merged"]
