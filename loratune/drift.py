@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from loratune.checkpoint import Found
 from loratune.errors import Place, Problem, RunFolderError, shorten
 from loratune.recipe import Recipe, Train
@@ -54,7 +56,11 @@ def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
         recipe: that the run is to go on with.
     """
     drift = Drift()
-    for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
+    settings = recipe.model_dump(mode="json")
+    changed = {key for key, _, _ in _changes(_completed(seal["settings"]), settings)}
+    for key, before, now in _changes(seal["settings"], settings):
+        if key not in changed and key not in LAYOUT:
+            continue  # a key that came with a later version, at its default
         line = f"{key}: {_shown(before)} -> {_shown(now)}"
         if _is_under(key, FREE) or (key in LAYOUT and before is None):  # it was begun when there was no such key
             drift.told.append(line)
@@ -135,6 +141,14 @@ def _changes(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from _changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield path, before, now
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings with the defaults of keys that it was begun without."""
+    try:
+        return Recipe.model_validate(settings).model_dump(mode="json")
+    except ValidationError:  # a key that is no longer there: it is among the changes as it stands
+        return settings
 
 
 def _is_under(key: str, prefixes: Any) -> bool:

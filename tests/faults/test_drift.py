@@ -87,6 +87,20 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "now", "refused"),
+    [("method", "router", "frozen", []), ("method", "router", "trained", ["method.router: none -> trained"])],
+)
+def test_a_key_that_a_run_was_begun_without(whole: Recipe, section: str, key: str, now: str, refused: list[str]):
+    """A key of a later version changes nothing at its default: a run of an older version can be resumed."""
+    seal = _seal(whole)
+    del seal["settings"][section][key]
+    settings = whole.model_dump(mode="json")
+    settings[section][key] = now
+    found = drift.of_recipe(seal, Recipe.model_validate(settings))
+    assert (found.refused, found.told) == (refused, [])
+
+
+@pytest.mark.parametrize(
     ("schedule", "finished", "refused"),
     [("constant", False, False), ("cosine", False, True), ("cosine", True, False)],
 )
