@@ -135,7 +135,7 @@ class Lora(Section):
         return peft_model
 
     def notes(self, model: PreTrainedModel) -> list[str]:
-        """Return what a person must know about this method on a model: what it leaves out, and what is slower."""
+        """Return what a person must know of the base after `apply`: what has no matrices, and what is slower."""
         reason = self._slower(model)
         slower = f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes"
         return [*targets.notes(self, model), *([slower] if reason else [])]

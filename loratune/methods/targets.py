@@ -69,7 +69,7 @@ def notes(method: Lora, model: Any) -> list[str]:
 
     Args:
         method: the recipe's.
-        model: the base, with or without the matrices on it.
+        model: the base with the matrices on it.
     """
     told = []
     if out := _outside(model):
