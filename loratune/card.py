@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from loratune.recipe import Recipe
@@ -38,30 +40,70 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
         f"| device | {facts['device']} |",
         f"| time in steps | {facts['seconds']:.0f} s |", "",
         "![loss](loss.svg)", "",
-        "## Use", "",
-        "```python",
-    ]  # fmt: skip
-    if adapter:
-        lines += [
-            "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer",
-            "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")',
-        ]
-    else:
-        lines += [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")',
-        ]
-    lines += [
-        'tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")',
-        "```",
+        *use(recipe.output if adapter else None, base, facts["chat"], list(facts["turn_ends"]), recipe.model.revision),
         "",
         "`recipe.yaml` is the whole recipe as it was run, `run.json` versions and counts, `metrics.jsonl` every step.",
         "",
-    ]
+    ]  # fmt: skip
     return "\n".join(lines)
+
+
+def use(
+    adapter: str | None, base: str, chat: bool, ends: Sequence[str], revision: str | None = None
+) -> list[str]:  # fmt: skip
+    """Return the section that shows how a model is asked: the code runs in its folder as it stands.
+
+    Args:
+        adapter: folder of the adapter, or None for a whole model.
+        base: its base model: a hub id, or an absolute path, which is written relative to the adapter.
+        chat: whether it was trained on turns, so that a question goes through the chat template.
+        ends: tokens that end an answer, as text.
+        revision: of the base model on a hub, or None for its newest.
+    """
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["GenerationConfig"] if adapter else [])]
+    lines = [*(["from peft import PeftModel"] if adapter else []), f"from transformers import {', '.join(names)}", ""]
+    lines += ['folder = "."  # this one; from elsewhere its path, or its name on a hub']
+    lines += [f"base = {_base(base, adapter)!r}  # the base model, in the same way"] if adapter else []
+    at = f"base, revision={revision!r}" if revision else "base"
+    lines += [
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'model = AutoModelForCausalLM.from_pretrained({at if adapter else "folder"}, dtype="auto")',
+    ]
+    if adapter:
+        lines += [
+            "model = PeftModel.from_pretrained(model, folder)",
+            "model.generation_config = GenerationConfig.from_pretrained(folder)  # knows where an answer ends",
+        ]
+    if chat:
+        lines += [
+            'messages = [{"role": "user", "content": "Hello! What can you do?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    lines += [
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=256)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    told = []
+    if ends:
+        shown = ", ".join(f"`{end}`" for end in ends)
+        told = ["", f"An answer ends with {shown}, as `generation_config.json` says."]
+        if adapter:
+            told[1] += f" A server that puts the adapter on its base may read the base's: give it {shown} as a stop."
+    return ["## Use", "", "```python", *lines, "```", *told]
+
+
+def _base(base: str, adapter: str) -> str:
+    """Return how a base is named from the folder of an adapter: never by a path that begins at the root."""
+    if not os.path.isabs(base):
+        return base
+    base, adapter = os.path.realpath(base), os.path.realpath(adapter)
+    if os.path.commonpath([base, adapter]) == os.path.sep:
+        return os.path.basename(base)
+    return os.path.relpath(base, adapter)
 
 
 def _method(recipe: Recipe, quantization: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loratune import bases, fingerprint, generate, model, report, subject
+from loratune import bases, fingerprint, generate, model, report, stops, subject
 from loratune.encode import Encoder
 from loratune.errors import LoratuneError, UsageError
 from loratune.formats import RowError
@@ -55,6 +55,7 @@ def chat(
     for note in loaded.notes:
         tell.problem(note)
     talk = Conversation(loaded, system, max_new_tokens, temperature, what.base, allow_base_mismatch)
+    talk.ends = stops.of_folder(what.folder, talk.encoder)
     if what.adapter is not None:
         talk.adapters = {Path(str(name)).name or "default": "default"}
         talk.active = "default"
@@ -86,6 +87,7 @@ class Conversation:
         self.base, self.allow_base_mismatch = base, allow_base_mismatch
         self.loaded, self.max_new_tokens, self.temperature = loaded, max_new_tokens, temperature
         self.encoder = Encoder(loaded.tokenizer)
+        self.ends: tuple[int, ...] = ()
         self.system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.system)
         self.adapters: dict[str, str] = {}  # name shown -> PEFT's name
@@ -103,7 +105,7 @@ class Conversation:
         except RowError as error:
             raise UsageError(str(error)) from None
         net = self.loaded.model
-        arguments = (net, self.loaded.tokenizer, prompt, self.max_new_tokens, self.temperature, _write)
+        arguments = (net, self.loaded.tokenizer, prompt, self.max_new_tokens, self.temperature, _write, self.ends)
         if self.active is None and self.adapters:
             with net.disable_adapter():
                 answer = generate.stream(*arguments)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import bases, data, decode, generate, loop, metrics, model, nodes, report, storage, subject
+from loratune import bases, data, decode, generate, loop, metrics, model, nodes, report, stops, storage, subject
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -115,9 +115,11 @@ def evaluate(
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)
     tokenizer = subject.tokenizer(what)
-    rows = _rows(what, data, format, tokenizer, limit)
+    encoder = Encoder(tokenizer)
+    rows = _rows(what, data, format, encoder, limit)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
+    ends = stops.of_folder(what.folder, encoder) if questions else ()
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
     differs: tuple[str, ...] = ()
@@ -129,7 +131,9 @@ def evaluate(
         per_row[system] = _losses(loaded.model, rows, loaded.device)
         if questions:
             with tell.counting(f"{system}: answering") as progress:
-                answered[system] = _answers(loaded, questions, max_new_tokens, batch_size, temperature, progress)
+                answered[system] = _answers(
+                    loaded, questions, max_new_tokens, batch_size, temperature, progress, ends
+                )  # fmt: skip
         for index, answer in answered.get(system, {}).items():
             per_row[system][index] |= _compare(answer, questions[index][1], regex, choices)
     scores = {system: _scores(values) for system, values in per_row.items()}
@@ -166,9 +170,8 @@ def _check_regex(regex: str | None) -> None:
         raise UsageError(f"--regex `{regex}` is no regular expression: {error}") from None
 
 
-def _rows(what: Subject, path: str | None, format: str | None, tokenizer: Any, limit: int | None) -> Rows:
+def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder, limit: int | None) -> Rows:
     """Return the rows to evaluate on: those named, else those the run held out."""
-    encoder = Encoder(tokenizer)
     known: Recipe | None = what.recipe
     if path is None:
         if known is None:
@@ -247,11 +250,13 @@ def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
 
 def _answers(
     loaded: model.Loaded, questions: dict[int, tuple[list[int], str]], max_new_tokens: int, batch_size: int,
-    temperature: float, progress: Any,
+    temperature: float, progress: Any, ends: Sequence[int],
 ) -> dict[int, str]:  # fmt: skip
     torch.manual_seed(0)
     prompts = [prompt for prompt, _ in questions.values()]
-    texts = generate.answers(loaded.model, loaded.tokenizer, prompts, max_new_tokens, batch_size, temperature, progress)
+    texts = generate.answers(
+        loaded.model, loaded.tokenizer, prompts, max_new_tokens, batch_size, temperature, progress, ends
+    )
     return dict(zip(questions, texts, strict=True))
 
 

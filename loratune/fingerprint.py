@@ -136,6 +136,8 @@ def read(folder: Path) -> dict[str, Any] | None:
         whole = about["schema"] == SCHEMA and base.sha256 == about["base"]["sha256"]
         if not whole or not {"sha256", "template"} <= about["tokenizer"].keys():
             raise ValueError("its digest is another")
+        if not all(type(token) is int and token >= 0 for token in about.get("turn_ends", {}).values()):
+            raise ValueError("`turn_ends` are no token ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "an adapter without this file can be used; its base is not checked then"
         raise ModelError(Problem(f"is damaged ({error})", Place(str(path)), hint)) from None

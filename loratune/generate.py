@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from loratune import stops
+
 
 def answers(
     net: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
-    temperature: float = 0.0, progress: Callable[[int], None] = lambda count: None,
+    temperature: float = 0.0, progress: Callable[[int], None] = lambda count: None, ends: Collection[int] = (),
 ) -> list[str]:  # fmt: skip
     """Generate an answer to each prompt.
 
@@ -22,6 +24,7 @@ def answers(
         batch_size: prompts at once, padded on the left; sorted by length.
         temperature: 0 is greedy.
         progress: called with the number of answers so far.
+        ends: tokens at which an answer ends, beside the eos of model and tokenizer; see `stops.py`.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
@@ -36,7 +39,7 @@ def answers(
         for row, index in enumerate(chosen):
             input_ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        written = _generate(net, tokenizer, input_ids, mask, max_new_tokens, temperature)
+        written = _generate(net, tokenizer, input_ids, mask, max_new_tokens, temperature, ends)
         for row, index in enumerate(chosen):
             out[index] = tokenizer.decode(written[row, longest:], skip_special_tokens=True).strip()
         progress(start + len(chosen))
@@ -44,8 +47,9 @@ def answers(
 
 
 def stream(
-    net: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, write: Callable[[str], None]
-) -> str:
+    net: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, write: Callable[[str], None],
+    ends: Collection[int] = (),
+) -> str:  # fmt: skip
     """Generate one answer, passing each piece of text to `write` as soon as it is there; return all of it."""
     from transformers import TextStreamer
 
@@ -58,23 +62,21 @@ def stream(
 
     input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     streamer = Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, streamer)
+    _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, ends, streamer)
     return "".join(pieces)
 
 
 @torch.no_grad()
 def _generate(
     net: Any, tokenizer: Any, input_ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, temperature: float,
-    streamer: Any = None,
+    ends: Collection[int], streamer: Any = None,
 ) -> torch.Tensor:  # fmt: skip
     from transformers import GenerationConfig
 
-    ends = net.generation_config.eos_token_id
-    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
+        eos_token_id=sorted({*stops.of_model(net, tokenizer), *ends}),
         pad_token_id=tokenizer.pad_token_id or 0,
         use_cache=True,
         **sampling,

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import checkpoint, drift, fingerprint, lock, model, states, storage, telling
+from loratune import bases, checkpoint, drift, fingerprint, lock, model, states, stops, storage, telling
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
@@ -52,7 +52,10 @@ def find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, 
 
 @dataclass
 class Job:
-    """Everything one training needs, joined once; `facts` grows into run.json, `origin` goes beside each adapter."""
+    """Everything one training needs, joined once; `facts` grows into run.json, `origin` goes beside each adapter.
+
+    `ends` are the tokens at which an answer ends; they go into each generation_config.json.
+    """
 
     recipe: Recipe
     folder: Path
@@ -60,6 +63,7 @@ class Job:
     report: Report
     facts: dict[str, Any]
     origin: dict[str, Any]
+    ends: tuple[int, ...]
     tokenizer: Any
     loaded: model.Loaded
     net: Any
@@ -138,7 +142,7 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 
     def write(folder: Path) -> None:
         job.recipe.method.save(job.net, folder, None, {})
-        fingerprint.write(folder, job.origin)
+        write_origin(job, folder)
 
     if job.first:
         states.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
@@ -151,6 +155,12 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
         checkpoint.rotate(job.folder, job.recipe.train.keep, progress)
     job.accelerator.wait_for_everyone()
     return progress
+
+
+def write_origin(job: Job, folder: Path) -> None:
+    """Write beside an adapter or model what it stands on, and where its answers end."""
+    fingerprint.write(folder, job.origin)
+    stops.write_config(folder, bases.folder_of(job.recipe.model), job.ends)
 
 
 def check_space(job: Job, resume: bool) -> None:

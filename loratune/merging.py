@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loratune import bases, report, storage, subject
+from loratune import bases, report, stops, storage, subject
+from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -101,8 +103,9 @@ def merge(
         )
     tell.note(line)
     merged.to(wanted)
+    ends = stops.of_folder(folder, Encoder(loaded.tokenizer))
     about = {"merged": True, "base_differs": list(loaded.base_differs), "trust_remote_code": trust_remote_code}
-    _write(target, merged, loaded.tokenizer, wanted, about)
+    _write(target, merged, loaded.tokenizer, wanted, about, bases.folder_of(what.base), ends)
     name_of_dtype = str(wanted).removeprefix("torch.")
     return Merge(target, name_of_dtype, difference, relative, agreement, loaded.base_differs)
 
@@ -142,7 +145,10 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
     return [net(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts]
 
 
-def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any]) -> None:
+def _write(
+    target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any], base: Path,
+    ends: Sequence[int],
+) -> None:  # fmt: skip
     merged.config.use_cache = True
     merged.config.dtype = dtype
     try:
@@ -151,9 +157,10 @@ def _write(target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(target)))) from None
     needed = sum(p.numel() * p.itemsize for p in merged.parameters())
     storage.check_space(target.parent, needed, "the merged model", "free some space, or name another folder with --out")
-    storage.commit(target, lambda folder: _save(folder, merged, tokenizer), about, replace=False)
+    storage.commit(target, lambda folder: _save(folder, merged, tokenizer, base, ends), about, replace=False)
 
 
-def _save(folder: Path, merged: Any, tokenizer: Any) -> None:
+def _save(folder: Path, merged: Any, tokenizer: Any, base: Path, ends: Sequence[int]) -> None:
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    stops.write_config(folder, base, ends)

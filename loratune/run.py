@@ -35,6 +35,7 @@ from loratune import (
     quantization,
     signals,
     states,
+    stops,
     storage,
     telling,
     tokenizing,
@@ -144,7 +145,8 @@ def _prepare(
     trust = facts["trust_remote_code"]
     tokenizer = tokenizing.of(recipe, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
-        train_rows, eval_rows = data.of(recipe, Encoder(tokenizer), counting)
+        encoder = Encoder(tokenizer)
+        train_rows, eval_rows = data.of(recipe, encoder, counting)
     full = recipe.method.type == "full"
     section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = model.load(section, full, where, trust, tokenizer)
@@ -153,7 +155,10 @@ def _prepare(
         loaded.notes.append(f"{section.dtype}, as the run was begun; here `model.dtype: auto` would choose otherwise")
     elif loaded.dtype is torch.bfloat16 and not model.computes_in_bf16(where):
         loaded.notes.append("bfloat16 is slow here, without instructions for it: `model.dtype: auto` would be float32")
-    origin = fingerprint.record(recipe.model, tokenizer)
+    trained_ends = stops.of_rows(train_rows, encoder)
+    origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}
+    ends = stops.joined(trained_ends, stops.of_template(encoder))
+    loaded.notes += stops.notes(trained_ends, stops.of_model(loaded.model, tokenizer), tokenizer)
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
@@ -187,12 +192,13 @@ def _prepare(
             **telling.fingerprints(train_rows, eval_rows),
             "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
         },
-        sources=telling.sources(recipe),
+        sources=telling.sources(recipe), turn_ends=origin["turn_ends"],
+        chat=bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"},
         memory=fit.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
         compiled=compiled,
     )  # fmt: skip
     return Job(
-        recipe, folder, accelerator, report, facts, origin, tokenizer, loaded, net, initial, optimizer,
+        recipe, folder, accelerator, report, facts, origin, ends, tokenizer, loaded, net, initial, optimizer,
         train_rows, eval_rows, packing, plan, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
@@ -271,7 +277,7 @@ def _finish(job: Job, progress: Progress) -> Run:
         def write(target: Path) -> None:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
             job.tokenizer.save_pretrained(target)
-            fingerprint.write(target, job.origin)
+            keeping.write_origin(job, target)
 
         states.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
         storage.publish(folder, write, {"step": kept, **keeping.about(job)})

@@ -152,6 +152,18 @@ class Store:
         batch, index = self._where(number)
         return batch.place(index)
 
+    def tails(self, width: int) -> dict[tuple[int, ...], int]:
+        """Return the last `width` trained tokens of the rows, each with the number of rows that end so.
+
+        They are those of the last trained span; -1 stands before one that is shorter.
+        """
+        found: dict[tuple[int, ...], int] = {}
+        for batch in self._batches:
+            tails, numbers = np.unique(batch.tails(width), axis=0, return_counts=True)
+            for tail, number in zip(tails.tolist(), numbers.tolist(), strict=True):
+                found[tuple(tail)] = found.get(tuple(tail), 0) + number
+        return found
+
     def _where(self, number: int) -> tuple[_Batch, int]:
         batch = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._batches[batch], number - int(self._starts[batch])
@@ -175,6 +187,21 @@ class _Batch:
         bits = np.unpackbits(self._bits[first >> 3 : -(-past >> 3)], bitorder="little")
         trained = bits[first & 7 : (first & 7) + end - start].view(np.bool_)
         return Row(self._ids[start:end].copy(), trained, self.place(index))
+
+    def tails(self, width: int) -> np.ndarray:
+        """Return the last tokens of each row's last trained span, shape (rows with one, width); see `Store.tails`."""
+        first, past = int(self._offsets[0]), int(self._offsets[-1])
+        start = first + self._first_bit
+        bits = np.unpackbits(self._bits[start >> 3 : -(-(past + self._first_bit) >> 3)], bitorder="little")
+        trained = bits[start & 7 : (start & 7) + past - first].view(np.bool_)
+        places = np.flatnonzero(trained) + first
+        after = np.searchsorted(places, self._offsets[1:])  # how many trained tokens stand before the end of each row
+        some = after > np.searchsorted(places, self._offsets[:-1])
+        last, begin = places[after[some] - 1], self._offsets[:-1][some]
+        back = last[:, None] - np.arange(width)[::-1]  # (rows, width)
+        inside = (back >= begin[:, None]) & trained[np.maximum(back - first, 0)]
+        inside = np.logical_and.accumulate(inside[:, ::-1], axis=1)[:, ::-1]
+        return np.where(inside, self._ids[np.maximum(back, 0)], -1)
 
     def place(self, index: int) -> Place:
         return Place(self._source[index].as_py(), self._line[index].as_py())

@@ -16,6 +16,7 @@ LEVELS = (
     ("run", "evaluation", "merging", "chatting", "inspecting", "starter"),
     (
         "subject",
+        "stops",
         "generate",
         "metrics",
         "card",
