@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loratune import guard
+from loratune import files, guard
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Model
 
@@ -56,7 +56,7 @@ def from_gguf(file: Path) -> Path:
 
     if importlib.util.find_spec("gguf") is None:
         raise SetupError("a .gguf base needs the package `gguf`", "pip install 'loratune[gguf]'")
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache() / "gguf" / f"{file.stem}-{digest[:16]}"
     if (target / "config.json").exists():
@@ -82,6 +82,13 @@ def from_gguf(file: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _opened(file: Path) -> io.BufferedReader:
+    try:
+        return files.opened(file)
+    except OSError as error:
+        raise ModelError(Problem(f"can't be read: {error.strerror}", Place(str(file)))) from None
 
 
 def cache() -> Path:

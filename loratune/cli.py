@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loratune import errors, secrecy, signals
+from loratune import errors, files, secrecy, signals
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
@@ -298,6 +299,29 @@ def _problem(problem: errors.Problem) -> dict[str, Any]:
     }
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse a word that is not UTF-8: names and prompts are written into files and given to tokenizers."""
+    for word in words:
+        if not files.is_utf8(word):
+            shown = errors.shorten(files.shown(word), 200)
+            raise errors.UsageError(f"not UTF-8: `{shown}`", "rename the file, or give the text as UTF-8")
+
+
+def _told(error: Exception) -> errors.LoratuneError | None:
+    """Return what a person is told of an error that no command has a message for, or None for a mistake of ours.
+
+    A file that can't be used, and memory that runs out, can meet any line of the program.
+    """
+    if isinstance(error, errors.LoratuneError):
+        return error
+    if isinstance(error, MemoryError):
+        return errors.SetupError("memory ran out", "close other programs, or use less data at once")
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        place = errors.Place(errors.shorten(files.shown(os.fsdecode(error.filename)), 400))
+        return errors.StorageError(errors.Problem(f"can't be read or written: {error.strerror}", place))
+    return None
+
+
 def _terminated(number: int, frame: Any) -> None:
     """End on SIGTERM as on Ctrl-C: what is half-written is cleared up on the way out."""
     print("terminated", file=sys.stderr)
@@ -309,12 +333,14 @@ def main() -> None:
     secrecy.guard_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        _check_words(sys.argv[1:])
         app(standalone_mode=True)
-    except errors.LoratuneError as error:
-        if os.environ.get("LORATUNE_TRACEBACK"):
+    except (errors.LoratuneError, OSError, MemoryError) as error:
+        told = _told(error)
+        if told is None or os.environ.get("LORATUNE_TRACEBACK"):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(told, file=sys.stderr)
+        sys.exit(told.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

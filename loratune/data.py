@@ -19,6 +19,7 @@ from loratune.recipe import Data, Recipe, Source
 from loratune.store import Store
 
 SHOWN = 5  # rows named in an error
+DAMAGED = "rows in the cache were not as they were written: read anew"
 
 Progress = Callable[[int, float], None]
 
@@ -36,12 +37,14 @@ class Rows:
         chosen: their numbers there, int64, shape (rows,).
         counts: what became of every row read.
         cached: whether they were found, not read.
+        damaged: whether they were found damaged, and read anew.
     """
 
     store: Store
     chosen: np.ndarray
     counts: Counts
     cached: bool = False
+    damaged: bool = False
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -81,7 +84,9 @@ class Rows:
         """Return some of the rows as a set of its own."""
         chosen = self.chosen[indices]
         tokens, trained = int(self.store.lengths[chosen].sum()), int(self.store.trained[chosen].sum())
-        return Rows(self.store, chosen, replace(self.counts, tokens=tokens, trained_tokens=trained), self.cached)
+        return Rows(
+            self.store, chosen, replace(self.counts, tokens=tokens, trained_tokens=trained), self.cached, self.damaged
+        )
 
     def append_ledger(self, path: Path) -> None:
         """Append a line for each row that was read to a file.
@@ -116,13 +121,17 @@ def load(
     given = [inputs.of(source) for source in sources]
     key = inputs.key(sources, given, data, encoder, name)
     folder = bases.cache() / "rows"
-    found = store.find(folder, key) if key else None
+    damaged = False
+    try:
+        found = store.find(folder, key) if key else None
+    except store.Damaged:
+        found, damaged = None, True
     cached = found is not None
     if found is None:
         found = _read(sources, data, encoder, progress, name, store.Writer(folder), key, given)
     counts = Counts(**found.about["counts"])
     _check_losses(counts, _Refused(), data)
-    return Rows(found, np.arange(len(found.lengths)), counts, cached)
+    return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged)
 
 
 def _read(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import bases, data, decode, generate, loop, metrics, model, nodes, report, stops, storage, subject
+from loratune import (
+    bases,
+    data,
+    decode,
+    files,
+    generate,
+    loop,
+    matching,
+    metrics,
+    model,
+    nodes,
+    report,
+    stops,
+    storage,
+    subject,
+)
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -111,7 +125,8 @@ def evaluate(
         LoratuneError: any of its kinds.
     """
     bases.quiet()
-    _check_regex(regex)
+    if regex is not None:
+        matching.check(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)
     tokenizer = subject.tokenizer(what)
@@ -120,6 +135,9 @@ def evaluate(
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
     ends = stops.of_folder(what.folder, encoder) if questions else ()
+    references = [reference for _, reference in questions.values()]
+    # before the model is loaded: a pattern that takes for ever is found on the references most likely
+    wanted = dict(zip(questions, matching.found(regex, references), strict=True)) if regex and questions else {}
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
     differs: tuple[str, ...] = ()
@@ -134,8 +152,14 @@ def evaluate(
                 answered[system] = _answers(
                     loaded, questions, max_new_tokens, batch_size, temperature, progress, ends
                 )  # fmt: skip
-        for index, answer in answered.get(system, {}).items():
-            per_row[system][index] |= _compare(answer, questions[index][1], regex, choices)
+        answers = answered.get(system, {})
+        matches = (
+            dict(zip(answers, matching.found(regex, list(answers.values())), strict=True)) if regex and wanted else {}
+        )
+        for index, answer in answers.items():
+            reference = questions[index][1]
+            match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None
+            per_row[system][index] |= _compare(answer, reference, match, choices)
     scores = {system: _scores(values) for system, values in per_row.items()}
     path = _write_predictions(what, out, rows, tokenizer, questions, answered, per_row) if questions else None
     return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code)
@@ -163,13 +187,6 @@ def _cell(score: Score) -> str:
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
 
 
-def _check_regex(regex: str | None) -> None:
-    try:
-        re.compile(regex or "")
-    except re.error as error:
-        raise UsageError(f"--regex `{regex}` is no regular expression: {error}") from None
-
-
 def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder, limit: int | None) -> Rows:
     """Return the rows to evaluate on: those named, else those the run held out."""
     known: Recipe | None = what.recipe
@@ -180,9 +197,10 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
         if held_out is None:
             raise UsageError("the run held no rows out", "name some with --data")
     else:
-        local = Path(path).expanduser()
-        source = {"path": str(local.resolve()) if local.exists() or "*" in path else path}
-        if not local.exists() and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))):
+        local = files.local(path)
+        there = files.there(local)
+        source = {"path": str(local.resolve()) if there or "*" in path else path}
+        if not there and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))):
             raise DataError(f"no data at `{path}`")
         fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
         if format is not None:
@@ -260,14 +278,16 @@ def _answers(
     return dict(zip(questions, texts, strict=True))
 
 
-def _compare(answer: str, reference: str, regex: str | None, choices: Sequence[str] | None) -> dict[str, float]:
+def _compare(
+    answer: str, reference: str, match: float | None, choices: Sequence[str] | None
+) -> dict[str, float]:  # fmt: skip
     values = {
         "exact match": metrics.exact_match(answer, reference),
         "contains": metrics.contains(answer, reference),
         "token F1": metrics.token_f1(answer, reference),
     }
-    if regex:
-        values["regex"] = metrics.regex_match(answer, reference, regex)
+    if match is not None:
+        values["regex"] = match
     if choices:
         values["choice"] = metrics.choice(answer, reference, choices)
     return values

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import bases, guard
+from loratune import bases, files, guard
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.recipe import Model
 
@@ -85,12 +85,12 @@ def of_base(section: Model) -> Fingerprint:
 def of_folder(folder: Path) -> Fingerprint:
     """Take the fingerprint of a folder with config.json and safetensors files; see `of_base`."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = guard.read_object(folder / "config.json")
         headers = {file: guard.header_of(file) for file in guard.weight_files(folder)}
         whole = sum(file.stat().st_size for file in headers) <= WHOLE
         seen: dict[str, dict[str, str]] = {}
         for file, header in headers.items():
-            with file.open("rb") as stream:
+            with files.opened(file) as stream:
                 for name, entry in header.tensors.items():
                     start, end = entry.offsets
                     digest = hashlib.sha256(f"{entry.dtype} {entry.shape} ".encode())
@@ -131,14 +131,14 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(files.text(path))
         base = Fingerprint(about["base"]["config"], about["base"]["parts"])
         whole = about["schema"] == SCHEMA and base.sha256 == about["base"]["sha256"]
         if not whole or not {"sha256", "template"} <= about["tokenizer"].keys():
             raise ValueError("its digest is another")
         if not all(type(token) is int and token >= 0 for token in about.get("turn_ends", {}).values()):
             raise ValueError("`turn_ends` are no token ids")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "an adapter without this file can be used; its base is not checked then"
         raise ModelError(Problem(f"is damaged ({error})", Place(str(path)), hint)) from None
     return dict(about)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune import files
 from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
 from loratune.section import is_inside
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_DEPTH = 100  # of lists and objects in a config
 CONFIGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json", "special_tokens_map.json", "adapter_config.json", "model.safetensors.index.json",
@@ -68,8 +71,8 @@ def header_of(file: Path) -> Header:
         ValueError: when it is none.
         OSError: when it can't be read.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with files.opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise ValueError(f"{file.name} is no safetensors file, or cut short")
@@ -119,8 +122,11 @@ def check_folder(folder: Path, trust: bool = False, attention: str = "auto") -> 
         SafetyError: when something in it would run or fetch code, is a pickle, or leads out of the folder.
         ModelError: when a config is no JSON object.
     """
-    _check_links(folder)
-    names = {file.name for file in folder.iterdir()}
+    try:
+        _check_links(folder)
+        names = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise ModelError(Problem(f"can't be read: {error.strerror}", Place(str(folder)))) from None
     if frozen := sorted(name for name in names if name == ".metadata" or name.endswith(".distcp")):
         _refuse(folder, f"a distributed checkpoint (`{frozen[0]}`) is a pickle, which can run code", CONVERT)
     pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
@@ -151,13 +157,25 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelError: when it is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(Problem(f"is no JSON: {reason}", Place(str(path)))) from None
+        value = json.loads(files.text(path))
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError(f"nested deeper than {MAX_DEPTH} levels")
+    except OSError as error:
+        raise ModelError(Problem(f"can't be read: {error.strerror}", Place(str(path)))) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(Problem(f"is no JSON: {error}", Place(str(path)))) from None
     if not isinstance(value, dict):
         raise ModelError(Problem("is no JSON object", Place(str(path))))
     return value
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects lie in one another; what walks through them later is recursive."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _check_links(folder: Path) -> None:
@@ -167,6 +185,8 @@ def _check_links(folder: Path) -> None:
         home = home.parent.parent
     inner = [folder / "additional_chat_templates"]
     for file in [*folder.iterdir(), *(f for one in inner if one.is_dir() for f in one.iterdir())]:
+        if file.suffix in _OPENED and (kind := files.odd(file)):
+            raise ModelError(Problem(f"is {kind}, not a file", Place(str(file)), "put the file itself in its place"))
         if file.is_symlink() and (file in inner or file.suffix in _OPENED):
             try:
                 leads = file.resolve()

@@ -13,13 +13,26 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 import loratune
-from loratune import rows
+from loratune import files, rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, Place, Problem
 from loratune.recipe import Data, Source
 
 # whose code decides what a row becomes, ours and others'
-_MODULES = ("rows", "formats", "section", "templates", "turns", "words", "encode", "prepare", "ledger", "store", "data")
+_MODULES = (
+    "files",
+    "rows",
+    "formats",
+    "section",
+    "templates",
+    "turns",
+    "words",
+    "encode",
+    "prepare",
+    "ledger",
+    "store",
+    "data",
+)
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 
 
@@ -48,7 +61,7 @@ def of(source: Source) -> list[Input]:
 def _input(path: str) -> Input:
     digest = xxh3_128()
     try:
-        with open(path, "rb", buffering=0) as stream:
+        with files.opened(path) as stream:
             before = os.fstat(stream.fileno())
             while part := stream.read(1 << 24):
                 digest.update(part)

@@ -73,7 +73,9 @@ def inspect(
     tokenizer = tokenizing.of(recipe, trust_remote_code)
     encoder = Encoder(tokenizer)
     with report.Report().counting("reading rows") as progress:
-        rows, _ = data.of(recipe, encoder, progress)
+        rows, held_out = data.of(recipe, encoder, progress)
+    if rows.damaged or (held_out is not None and held_out.damaged):
+        report.Report().problem(data.DAMAGED)
     if row is not None:
         if not 1 <= row <= len(rows):
             raise UsageError(f"no row {row}: there are {len(rows):,}, counted from 1")

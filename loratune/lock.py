@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[str | None]:
 def holder(folder: Path) -> dict[str, Any] | None:
     """Return who holds a folder's lock (pid, host, boot, started), or None."""
     try:
-        handle = os.open(folder / NAME, os.O_RDONLY)
+        handle = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return None
     try:
@@ -78,7 +78,7 @@ def _take(folder: Path) -> tuple[int, str | None]:
     for attempt in range(100):  # a holder that leaves takes file and folder with it: then once more
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         except FileNotFoundError:
             continue
         try:
@@ -133,7 +133,7 @@ def _take_without_flock(path: Path) -> tuple[int, str | None]:
 
 def _whole(path: Path) -> dict[str, Any] | None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:

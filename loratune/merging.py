@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loratune import bases, report, stops, storage, subject
+from loratune import bases, files, report, stops, storage, subject
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
@@ -73,8 +73,8 @@ def merge(
     """
     bases.quiet()
     tell = report.Report()
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = files.local(out)
+    if files.there(target) and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")

@@ -40,22 +40,20 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(given) + len(wanted))
 
 
-def regex_match(answer: str, reference: str, pattern: str) -> float:
-    """Return 1 where the pattern's first group (or whole match) finds the same in both; the reference may be bare."""
-    wanted = _found(reference, pattern) or reference.strip()
-    return float(_found(answer, pattern) == wanted)
+def regex_match(found: str | None, wanted: str | None, reference: str) -> float:
+    """Return 1 where a pattern finds the same in an answer and in its reference, which may be bare.
+
+    Args:
+        found: in the answer, by `matching.found`.
+        wanted: found in the reference.
+        reference: itself, where nothing is found in it.
+    """
+    return float(found == (wanted or reference.strip()))
 
 
 def choice(answer: str, reference: str, choices: Sequence[str]) -> float:
     """Return 1 where the choice named first in the answer is the one named first in the reference."""
     return float(_first(answer, choices) is not None and _first(answer, choices) == _first(reference, choices))
-
-
-def _found(text: str, pattern: str) -> str | None:
-    match = re.search(pattern, text)
-    if match is None:
-        return None
-    return (match.group(1) if match.groups() else match.group(0)).strip()
 
 
 def _first(text: str, choices: Sequence[str]) -> str | None:

@@ -7,6 +7,7 @@ and what can hide or explode (tags, merge keys, deep nesting, many aliases, huge
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from loratune import files
 from loratune.errors import Place, Problem, RecipeError, shorten
 
 MAX_BYTES = 1 << 20
@@ -353,11 +355,11 @@ def read_text(path: Path) -> bytes:
         RecipeError: when there is no such file or it can't be read.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(
-                Problem(f"too big: {path.stat().st_size:,} bytes, at most {MAX_BYTES:,}", Place(str(path)))
-            )
-        return path.read_bytes()
+        with files.opened(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_BYTES:
+                raise RecipeError(Problem(f"too big: {size:,} bytes, at most {MAX_BYTES:,}", Place(str(path))))
+            return stream.read(MAX_BYTES + 1)  # by now it may be longer: `parse` looks at that
     except IsADirectoryError:
         raise RecipeError(Problem("is a folder, not a recipe", Place(str(path)), "name the YAML file in it")) from None
     except FileNotFoundError:

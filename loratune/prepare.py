@@ -12,10 +12,12 @@ from itertools import pairwise
 
 from loratune.encode import Encoder, Row
 from loratune.errors import Place
-from loratune.formats import Auto, Example, Plain, RowError
+from loratune.formats import Auto, Conversation, Example, Plain, RowError
 from loratune.ledger import Fate
 from loratune.recipe import Data
 from loratune.rows import Block, RawRow
+
+LONGEST = 4 << 20  # characters of a conversation: a million tokens, which take a gigabyte of memory to mask
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,15 @@ def _example(raw: RawRow, data: Data) -> tuple[Example, str]:
     if raw.value is None:
         raise RowError("", raw.problem)
     chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
-    return chosen.read(raw.value), chosen.type
+    example = chosen.read(raw.value)
+    if isinstance(example, Conversation) and (length := _characters(example)) > LONGEST:
+        raise RowError("", f"a conversation of {length:,} characters; at most {LONGEST:,} are rendered")
+    return example, chosen.type
+
+
+def _characters(example: Conversation) -> int:
+    """Return how many characters the messages of a conversation have, roughly."""
+    return sum(len(value) for message in example.messages for value in message.values() if isinstance(value, str))
 
 
 def _unusable(place: Place, error: RowError, data: Data, format: str = "") -> Prepared:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune import decode, nodes
+from loratune import decode, files, nodes
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.foreign import FOREIGN
 from loratune.formats import Auto, Format
@@ -249,7 +249,10 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     tree = nodes.parse(nodes.read_text(path), str(path))
-    return from_tree(tree, path.resolve().parent, settings)
+    folder = path.resolve().parent
+    if not files.is_utf8(folder):  # paths become absolute, and recipe.yaml in the run folder holds them
+        raise RecipeError(Problem("its folder's name is not UTF-8", Place(files.shown(folder)), "rename the folder"))
+    return from_tree(tree, folder, settings)
 
 
 def from_tree(tree: Tree, folder: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -326,13 +329,6 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "data",
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
-        )
-    if method.type == "full" and model.dtype == "float16":
-        yield problem(
-            "`method: full` can't train float16 weights: small updates would round to nothing",
-            "model",
-            "dtype",
-            hint="use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
         )
     without = "leave `model.quantization` out"
     for message, path, hint in refused_over(method, model.quantization.type, without):
@@ -431,7 +427,9 @@ def _find(value: str, folder: Path) -> tuple[Path, bool]:
 def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str:
     path, there = _find(base, folder)
     if there:
-        if path.is_file() and path.suffix != ".gguf":
+        if (kind := files.odd(path)) is not None:
+            problems.append(Problem(f"`{shorten(base)}` is {kind}, no model", place, "name the model's folder"))
+        elif path.is_file() and path.suffix != ".gguf":
             problems.append(Problem(f"`{shorten(base)}` is a file, and no .gguf", place, "name the model's folder"))
         return str(path.resolve())
     looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf") or base.count("/") > 1
@@ -450,14 +448,19 @@ def _template(value: str, folder: Path, tree: Tree, problems: list[Problem]) -> 
 
 def _data_path(value: str, folder: Path, place: Place, problems: list[Problem]) -> str:
     path, there = _find(value, folder)
+    if (kind := files.odd(path)) is not None:
+        hint = "rows are read more than once: write them to a file first"
+        problems.append(Problem(f"`{shorten(value)}` is {kind}, not a file", place, hint))
     if there:
         return str(path.resolve())
     if glob.has_magic(value):
-        if not glob.glob(str(path), recursive=True):
+        if not _matches(path):
             problems.append(Problem(f"no file matches `{shorten(value)}`", place, _looked_for(path)))
         return str(path)
     suffix = Path(value.removesuffix(".gz")).suffix
-    beside = suffix[1:].isalpha() if path.parent == folder else path.parent.is_dir()  # `rows.tsv`, `data/rows.tsv`
+    beside = (
+        suffix[1:].isalpha() if path.parent == folder else os.path.isdir(path.parent)
+    )  # `rows.tsv`, `data/rows.tsv`
     looks_local = value.startswith((".", "/", "~")) or suffix in SUFFIXES or value.endswith("/") or beside
     if looks_local or not _HUB_ID.fullmatch(value):
         hint = _looked_for(path)
@@ -465,6 +468,13 @@ def _data_path(value: str, folder: Path, place: Place, problems: list[Problem]) 
             hint += f"; files end in {listed(SUFFIXES)} (also .gz)"
         problems.append(Problem(f"no data at `{shorten(value)}`", place, hint))
     return value
+
+
+def _matches(pattern: Path) -> bool:
+    try:
+        return bool(files.matching(str(pattern)))
+    except OSError:
+        return True  # told with its place when the rows are read
 
 
 def _looked_for(path: Path) -> str:

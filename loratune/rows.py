@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import io
 import json
@@ -14,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from loratune import files as opening
 from loratune.errors import DataError, Place, Problem, listed
 from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
@@ -70,6 +70,9 @@ class Block:
 
 BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work can be shared out
 READY = 256  # rows of a block of the other kinds
+LONGEST = 16 << 20  # bytes of a line, which is a row: reading and tokenizing it takes a hundred times as much memory
+TEXT = 64 << 20  # bytes of a .txt file, which is one row, too, and has no lists and objects in it
+WHOLE = 1 << 30  # bytes, unpacked, of a file that is read whole before its first row is known
 
 
 def read(source: Source) -> Iterator[RawRow]:
@@ -121,8 +124,21 @@ def files(path: Path) -> list[Path]:
     Raises:
         DataError: when there are none.
     """
+    if not opening.is_utf8(path):
+        raise DataError(Problem("its name is not UTF-8", Place(opening.shown(path)), "rename it"))
+    if (kind := opening.odd(path)) is not None:
+        hint = "rows are read more than once: write them to a file first"
+        raise DataError(Problem(f"is {kind}, not a file", Place(str(path)), hint))
+    try:
+        return _files(path)
+    except OSError as error:
+        place = Place(str(error.filename or path))
+        raise DataError(Problem(f"can't be read: {error.strerror or error}", place)) from None
+
+
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in SUFFIXES)
+        found = sorted(f for f in opening.below(path) if _suffix(f) in SUFFIXES and _is_file(f))
         if not found:
             raise DataError(
                 Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
@@ -134,10 +150,23 @@ def files(path: Path) -> list[Path]:
                 Problem(f"unknown kind of file; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
             )
         return [path]
-    found = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
+    found = opening.matching(str(path))
     if not found:
         raise DataError(Problem("no such data", Place(str(path))))
-    return [f for match in found for f in files(match)]
+    return [f for match in found for f in _files(match)]
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a regular file.
+
+    Raises:
+        DataError: when it is a pipe or a device, or its name is not UTF-8: no place could be written with it.
+    """
+    if not opening.is_utf8(path):
+        raise DataError(Problem("its name is not UTF-8", Place(opening.shown(path)), "rename it"))
+    if (kind := opening.odd(path)) is not None:
+        raise DataError(Problem(f"is {kind}, not a file", Place(str(path)), "take it out of the folder"))
+    return path.is_file()
 
 
 def _suffix(path: Path) -> str:
@@ -146,29 +175,43 @@ def _suffix(path: Path) -> str:
 
 def _file(path: Path) -> Iterator[Block]:
     kind, name, size = _suffix(path), str(path), path.stat().st_size
-    if kind == ".parquet":
-        packed = path.suffix == ".gz"
-        yield from _parquet(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path, name, size)
-        return
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
+    with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
         if kind == ".jsonl":
             yield from _jsonl(stream, raw, name)
+        elif kind == ".parquet":
+            yield from _parquet(raw if stream is raw else io.BytesIO(_whole(stream, name)), name, size)
         elif kind == ".json":
-            yield from _ready(_json(stream.read(), name), size)
+            yield from _ready(_json(_whole(stream, name, "a .jsonl file is read line by line"), name), size)
         elif kind == ".csv":
             yield from _ready(_csv(stream, path), size)
         else:
-            yield from _ready([RawRow(Place(name), {"text": _utf8(stream.read(), name)})], size)
+            text = _whole(stream, name, "such a file is one row: cut it into several", TEXT)
+            yield from _ready([RawRow(Place(name), {"text": _utf8(text, name)})], size)
+
+
+def _whole(stream: BinaryIO | gzip.GzipFile, name: str, hint: str | None = None, most: int = WHOLE) -> bytes:
+    """Read a file whole; a packed one may be a thousand times its size."""
+    found = stream.read(most + 1)
+    if len(found) > most:
+        raise DataError(Problem(f"is longer than {most:,} bytes", Place(name), hint))
+    return found
 
 
 def _jsonl(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, name: str) -> Iterator[Block]:
     line, done = 1, 0
     while lines := stream.read(BLOCK):
         if not lines.endswith(b"\n"):
-            lines += stream.readline()
+            lines += stream.readline(LONGEST)
+        if not lines.endswith(b"\n") and len(lines) >= LONGEST:
+            raise _too_long(name, line + lines.count(b"\n"))
         at = raw.tell()
         yield Block(lines.removeprefix(b"\xef\xbb\xbf") if line == 1 else lines, Place(name, line), size=at - done)
         line, done = line + lines.count(b"\n"), at
+
+
+def _too_long(name: str, line: int) -> DataError:
+    hint = "a line is one row: is its end missing somewhere? else cut the row into several"
+    return DataError(Problem(f"a line of more than {LONGEST:,} bytes", Place(name, line), hint))
 
 
 def _utf8(raw: bytes, name: str) -> str:
@@ -244,11 +287,12 @@ def _json(raw: bytes, name: str) -> Iterator[RawRow]:
 
 
 def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+    csv.field_size_limit(LONGEST)  # the default, 128 KiB, is less than a long document
     name, columns, line = str(path), list[str](), 1
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)  # else an open quote swallows the rest of the file
+            # not strict, an open quote would swallow the rest of the file
+            reader = csv.reader(_lines(text, name), strict=True)
             for cells in reader:
                 # a row ends below its start where a cell holds lines
                 place, line = Place(name, line), reader.line_num + 1
@@ -262,10 +306,20 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
                 else:
                     yield RawRow(place, dict(zip(columns, cells, strict=True)))
     except UnicodeDecodeError:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as again:
+        with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as again:
             raise _no_utf8(name, _first_not_utf8(again)) from None
     except csv.Error as error:
         raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
+
+
+def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """Yield the lines of a text; one that is too long is an error, not read on."""
+    number = 0
+    while line := text.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise _too_long(name, number)
+        yield line
 
 
 def _first_not_utf8(stream: Iterable[bytes]) -> int:
@@ -279,7 +333,7 @@ def _first_not_utf8(stream: Iterable[bytes]) -> int:
     return number
 
 
-def _parquet(file: Path | io.BytesIO, name: str, size: int) -> Iterator[Block]:
+def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

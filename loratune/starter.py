@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loratune import recipe
+from loratune import files, recipe
 from loratune.errors import Place, Problem, StorageError, UsageError
 
 # Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.
@@ -74,24 +74,24 @@ def write(folder: Path, base: str | None) -> list[Path]:
         UsageError: when one of the files is there already; nothing is written then.
         StorageError: when a file can't be written.
     """
-    if base is not None and Path(base).expanduser().exists():
-        base = str(Path(base).expanduser().resolve())
+    if base is not None and files.there(files.local(base)):
+        base = str(files.local(base).resolve())
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{a} Yours, the help desk."}]}
         for q, a in _ROWS
     ]
-    files = {
+    made = {
         folder / "recipe.yaml": _RECIPE.format(base=json.dumps(base) if base else ""),
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
         folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     }
-    there = [Problem("is there already", Place(str(path)), "nothing was written") for path in files if path.exists()]
+    there = [Problem("is there already", Place(str(path)), "nothing was written") for path in made if files.there(path)]
     if there:
         raise UsageError(there)
-    for path, text in files.items():
+    for path, text in made.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
-    return list(files)
+    return list(made)

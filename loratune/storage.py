@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loratune import files
 from loratune.errors import Place, Problem, StorageError
 from loratune.secrecy import redact
 from loratune.section import is_inside
@@ -39,6 +40,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: when the disk is full or the folder can't be written.
     """
+    if (kind := files.odd(path)) is not None:  # a rename would put a file in the place of `/dev/null`
+        raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
     staged = _beside(path, "staging")
     try:
         with staged.open("w", encoding="utf-8") as stream:
@@ -55,8 +58,8 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or return an empty one where the file is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(files.text(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -201,15 +204,15 @@ def verify(folder: Path, alone: bool = False) -> str | None:
         alone: whether nothing else may lie in it.
     """
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        text = files.text(folder / MANIFEST)
         manifest = json.loads(text)
-        seal, files = manifest["seal"], manifest["files"]
-        whole = text.count(seal) == 1 and _hash(text.replace(seal, _NO_SEAL)) == seal and isinstance(files, dict)
-    except (OSError, ValueError, TypeError, KeyError):
+        seal, sealed = manifest["seal"], manifest["files"]
+        whole = text.count(seal) == 1 and _hash(text.replace(seal, _NO_SEAL)) == seal and isinstance(sealed, dict)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
         return f"has no whole {MANIFEST}"
-    for name, known in files.items():
+    for name, known in sealed.items():
         file = folder / name
         if not is_inside(name) or not file.resolve().is_relative_to(folder.resolve()):
             return f"`{name}` leads out of its folder"
@@ -224,7 +227,7 @@ def verify(folder: Path, alone: bool = False) -> str | None:
     if alone:
         for file in sorted(folder.rglob("*")):
             name = file.relative_to(folder).as_posix()
-            if file.is_file() and name != MANIFEST and name not in files:
+            if file.is_file() and name != MANIFEST and name not in sealed:
                 return f"`{name}` was not written with it"
     return None
 
@@ -249,7 +252,7 @@ def _hash(text: str) -> str:
 
 
 def _seal(file: Path, sync: bool = True) -> dict[str, Any]:
-    with file.open("rb") as stream:
+    with files.opened(file) as stream:
         if sync:
             os.fsync(stream.fileno())
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

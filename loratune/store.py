@@ -1,7 +1,8 @@
 """Tokenized rows on disk: an Arrow file that is mapped, not loaded, in a folder of the cache that can be found again.
 
-A folder holds `rows.arrow`, `ledger.jsonl` and `about.json`. It is written beside its place, flushed to the disk and
-renamed, so that it is whole or isn't there. Its name is a hash of everything that decides what is in it.
+A folder holds `rows.arrow`, `ledger.jsonl`, and `about.json` with digests of all three. It is written beside its place,
+flushed to the disk and renamed, so that it is whole or isn't there. Its name is a hash of everything that decides what
+is in it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_128
 
+from loratune import files
 from loratune.encode import Row
 from loratune.errors import Place, Problem, StorageError
 
 BATCH = 1 << 20  # tokens of an Arrow batch
+_FILES = ("rows.arrow", "ledger.jsonl")
 UNUSED = 30 * 86400  # seconds after which a folder nobody asked for is taken away
 _SCHEMA = pa.schema(
     {
@@ -91,7 +95,8 @@ class Writer:
         self._flush()
         with writing(self.folder):
             self._close()
-            about = {**about, "bytes": (self.folder / "rows.arrow").stat().st_size}
+            about = {**about, "digests": {file: _digest(self.folder / file) for file in _FILES}}
+            about["seal"] = _seal(about)
             (self.folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
             if name is None:
                 return Store(self.folder, passing=True)
@@ -99,8 +104,8 @@ class Writer:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             target = self.folder.parent / name
-            if target.exists() and find(target.parent, name) is None:
-                shutil.rmtree(target)  # damaged
+            if target.exists() and not _is_whole(target):
+                shutil.rmtree(target)
             if not target.exists():  # else another process was faster
                 self.folder.rename(target)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -213,16 +218,45 @@ def _numbers(array: pa.Array) -> np.ndarray:
 
 
 def find(parent: Path, name: str) -> Store | None:
-    """Return the rows of that name, or None where there are none that are whole; note that they are in use."""
+    """Return the rows of that name, or None where there are none; note that they are in use.
+
+    Raises:
+        Damaged: when they are there and not as they were written.
+    """
     folder = parent / name
-    try:
-        store = Store(folder)
-        if store.about["bytes"] != (folder / "rows.arrow").stat().st_size:
-            return None
-        os.utime(folder / "about.json")
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+    if not folder.exists():
         return None
-    return store
+    if not _is_whole(folder):
+        raise Damaged(str(folder))
+    with suppress(OSError):
+        os.utime(folder / "about.json")
+    return Store(folder)
+
+
+class Damaged(Exception):
+    """Rows in the cache that are not as they were written."""
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder holds what was written to it: every byte is read, at the speed of memory."""
+    try:
+        about = json.loads(files.text(folder / "about.json"))
+        seal = about.pop("seal")
+        return bool(_seal(about) == seal and all(_digest(folder / file) == about["digests"][file] for file in _FILES))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _seal(about: dict[str, Any]) -> str:
+    return xxh3_128(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = xxh3_128()
+    with files.opened(file) as stream:
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _tidy(parent: Path) -> None:

@@ -15,6 +15,7 @@ from loratune import (
     checkpoint,
     compiler,
     decode,
+    files,
     fingerprint,
     guard,
     model,
@@ -65,7 +66,8 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
     Raises:
         ModelError: when it is none of these, or an adapter without a base.
     """
-    folder = Path(name).expanduser()
+    folder = files.local(name)
+    there = files.there(folder)
     known = _recipe(folder)
     if (folder / "adapter_config.json").is_file():
         section = _adapter_base(folder, known, base)
@@ -83,7 +85,7 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
         original: Model | None = _model(base)
     else:
         original = known.model if known else None
-    if folder.exists() and not (folder / "config.json").is_file() and folder.suffix != ".gguf":
+    if there and not (folder / "config.json").is_file() and folder.suffix != ".gguf":
         raise ModelError(
             Problem(
                 "no adapter_config.json and no config.json here", Place(name), "name a run, adapter or model folder"
@@ -100,7 +102,7 @@ def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tup
         ModelError: as `open_subject`, and when there is no such folder: an adapter is never on the hub.
         UsageError: when it is a whole model.
     """
-    if not Path(name).expanduser().exists():
+    if not files.there(files.local(name)):
         raise ModelError(Problem("no such folder", Place(name), "name a run or an adapter folder"))
     found = open_subject(name, base, trust)
     if found.adapter is None:
@@ -201,7 +203,7 @@ def _recipe(folder: Path) -> Recipe | None:
         path = place / "recipe.yaml"
         if (place / "run.json").is_file() and path.is_file():
             try:
-                return decode.decode(Recipe, nodes.parse(path.read_bytes(), str(path)))
+                return decode.decode(Recipe, nodes.parse(nodes.read_text(path), str(path)))
             except LoratuneError:
                 return None
     return None
@@ -229,8 +231,8 @@ def _model(name: str, dtype: str = "auto") -> Model:
 
 
 def _local(name: str) -> str:
-    path = Path(name).expanduser()
-    if path.exists():
+    path = files.local(name)
+    if files.there(path):
         return str(path.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name:
         raise ModelError(Problem("no such folder", Place(name)))

@@ -18,7 +18,7 @@ import loratune
 from loratune import batches, model
 from loratune.activations import Plan
 from loratune.apart import Packing
-from loratune.data import Rows
+from loratune.data import DAMAGED, Rows
 from loratune.recipe import Recipe
 from loratune.report import Report, size
 from loratune.rows import files
@@ -123,6 +123,8 @@ def tell_start(
         + (f", {len(held_out):,} held out" if held_out else "")
         + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
     )
+    if rows.damaged or (held_out is not None and held_out.damaged):
+        report.problem(f"         {DAMAGED}")
     for line in _about_rows(recipe, rows):
         report.note(f"         {line}")
     for line in counts.first:

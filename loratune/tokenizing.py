@@ -8,10 +8,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from loratune import bases, child, templating
+from loratune import bases, child, files, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.recipe import Model, Recipe
@@ -129,9 +128,10 @@ def _chosen(tokenizer: Any, choice: str | None) -> Any:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos_itself(tokenizer) else "") + TEMPLATES[choice]
         return tokenizer
     try:
-        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
+        tokenizer.chat_template = files.text(choice)
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(Problem(f"the chat template can't be read: {error}", Place(choice))) from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ModelError(Problem(f"the chat template can't be read: {reason}", Place(choice))) from None
     check_template(tokenizer.chat_template, tokenizer, choice)
     return tokenizer
 

@@ -19,6 +19,7 @@ LEVELS = (
         "stops",
         "generate",
         "metrics",
+        "matching",
         "card",
         "plot",
         "loop",
@@ -67,7 +68,7 @@ LEVELS = (
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
     ("decode", "nodes", "section", "sharing", "foreign", "templates"),
-    ("errors", "secrecy", "garbage"),
+    ("errors", "secrecy", "garbage", "files"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

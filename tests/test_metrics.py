@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratune import metrics
+from loratune import matching, metrics
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,8 @@ def test_exact_match_and_contains() -> None:
     ],
 )
 def test_regex_match(answer: str, reference: str, pattern: str, wanted: float) -> None:
-    assert metrics.regex_match(answer, reference, pattern) == wanted
+    found = matching.found(pattern, [answer, reference])
+    assert metrics.regex_match(*found, reference) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""What a regular expression finds in texts, in bounded time: it runs in a child process.
+
+Python's `re` goes back over a text as often as a pattern such as `(a+)+$` allows, which can be longer than anybody
+waits, and nothing in this process could stop it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from loratune import child
+from loratune.errors import SetupError, UsageError, shorten
+
+PATIENCE = 10.0  # seconds for all texts: a thousand answers of a thousand characters take 0.1
+MEMORY = 1 << 30  # bytes for the child
+
+
+def check(pattern: str) -> None:
+    """Check that a text is a regular expression, before anything is loaded.
+
+    Raises:
+        UsageError: when it is none, or takes too long to be read.
+    """
+    if not pattern:
+        raise UsageError("--regex is empty")
+    found(pattern, [""])
+
+
+def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> list[str | None]:
+    """Return what a pattern finds first in each text: its first group, else the whole match; None where nothing.
+
+    Args:
+        pattern: a regular expression of Python's `re`.
+        texts: to search.
+        patience: seconds for all of them.
+
+    Raises:
+        UsageError: when the pattern is none, or takes too long on one of them.
+        SetupError: when no child process can be started.
+    """
+    shown = shorten(pattern, 100)
+    asked = json.dumps({"pattern": pattern, "texts": list(texts)})
+    try:
+        done = subprocess.run(
+            child.command("loratune.matching"), input=asked, capture_output=True, text=True, encoding="utf-8",
+            env=child.environment(), timeout=patience, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"--regex `{shown}` takes more than {patience:g} s on {len(texts):,} texts",
+            "a repetition within a repetition, such as (a+)+, can take for ever: write it simpler",
+        ) from None
+    except OSError as error:
+        raise SetupError(f"no process can be started for --regex: {error.strerror}") from None
+    if done.returncode:
+        raise UsageError(f"--regex `{shown}` is more than can be searched for within {MEMORY >> 30} GiB of memory")
+    answer = json.loads(done.stdout)
+    if isinstance(answer, str):
+        raise UsageError(f"--regex `{shown}` is no regular expression: {answer}")
+    return [None if one is None else str(one) for one in answer]
+
+
+def _serve() -> None:
+    """Search as stdin asks and write what was found, or why the pattern is none, to stdout."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    asked = json.load(sys.stdin)
+    try:
+        pattern = re.compile(asked["pattern"])
+    except (re.error, RecursionError, OverflowError) as error:
+        print(json.dumps(str(error) or type(error).__name__))
+        return
+    answer: list[str | None] = []
+    for text in asked["texts"]:
+        match = pattern.search(text)
+        group = None if match is None else match.group(1 if match.re.groups else 0)
+        answer.append(None if group is None else group.strip())
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _serve()

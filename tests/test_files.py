@@ -1,0 +1,362 @@
+"""What a user names and no file is: pipes, devices, loops, names beyond the system's; and files beyond all bounds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loratune import files, guard, inputs, inspecting, matching, nodes, prepare, recipe, rows, storage, subject
+from loratune.encode import Encoder
+from loratune.errors import DataError, LoratuneError, ModelError, RecipeError, StorageError, UsageError
+from loratune.recipe import Data, Source
+from loratune.rows import Block
+from tests import tiny
+
+WAIT = 30  # seconds after which a child counts as hanging: it needs one or two
+
+
+def command(*words: str | bytes, cwd: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the program in a process of its own; it may not wait for ever."""
+    return subprocess.run(
+        [sys.executable, "-m", "loratune", *words], cwd=cwd, capture_output=True, stdin=subprocess.DEVNULL, timeout=WAIT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env}, check=False,
+    )  # fmt: skip
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path)[-100:] if len(str(path)) < 100 else os.path.relpath(path))
+
+
+def to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+ODD: dict[Callable[[Path], None], str] = {
+    pipe: "a pipe",
+    endless: "a device",
+    listening: "a socket",
+    folder: "is a folder",
+    to_itself: "Too many levels of symbolic links",
+    dangling: "No such file or directory",
+}
+
+
+@pytest.mark.parametrize("make", ODD, ids=lambda make: make.__name__)
+def test_what_is_no_file_is_not_opened(
+    tmp_path: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "x")
+    with pytest.raises(OSError) as caught:
+        files.opened(tmp_path / "x")
+    assert ODD[make] in str(caught.value.strerror)
+    for read in (inputs._input, lambda name: nodes.read_text(Path(name)), lambda name: guard.read_object(Path(name))):
+        with pytest.raises(LoratuneError) as told:
+            read(str(tmp_path / "x"))
+        assert str(tmp_path / "x") in str(told.value)
+        assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize("make", [pipe, endless, listening], ids=lambda make: make.__name__)
+def test_rows_out_of_a_pipe_are_refused_with_a_remedy(
+    tmp_path: Path, base: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tiny.write_recipe(tmp_path, base, rows=4)
+    make(tmp_path / "x.jsonl")
+    with pytest.raises(RecipeError, match="not a file") as caught:
+        recipe.load(path, ["data.train=x.jsonl"])
+    assert "write them to a file first" in str(caught.value)
+    with pytest.raises(DataError, match="not a file"):
+        rows.files(tmp_path / "x.jsonl")
+    (tmp_path / "more").mkdir()
+    make(tmp_path / "more" / "y.jsonl")
+    with pytest.raises(DataError, match="take it out of the folder"):
+        rows.files(tmp_path / "more")
+
+
+def test_a_recipe_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    done = command("check", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == b"recipe.yaml: can't be read: a pipe, which may never end; write it to a file first\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "chat_template.jinja"]
+)
+def test_a_pipe_in_a_model_folder(base: Path, tmp_path: Path, name: str) -> None:
+    """Whatever transformers would open, before it waits there."""
+    home = tiny.save(tmp_path / "model")
+    (home / name).unlink(missing_ok=True)
+    os.mkfifo(home / name)
+    with pytest.raises(ModelError, match=f"{name}: is a pipe, not a file"):
+        guard.check_folder(home)
+
+
+def test_nothing_is_put_in_the_place_of_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("out", "null"):
+        with pytest.raises(StorageError, match="not a file"):
+            storage.write_text(tmp_path / name, "x")
+    assert sorted(os.listdir(tmp_path)) == ["null", "out"]
+    assert (tmp_path / "null").is_symlink()
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b", "~nobody-of-this-name/x"])
+def test_names_the_system_does_not_take(tmp_path: Path, base: Path, name: str) -> None:
+    path = tiny.write_recipe(tmp_path, base, rows=4)
+    for words in (["data.train"], ["model.base"], ["data.chat_template"], ["output"]):
+        if "\0" not in name and words != ["output"]:
+            with pytest.raises(RecipeError):
+                recipe.load(path, [f"{words[0]}=./{name}"])
+    with pytest.raises(LoratuneError) as caught:
+        subject.open_subject(f"./{name}")
+    assert caught.value.exit_code == 2
+    with pytest.raises(RecipeError):
+        recipe.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("words", [
+    ["check", b"\xff.yaml"], ["train", b"\xff.yaml"], ["eval", b"run\xff"], ["chat", b"x", b"-p", b"\xe4 prompt"],
+    ["merge", b"x", b"--out", b"\xff"], ["init", b"\xff"], ["check", "recipe.yaml", b"--set", b"output=\xff"],
+], ids=str)  # fmt: skip
+def test_words_that_are_not_utf8(tmp_path: Path, words: list[str | bytes]) -> None:
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"not UTF-8: `")
+    assert b"\\x" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, base: Path) -> None:
+    home = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(home)
+    tiny.write_recipe(Path(os.fsdecode(home)), base, rows=4)
+    done = command("train", "recipe.yaml", cwd=Path(os.fsdecode(home)))
+    assert (done.returncode, b"its folder's name is not UTF-8" in done.stderr) == (2, True)
+    (tmp_path / "data").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/\xfe.jsonl")).write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"\\xfe.jsonl: its name is not UTF-8"):
+        rows.files(tmp_path / "data")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_text_can_be_printed(tmp_path: Path, encoding: str) -> None:
+    text = "import sys\nfrom loratune import secrecy\nsecrecy.guard_streams()\nprint('ä', '\\udcff', '\\ud800')\n"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False)  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout == ("ä" if encoding == "utf-8" else "\\xe4").encode() + b" \xff \\ud800\n"
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folders_that_lead_into_themselves(tmp_path: Path) -> None:
+    """Each file once, however many ways lead to it, and without end in none: links are followed."""
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("data/a.jsonl", "data/deep/b.jsonl", "elsewhere/c.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (tmp_path / "data" / "again").symlink_to(".")
+    (tmp_path / "data" / "deep" / "up").symlink_to("..")
+    (tmp_path / "data" / "more").symlink_to("../elsewhere")
+    wanted = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert sorted(file.name for file in rows.files(tmp_path / "data")) == wanted
+    assert sorted(file.name for file in rows.files(tmp_path / "data" / "**" / "*.jsonl")) == wanted
+    assert sorted(file.name for file in rows.files(tmp_path / "data" / "**")) == wanted
+    assert [file.name for file in rows.files(tmp_path / "d*" / "*.jsonl")] == ["a.jsonl"]
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "closed").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\n')
+    real = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for source in ("data", "data/**/*.jsonl"):
+        with pytest.raises(DataError, match="closed: can't be read: Permission denied"):
+            rows.files(tmp_path / source)
+
+
+# root reads whatever it likes, unless it lays that down
+DROPPED = "-dac_override,-dac_read_search"
+WITHOUT = [] if os.geteuid() else ["setpriv", f"--bounding-set={DROPPED}", f"--inh-caps={DROPPED}"]
+
+
+@pytest.mark.skipif(bool(WITHOUT) and shutil.which("setpriv") is None, reason="root may read everything")
+def test_somebody_who_may_not_read(tmp_path: Path) -> None:
+    """As a user of the system sees it: recipe, data, a folder of the model and the place for the result."""
+    path = tiny.write_recipe(tmp_path, tiny.save(tmp_path / "model"), rows=4)
+    closed_folder = tmp_path / "closed"
+    closed_folder.mkdir()
+
+    def told(*words: str) -> tuple[int, str]:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        line = [*WITHOUT, sys.executable, "-m", "loratune", *words]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=env, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stderr
+
+    for closed, words, code in (
+        (path, ["check", str(path)], 2),
+        (tmp_path / "train.jsonl", ["inspect", str(path)], 2),
+        (tmp_path / "model", ["inspect", str(path)], 2),
+        (tmp_path / "model" / "config.json", ["inspect", str(path)], 2),
+        (tmp_path / "model", ["chat", str(tmp_path / "model"), "-p", "hi"], 2),
+        (closed_folder, ["init", str(closed_folder / "new")], 2),
+    ):
+        mode = closed.stat().st_mode
+        closed.chmod(0)
+        found, error = told(*words)
+        closed.chmod(mode)
+        assert found == code, (words, error)
+        assert "Permission denied" in error or "not readable" in error
+        assert closed.name in error
+
+
+# ---------------------------------------------------------------- beyond all bounds
+
+
+def test_a_line_that_does_not_end(tmp_path: Path) -> None:
+    """100 MB in one line are refused with its number, without being read to their end."""
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.write(b'{"text": "a"}\n\n{"text": "')
+        stream.truncate(100 << 20)
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError) as caught:
+        list(rows.read(Source(path=str(path))))
+    assert str(caught.value).startswith(f"{path}:3: a line of more than 16,777,216 bytes")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 80 * 1024  # KiB
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\na\n" + b'"' + b"a," * (9 << 20))
+    with pytest.raises(DataError, match=r"a.csv:3: a line of more than 16,777,216 bytes"):
+        list(rows.read(Source(path=str(path))))
+
+
+def test_a_long_line_is_still_a_row(tmp_path: Path) -> None:
+    text = "a" * (3 << 20)
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": "b"}])
+    assert [row.value for row in rows.read(Source(path=str(path)))] == [{"text": text}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.txt.gz", "a.parquet.gz"])
+def test_a_packed_file_that_grows_without_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "WHOLE", 1 << 20)
+    monkeypatch.setattr(rows._whole, "__defaults__", (None, 1 << 20))
+    monkeypatch.setattr(rows, "TEXT", 1 << 20)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b" " * (2 << 20)))
+    with pytest.raises(DataError, match="is longer than 1,048,576 bytes"):
+        list(rows.read(Source(path=str(path))))
+
+
+def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * (5 << 20)}]}
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [row])
+    source = Source(path=str(path))
+    (block,) = rows.blocks(source)
+    assert isinstance(block, Block)
+    (found,) = prepare.prepare(block, Data(train=(source,)), Encoder(tiny.tokenizer()))
+    assert (found.fate, found.reason) == (
+        "refused",
+        "a conversation of 5,242,894 characters; at most 4,194,304 are rendered",
+    )
+
+
+def test_configs_that_are_nested_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for depth, read in ((99, True), (101, False), (900, False), (100_000, False)):
+        path.write_text('{"a":' * depth + "1" + "}" * depth)
+        if read:
+            assert guard.read_object(path)["a"]
+            continue
+        with pytest.raises(ModelError, match="is no JSON: "):
+            guard.read_object(path)
+    path.write_bytes(b'{"a": "' + b"a" * (40 << 20) + b'"}')
+    with pytest.raises(ModelError, match="is longer than 33,554,432 bytes"):
+        guard.read_object(path)
+
+
+# ---------------------------------------------------------------- regular expressions
+
+
+def test_a_pattern_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.perf_counter()
+    with pytest.raises(UsageError, match=r"takes more than 1 s on 2 texts") as caught:
+        matching.found(r"(a+)+$", ["a", "a" * 60 + "b"], patience=1.0)
+    assert "write it simpler" in str(caught.value)
+    assert time.perf_counter() - began < WAIT
+
+
+@pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{99999999999}", ""])
+def test_what_is_no_pattern(pattern: str) -> None:
+    with pytest.raises(UsageError, match="--regex"):
+        matching.check(pattern)
+
+
+def test_what_a_pattern_finds() -> None:
+    assert matching.found(r"x=(\d)?", ["x=3", "x=", "y", "äx= \ud800"]) == ["3", None, None, None]
+    assert matching.found(r"\w+", ["äö b", " \n"]) == ["äö", None]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_any_flipped_bit_in_the_cache_is_seen(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every file of it, at both ends and between: rows are read anew, and that is said."""
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    loaded = recipe.load(tiny.write_recipe(tmp_path, base, rows=6))
+    wanted = json.dumps(inspecting.inspect(loaded).as_json())
+    (home,) = (tmp_path / "cache" / "rows").iterdir()
+    assert "read anew" not in capsys.readouterr().err
+    for name in ("rows.arrow", "ledger.jsonl", "about.json"):
+        size = (home / name).stat().st_size
+        for place in (0, size // 3, size // 2, size - 3):
+            whole = bytearray((home / name).read_bytes())
+            whole[place] ^= 4
+            (home / name).write_bytes(whole)
+            assert json.dumps(inspecting.inspect(loaded).as_json()) == wanted
+            assert "rows in the cache were not as they were written: read anew" in capsys.readouterr().err
+            inspecting.inspect(loaded)
+            assert "read anew" not in capsys.readouterr().err
