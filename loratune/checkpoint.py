@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,39 @@ class Progress:
 
     Attributes:
         step: number of steps done.
-        best_loss, best_step: of the best evaluation so far.
-        evaluations_without_better: since that one.
+        best_loss, best_step: of the evaluation with the lowest loss so far.
+        patience_loss: what a loss must be lower than, by `early_stopping.min_delta`, for the training to go on.
+        evaluations_without_better: since one that was.
         pending: whether the evaluation after `step` is still to be done: a signal came in the middle of it.
     """
 
     step: int
     best_loss: float | None = None
     best_step: int | None = None
+    patience_loss: float | None = None
     evaluations_without_better: int = 0
     pending: bool = False
+
+    def evaluated(self, loss: float, margin: float) -> Progress:
+        """Return where the run stands after an evaluation.
+
+        Args:
+            loss: that was measured, finite.
+            margin: how much lower than `patience_loss` it must be to count against stopping early.
+        """
+        better = self.best_loss is None or loss < self.best_loss
+        progress = replace(self, best_loss=loss, best_step=self.step) if better else self
+        if self.patience_loss is None or loss < self.patience_loss - margin:
+            return replace(progress, pending=False, patience_loss=loss, evaluations_without_better=0)
+        return replace(progress, pending=False, evaluations_without_better=self.evaluations_without_better + 1)
+
+
+def _progress(state: Mapping[str, Any]) -> Progress:
+    """Return what was saved of `Progress`, also by a version for which a loss of nan could be the best."""
+    progress = Progress(**state)
+    if progress.best_loss is None or not math.isfinite(progress.best_loss):
+        return replace(progress, best_loss=None, best_step=None, patience_loss=None)
+    return progress if progress.patience_loss is not None else replace(progress, patience_loss=progress.best_loss)
 
 
 @dataclass(frozen=True)
@@ -177,7 +201,7 @@ def newest(run: Path) -> Found | None:
             bad.append((folder, wrong))
             continue
         seal = storage.read_json(folder / storage.MANIFEST)
-        progress = Progress(**storage.read_json(folder / "state.json")["progress"])
+        progress = _progress(storage.read_json(folder / "state.json")["progress"])
         finished = progress.step >= seal["steps"] or storage.read_json(run / "run.json").get("status") == "complete"
         return Found(folder, progress, seal, finished, [_quarantine(*one) for one in bad])
     if bad:

@@ -17,6 +17,8 @@ from loratune.encode import Row
 from loratune.errors import TrainingError
 from loratune.sharing import Layout
 
+SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
+
 
 class Objective(Protocol):
     """What the loop needs of an objective: a sum and what to divide it by."""
@@ -74,12 +76,13 @@ def steps(
         poll: called before each micro-batch; what it raises gives the step up before the optimizer has stepped.
 
     Raises:
-        TrainingError: when loss or gradient are not finite, or the first step shows that something would never be
-            trained; the optimizer has not stepped then.
+        TrainingError: when loss or gradient are not finite (in float16: in `SKIPPED` steps in a row), or the first step
+            shows that something would never be trained; the optimizer has not stepped then.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, world = accelerator.device, accelerator.num_processes
     scaled = accelerator.scaler is not None
+    skipped = 0  # steps in a row
     model.train()  # once: there are thousands of modules to tell
     for number, batch in enumerate(batches, start + 1):
         began = time.perf_counter()
@@ -116,6 +119,13 @@ def steps(
         ).tolist()  # the one sync
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
+        skipped = 0 if math.isfinite(norm_value) else skipped + 1
+        if skipped == SKIPPED:
+            raise TrainingError(
+                f"step {number}: the gradient has not been finite in {SKIPPED} steps in a row, whatever float16 was "
+                "scaled by: nothing is learned",
+                "set model.dtype: bfloat16 or float32, or lower optimizer.lr",
+            )
         if number == start + 1:
             _check_first(model, number, loss_value, norm_value)
         optimizer.step()
@@ -127,15 +137,26 @@ def steps(
 
 
 def measure(
-    model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any
+    model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any, when: str = ""
 ) -> tuple[float, int]:
     """Return (loss per count, count) over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
+
+    Args:
+        model: prepared by `accelerator` where there are several processes.
+        objective: gives the summed loss and the count of a micro-batch.
+        micro_batches: the rows, as they are measured together.
+        accelerator: accelerate's, for the device and the other processes.
+        when: what an error begins with.
+
+    Raises:
+        TrainingError: when the loss is not finite; it names the rows of the first micro-batch of that kind.
     """
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
+    measured: list[tuple[list[Row], torch.Tensor]] = []
     was_training = model.training
     model.eval()
     inner = accelerator.unwrap_model(model)  # shares may differ in number: no DDP forward here
@@ -145,6 +166,7 @@ def measure(
                 if index % world == rank:
                     part = objective.collate(rows)
                     total = objective.total(inner, on(device, part))
+                    measured.append((rows, total))
                     sums += torch.stack(
                         [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
                     )
@@ -153,6 +175,12 @@ def measure(
     if world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     total_loss, count = sums.tolist()
+    if not math.isfinite(total_loss):
+        rows = next((rows for rows, total in measured if not bool(total.isfinite())), [])
+        raise TrainingError(
+            f"{when}the eval loss is {total_loss}" + (f". Rows: {_places(rows)}" if rows else ""),
+            "look at these rows; lower optimizer.lr, or set model.dtype: float32",
+        )
     return total_loss / max(count, 1), int(count)
 
 
@@ -182,10 +210,14 @@ def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
 
 
 def _not_finite(number: int, batch: Batch, loss: float) -> TrainingError:
-    places = list(dict.fromkeys(str(row.place) for part in batch.micro for row in part))
     what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
     return TrainingError(
-        f"step {number}: the {what}; stopped before the optimizer stepped. Its rows: {', '.join(places[:8])}"
-        + (f" and {len(places) - 8} more" if len(places) > 8 else ""),
+        f"step {number}: the {what}; stopped before the optimizer stepped. "
+        f"Its rows: {_places([row for part in batch.micro for row in part])}",
         "look at these rows; lower optimizer.lr, or set model.dtype: float32",
     )
+
+
+def _places(rows: Iterable[Row]) -> str:
+    places = list(dict.fromkeys(str(row.place) for row in rows))
+    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")

@@ -330,6 +330,13 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
         )
+    if method.type == "full" and model.dtype == "float16":
+        yield problem(
+            "`method: full` can't train float16 weights: small updates would round to nothing",
+            "model",
+            "dtype",
+            hint="use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
+        )
     without = "leave `model.quantization` out"
     for message, path, hint in refused_over(method, model.quantization.type, without):
         yield problem(message, *path, hint=hint)

@@ -325,15 +325,13 @@ def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) 
     assert job.eval_rows is not None
     began = time.perf_counter()
     parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.plan.tokens)
-    loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator)
+    when = f"step {progress.step}: "
+    loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
     early = job.recipe.train.early_stopping
-    margin = early.min_delta if early else 0.0
-    better = progress.best_loss is None or loss < progress.best_loss - margin
+    progress = progress.evaluated(loss, early.min_delta if early else 0.0)
+    better = progress.best_step == progress.step
     job.report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
-    progress = replace(progress, pending=False)
-    if better:
-        return True, replace(progress, best_loss=loss, best_step=progress.step, evaluations_without_better=0)
-    return False, replace(progress, evaluations_without_better=progress.evaluations_without_better + 1)
+    return better, progress
 
 
 def _polled(parts: Iterable[list[Row]], poll: Callable[[], None]) -> Iterator[list[Row]]:

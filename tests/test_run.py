@@ -34,7 +34,7 @@ def test_a_run_folder_has_everything_in_it(fit: Fit, base: Path):
     names = {path.name for path in done.folder.iterdir()}
     assert names == {
         "MANIFEST.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
-        "ledger.jsonl", "loratune.json",
+        "generation_config.json", "ledger.jsonl", "loratune.json",
         "loss.svg", "metrics.jsonl", "recipe.yaml", "run.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert sorted(path.name for path in (done.folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]

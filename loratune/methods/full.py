@@ -61,12 +61,25 @@ class Full(Section):
         model.config.dtype = config
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
-        """Put weights saved by `save` back into the model."""
+        """Put weights saved by `save` back into the model.
+
+        Models whose tensors have other names on disk than in memory, such as the experts of a mixture, are read by
+        transformers, which knows how; a second copy of the weights is in memory then.
+        """
         import torch
         from safetensors.torch import load_file
 
         with torch.no_grad():
             state = {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
             targets = model.state_dict()
+            if not state.keys() <= targets.keys():
+                state = self._as_named_in_memory(model, folder)
             for name, tensor in state.items():
                 targets[name].copy_(tensor)
+
+    def _as_named_in_memory(self, model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+        read = type(model).from_pretrained(
+            folder, config=model.config, dtype=model.dtype, use_safetensors=True, local_files_only=True
+        )
+        state: dict[str, torch.Tensor] = read.state_dict()
+        return state

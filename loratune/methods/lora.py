@@ -123,6 +123,7 @@ class Lora(Section):
         if few_passes:
             config._register_custom_module(lowrank.modules())
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
+        _in_float32(peft_model)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
 
@@ -259,6 +260,15 @@ class Lora(Section):
                 r, root = module.r["default"], sigma.sqrt()
                 module.lora_A["default"].weight.copy_(root[:r, None] * v[:r])
                 module.lora_B["default"].weight.copy_(u[:, :r] * root[:r] / module.scaling["default"])
+
+
+def _in_float32(model: PeftModel) -> None:
+    """Keep what is trained of a float16 base in float32, as PEFT does with A and B: their scaler asks for it."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype is torch.float16:
+            parameter.data = parameter.data.float()
 
 
 def _minus_initial(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

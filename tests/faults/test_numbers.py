@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -223,3 +225,73 @@ def test_the_state_of_a_float16_scaler_is_kept(tmp_path: Path):
     checkpoint.restore(checkpoint.path_of(tmp_path, 1), optimizer, other, 0)
     assert other.get_scale() == 8.0
     assert json.loads((checkpoint.path_of(tmp_path, 1) / "state.json").read_text())["scaler"]["scale"] == 8.0
+
+
+def test_an_eval_loss_that_is_not_finite_stops(fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    total, calls = Sft.total, iter(range(10_000))
+
+    def poisoned(self: Any, model: Any, batch: Any) -> torch.Tensor:
+        loss = total(self, model, batch)
+        return loss if torch.is_grad_enabled() or next(calls) < 2 else loss * float("nan")
+
+    monkeypatch.setattr(Sft, "total", poisoned)
+    sections = {"train": {"eval_every": 1, "micro_batch_size": 4}, "data": {"eval": "eval.jsonl"}}
+    with pytest.raises(TrainingError) as raised:  # 6 rows in 2 micro-batches; the first evaluation is whole
+        fit(**sections)
+    assert "step 2: the eval loss is nan. Rows: " in str(raised.value)
+    assert "eval.jsonl:" in str(raised.value)
+    assert raised.value.exit_code == 4
+    run = tmp_path / "a" / "run"
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert [folder.name for folder in sorted((run / "checkpoints").iterdir())] == ["step-000001"]
+
+
+class _Overflowing:
+    """What the loop needs of accelerate in float16, where no scale makes a gradient finite."""
+
+    device, num_processes, process_index, is_main_process, scaler = torch.device("cpu"), 1, 0, True, object()
+
+    def no_sync(self, model: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def unscale_gradients(self, optimizer: Any) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.slope).backward()
+
+    def __init__(self, finite_at: int = 0):
+        self.calls, self.finite_at = 0, finite_at
+
+    @property
+    def slope(self) -> float:
+        self.calls += 1
+        return 1.0 if self.calls == self.finite_at else float("inf")
+
+
+@pytest.mark.parametrize(("finite_at", "stops_at"), [(0, loop.SKIPPED), (10, 10 + loop.SKIPPED)])
+def test_float16_that_never_becomes_finite_stops(finite_at: int, stops_at: int):
+    net = torch.nn.Linear(2, 2)
+
+    class Skipping(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            """Do nothing, as under a scaler that found a gradient that is not finite."""
+
+    optimizer = Skipping(net.parameters(), lr=0.0)
+    optimizer.param_groups[0]["initial_lr"] = 0.0
+
+    class Objective:
+        def collate(self, rows: Any, layout: str = "padded") -> dict[str, Any]:
+            return {"tokens": 1, "input_ids": torch.ones(1, 2)}
+
+        def count(self, batch: Any) -> int:
+            return 1
+
+        def total(self, model: Any, batch: Any) -> torch.Tensor:
+            return model(batch["input_ids"]).square().sum()
+
+    row = Row(np.array([1, 2]), np.array([False, True]), Place("rows.jsonl", 1))
+    many = (Batch([[row]], 1.0, 1) for _ in range(100))
+    steps = loop.steps(net, Objective(), many, optimizer, lambda n: 1.0, _Overflowing(finite_at), 1.0)
+    with pytest.raises(TrainingError, match=f"step {stops_at}: the gradient has not been finite in 24 steps in a row"):
+        list(steps)

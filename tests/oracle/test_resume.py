@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,9 +295,9 @@ def test_early_stopping_stops_and_keeps_the_best(
     done = fit(**EARLY)
     assert done.run.steps == len(done.events()) == 4
     assert done.facts()["status"] == "complete"
-    assert done.facts()["saved_step"] == 2, "1.9 is not better than 2.0 by min_delta"
+    assert done.facts()["saved_step"] == 4, "1.9 and 1.8 are no reason to go on, and 1.8 is the lowest all the same"
     assert "has not fallen for 2 evaluations: stopping" in capsys.readouterr().err
-    best = load_file(checkpoint.path_of(done.folder, 2) / "adapter_model.safetensors")
+    best = load_file(checkpoint.path_of(done.folder, 4) / "adapter_model.safetensors")
     final = load_file(done.folder / "adapter_model.safetensors")
     assert all((best[name] == final[name]).all() for name in final)
 
@@ -316,10 +317,37 @@ def test_patience_is_remembered_over_a_resume(fit: Fit, monkeypatch: pytest.Monk
     monkeypatch.setattr("loratune.loop.measure", lambda *_: (next(losses), 10))
     with _stop_after(4):
         fit(**sections)
-    losses = iter([1.8])  # one more evaluation without a better loss, and no other
+    losses = iter([1.95])  # one more evaluation that is no reason to go on, and no other
     done = fit(resume=True, **sections)
     assert done.run.steps == 4
-    assert done.facts()["saved_step"] == 2
+    assert done.facts()["saved_step"] == 3
+    assert done.run.eval_loss == 1.9
+
+
+@pytest.mark.parametrize("stopped", [None, 3])
+def test_the_best_step_has_the_lowest_loss_whatever_patience_asks_for(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, stopped: int | None
+):
+    """A loss may fall in steps that are each too small to count, and still be the lowest in the end."""
+    sections = {**SECTIONS, "train": {**SECTIONS["train"], "eval_every": 1, "save_every": 1, "keep": 2}}
+    sections["train"]["early_stopping"] = {"patience": 9, "min_delta": 0.3}
+    losses = iter([5.9, 5.8, 5.7, 5.65, 5.62, 5.61, 5.75, 5.8, 5.9])
+    monkeypatch.setattr("loratune.loop.measure", lambda *_: (next(losses), 10))
+    if stopped:
+        with _stop_after(stopped):
+            fit(**sections)
+    done = fit(resume=bool(stopped), **sections)
+    assert (done.facts()["saved_step"], done.run.eval_loss) == (6, 5.61)
+
+
+def test_a_loss_that_was_no_number_is_not_the_best_for_ever(fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As a checkpoint of an earlier version may say."""
+    state = {"step": 4, "best_loss": math.nan, "best_step": 2, "evaluations_without_better": 2, "pending": False}
+    assert checkpoint._progress(state).best_loss is None
+    assert checkpoint._progress(state).evaluated(5.0, 0.0).best_step == 4
+    assert checkpoint._progress({**state, "best_loss": 3.0}).evaluated(2.9, 0.2) == checkpoint.Progress(
+        4, 2.9, 4, 3.0, 3, False
+    )
 
 
 # ---------------------------------------------------------------- folders in use
