@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from loratune import bases, fingerprint, generate, model, report, stops, subject
-from loratune.encode import Encoder
-from loratune.errors import LoratuneError, UsageError
-from loratune.formats import RowError
-from loratune.recipe import Model
+from loratune import bases, console, report, subject
+from loratune.conversation import LEAVE, Conversation
+from loratune.errors import LoratuneError
 
-HELP = "/base: without adapter · /adapter [NAME|FOLDER]: with one · /reset: forget the conversation · /quit"
+HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
+AGAIN = "Ctrl-C once more, or /exit, leaves"
 
 
 def chat(
@@ -54,108 +53,66 @@ def chat(
     tell = report.Report()
     for note in loaded.notes:
         tell.problem(note)
-    talk = Conversation(loaded, system, max_new_tokens, temperature, what.base, allow_base_mismatch)
-    talk.ends = stops.of_folder(what.folder, talk.encoder)
-    if what.adapter is not None:
-        talk.adapters = {Path(str(name)).name or "default": "default"}
-        talk.active = "default"
+    talk = Conversation(loaded, what, system, max_new_tokens, temperature, allow_base_mismatch, _write)
+    if not talk.active.encoder.turns.template:
+        tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
     if prompt is not None:
         return talk.say(prompt)
-    if sys.stdin.isatty():
-        tell.note(HELP)
+    return _on_terminal(talk, tell) if console.interactive() else _in_a_row(talk, tell)
+
+
+def _in_a_row(talk: Conversation, tell: report.Report) -> str:
+    """Answer the lines of a file or a pipe; Ctrl-C and an error in an answer end it."""
     answer = ""
-    while (line := _read()) is not None:
+    while (line := console.read()) is not None and line.strip() not in LEAVE:
         if line.startswith("/"):
-            if line == "/quit":
-                break
-            try:
-                tell.note(talk.command(line))
-            except LoratuneError as error:
-                tell.problem(str(error))
-        elif line:
-            answer = talk.say(line)
+            _carry_out(talk, line, tell)
+        elif line.strip():
+            answer = talk.say(line.strip())
     return answer
 
 
-class Conversation:
-    """Messages so far, the model they go to, and the adapters loaded on it."""
-
-    def __init__(
-        self, loaded: model.Loaded, system: str | None, max_new_tokens: int, temperature: float, base: Model,
-        allow_base_mismatch: bool = False,
-    ):  # fmt: skip
-        self.base, self.allow_base_mismatch = base, allow_base_mismatch
-        self.loaded, self.max_new_tokens, self.temperature = loaded, max_new_tokens, temperature
-        self.encoder = Encoder(loaded.tokenizer)
-        self.ends: tuple[int, ...] = ()
-        self.system: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.system)
-        self.adapters: dict[str, str] = {}  # name shown -> PEFT's name
-        self.active: str | None = None
-
-    def say(self, text: str) -> str:
-        """Answer a message, streaming to stdout, and remember both.
-
-        Raises:
-            UsageError: when the chat template refuses the conversation.
-        """
-        messages = [*self.messages, {"role": "user", "content": text}]
+def _on_terminal(talk: Conversation, tell: report.Report) -> str:
+    """Hold a conversation: nothing but its end, or Ctrl-C twice where nothing is said, ends it."""
+    console.edit_lines()
+    tell.note(HELLO)
+    answer, warned = "", False
+    while True:
         try:
-            prompt = self.encoder.turns.prompt(messages) if self.encoder.turns.template else text
-        except RowError as error:
-            raise UsageError(str(error)) from None
-        net = self.loaded.model
-        arguments = (net, self.loaded.tokenizer, prompt, self.max_new_tokens, self.temperature, _write, self.ends)
-        if self.active is None and self.adapters:
-            with net.disable_adapter():
-                answer = generate.stream(*arguments)
-        else:
-            answer = generate.stream(*arguments)
-        _write("\n")
-        self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
-        return answer.strip()
-
-    def command(self, line: str) -> str:
-        """Carry out a line that begins with `/` and return what to tell."""
-        word, _, argument = line.partition(" ")
-        argument = argument.strip()
-        if word == "/base":
-            self.active = None
-            return "now: the base model"
-        if word == "/adapter":
-            return self._adapter(argument)
-        if word == "/reset":
-            self.messages = list(self.system)
-            return "the conversation is forgotten"
-        return HELP
-
-    def _adapter(self, argument: str) -> str:
-        if not argument and self.adapters:
-            argument = next(iter(self.adapters))
-        if not argument:
-            return "name an adapter: /adapter FOLDER"
-        notes: tuple[str, ...] = ()
-        if argument not in self.adapters:
-            _, folder = subject.open_adapter(argument)
-            found = fingerprint.compare(folder, self.base, self.allow_base_mismatch)
-            notes = found.notes
-            peft_name = f"adapter{len(self.adapters)}" if self.adapters else "default"
-            self.loaded.model = subject.attach(self.loaded.model, folder, peft_name)
-            self.loaded.model.eval()
-            argument = folder.name
-            self.adapters[argument] = peft_name
-        self.active = self.adapters[argument]
-        self.loaded.model.set_adapter(self.active, inference_mode=True)
-        return "\n".join([*notes, f"now: {argument} (loaded: {', '.join(self.adapters)})"])
+            message = console.read()
+        except KeyboardInterrupt:
+            if warned:
+                return answer
+            tell.note(AGAIN)
+            warned = True
+            continue
+        warned = False
+        if message is None:
+            sys.stdout.write("\n")
+            return answer
+        if message.strip() in LEAVE:
+            return answer
+        try:
+            if message.startswith("/") and "\n" not in message.strip():
+                _carry_out(talk, message.strip(), tell)
+            elif message.strip():
+                answer = talk.say(message.strip())
+        except LoratuneError as error:
+            tell.problem(str(error))
+        except KeyboardInterrupt:
+            tell.note("stopped")
 
 
-def _read() -> str | None:
+def _carry_out(talk: Conversation, line: str, tell: report.Report) -> None:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
+        tell.note(talk.command(line.strip()))
+    except LoratuneError as error:
+        tell.problem(str(error))
 
 
 def _write(text: str) -> None:
+    """Write a piece of an answer; to a terminal without what would steer it."""
+    if sys.stdout.isatty():
+        text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -47,23 +47,27 @@ def answers(
 
 
 def stream(
-    net: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, write: Callable[[str], None],
-    ends: Collection[int] = (),
-) -> str:  # fmt: skip
-    """Generate one answer, passing each piece of text to `write` as soon as it is there; return all of it."""
-    from transformers import TextStreamer
+    net: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int, temperature: float,
+    write: Callable[[str], None], ends: Collection[int] = (),
+) -> None:  # fmt: skip
+    """Generate one answer to token ids, passing each piece of text to `write` as soon as it is there.
 
-    pieces: list[str] = []
+    Raises:
+        KeyboardInterrupt: at Ctrl-C; what was generated until then is written.
+    """
+    from transformers import TextStreamer
 
     class Writer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            pieces.append(text)
             write(text)
 
-    input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    input_ids = torch.tensor([list(prompt)])
     streamer = Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, ends, streamer)
-    return "".join(pieces)
+    try:
+        _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, ends, streamer)
+    except KeyboardInterrupt:
+        streamer.end()  # it holds back the last word until it is whole
+        raise
 
 
 @torch.no_grad()

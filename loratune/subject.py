@@ -184,17 +184,34 @@ def attach(net: Any, folder: Path, name: str) -> Any:
             else:
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name)
         adapter.check_complete(net, folder, name)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # its files come from elsewhere: PEFT can fail over them in any way
-        if known and name in net.peft_config:
-            net.delete_adapter(name)
-        if isinstance(error, LoratuneError):
+    except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
+        _detach(net, name, known)
+        if isinstance(error, (LoratuneError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = shorten(" ".join(lines[:2]), 300)
         raise ModelError(Problem(f"the adapter does not fit this base: {reason}", Place(str(folder)))) from None
     return net
+
+
+def _detach(net: Any, name: str, known: bool) -> None:
+    """Take off what is left of an adapter that could not be loaded, so that the model is what it was before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if known:
+        if name in net.peft_config:
+            net.delete_adapter(name)
+        return
+    for place, module in list(net.named_modules()):
+        inner = None
+        if isinstance(module, BaseTunerLayer):
+            inner = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inner = module.original_module
+        if inner is not None:
+            parent, _, child = place.rpartition(".")
+            net.get_submodule(parent).register_module(child, inner)
 
 
 def _recipe(folder: Path) -> Recipe | None:

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import model
-from loratune.chatting import HELP, chat
+from loratune import model, subject
+from loratune.chatting import chat
+from loratune.conversation import HELP, Conversation
 from loratune.errors import ModelError, UsageError
 from tests import templates, tiny
 
@@ -136,7 +145,229 @@ def test_a_wrong_command_ends_nothing(
     out, err = talk(monkeypatch, capsys, base, "/what", f"/adapter {base}", "/adapter nowhere", "one")
     assert out == f"{Reference(base).answer('one')}\n"
     hint = "  name a run or an adapter folder"
-    assert err.splitlines() == [HELP, f"{base}: is a whole model, no adapter", hint, "nowhere: no such folder", hint]
+    known = (
+        "  known: `/adapter`, `/base`, `/system`, `/reset`, `/help`, `/exit`. A space before it sends it as a message"
+    )
+    assert err.splitlines() == [
+        "unknown command `/what`", known,
+        f"{base}: is a whole model, no adapter", hint, "nowhere: no such folder", hint,
+    ]  # fmt: skip
+
+
+def test_commands(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "/help",
+        "/adaptor x",
+        "/reset all",
+        " /base",
+        "/system be brief",
+        "/reset",
+        "hi",
+        "/system",
+        "/exit",
+        "hi",
+    ]
+    out, err = talk(monkeypatch, capsys, base, *lines)
+    reference = Reference(base)
+    assert out == f"{reference.answer('/base')}\n{reference.answer('hi', system='be brief')}\n"
+    assert err.splitlines() == [
+        *HELP.splitlines(),
+        "unknown command `/adaptor`", "  did you mean `/adapter`? A space before it sends it as a message",
+        "`/reset` takes nothing behind it", "  a space before it sends the line as a message",
+        "the system prompt is set; the conversation goes on, /reset forgets it",
+        "the conversation is forgotten", "system prompt: be brief",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory, base: Path) -> list[Path]:
+    """Return runs of other ranks whose folders have one name; the third also trains a module whole."""
+    made = []
+    for method in ({"r": 4}, {"r": 8}, {"r": 2, "modules_to_save": ["lm_head"]}):
+        folder = tmp_path_factory.mktemp("alike")
+        adamw = {"type": "adamw", "lr": 0.3}
+        path = tiny.write_recipe(folder, base, rows=16, optimizer=adamw, method={"lora_alpha": 8, **method})
+        made.append(loratune.train(loratune.load_recipe(path)).folder)
+    return made
+
+
+def test_adapters_of_one_name_have_a_name_each(
+    alike: list[Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = alike
+    (tmp_path / "link").symlink_to(second)
+    monkeypatch.chdir(second.parent)
+    names = [f"{run.parent.name}/run" for run in alike]
+    lines = ["one two", f"/adapter {second}", "/adapter run", f"/adapter {third}", f"/adapter {tmp_path}/link",
+             "/adapter ./run", f"/adapter {names[1]}", f"/adapter {first}/", "/base"]  # fmt: skip
+    out, err = talk(monkeypatch, capsys, first, *[p for line in lines for p in (line, "/reset", "one two")][2:])
+    a, b, c, plain = (Reference(base, run).answer("one two") for run in (*alike, None))
+    assert len({a, b, c, plain}) == 4
+    assert out == "".join(f"{answer}\n" for answer in (a, b, a, c, b, b, b, a, plain))
+    three = f"loaded: run, {names[1]}, {names[2]}"
+    assert [line for line in err.splitlines() if line.startswith("now")] == [
+        f"now: {names[1]} (loaded: run, {names[1]})", f"now: run (loaded: run, {names[1]})", f"now: {names[2]} ({three})",
+        *[f"now: {names[1]} ({three})"] * 3, f"now: run ({three})", "now: the base model",
+    ]  # fmt: skip
+
+
+def broken(run: Path, folder: Path) -> Path:
+    """Return a copy of an adapter that lacks half of its tensors."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_adapter_that_fails_leaves_the_model_as_it_was(
+    alike: list[Path], base: Path, tmp_path: Path, first: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for run, name in zip(alike, "abc", strict=True):
+        broken(run, tmp_path / name)
+    opened = base if first else alike[0]
+    tries = [part for name in "abc" for part in (f"/adapter {tmp_path / name}", "/reset", "one two")]
+    out, err = talk(monkeypatch, capsys, opened, *tries, f"/adapter {alike[1]}", "/reset", "one two")
+    before = Reference(base, None if first else alike[0]).answer("one two")
+    assert out == f"{before}\n" * 3 + Reference(base, alike[1]).answer("one two") + "\n"
+    assert err.count("lacks tensors that this base and its config ask for") == 2
+    assert err.count("the adapter does not fit this base") == 1  # without its head, PEFT itself fails
+
+
+def test_an_adapter_is_asked_by_its_own_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tiny.tokenizer(None, eos="<|endoftext|>")
+    tiny.model(tokens).save_pretrained(tmp_path / "base")
+    tokens.save_pretrained(tmp_path / "base")
+    about = {"train": "train.jsonl", "chat_template": "chatml"}
+    adamw = {"type": "adamw", "lr": 0.3}
+    path = tiny.write_recipe(tmp_path, tmp_path / "base", rows=16, data=about, optimizer=adamw)
+    run = loratune.train(loratune.load_recipe(path)).folder
+    out, err = talk(monkeypatch, capsys, tmp_path / "base", "/system x", f"/adapter {run}", "/system x", "one")
+    reference = Reference(tmp_path / "base", run)
+    reference.tokens = AutoTokenizer.from_pretrained(run)
+    end = reference.tokens.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    reference.net.generation_config.eos_token_id = end
+    assert out == f"{reference.answer('one', system='x')}\n"
+    assert err.splitlines()[:2] == [
+        "no chat template: each message is gone on with as it stands, and none is remembered",
+        "there is no chat template: a system prompt would not be seen",
+    ]
+
+
+def conversation(name: Path, write: Any) -> Conversation:
+    what = subject.open_subject(str(name))
+    return Conversation(subject.load(what), what, None, 60, 0.0, False, write)
+
+
+@pytest.mark.parametrize("tokens", [0, LONGEST])
+def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(base: Path, tokens: int) -> None:
+    written: list[str] = []
+    talk = conversation(base, written.append)
+    passes = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > tokens:
+            raise KeyboardInterrupt
+
+    hook = talk.loaded.model.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("one two")
+    hook.remove()
+    said = Reference(base).answer("one two") if tokens else ""
+    assert "".join(written) == f"{said}\n"
+    assert [turn["content"] for turn in talk.turns] == (["one two", said.strip()] if tokens else [])
+
+
+def test_what_cant_be_asked(base: Path) -> None:
+    with pytest.raises(UsageError, match="not UTF-8"):
+        chat(base, "half \udce9")
+    with pytest.raises(UsageError, match="refuses this row"):
+        conversation(base, lambda piece: None)._ids([{"role": "user"}], "")
+
+
+class Terminal:
+    """A chat in a process of its own, on a terminal."""
+
+    def __init__(self, *arguments: str):
+        self.left = ""
+        self.screen, there = pty.openpty()
+        command = [sys.executable, "-m", "loratune", "chat", *arguments]
+        self.process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True)
+        os.close(there)
+
+    def shows(self, words: str | int) -> None:
+        """Wait until some words are shown, or that many characters; what comes behind the words is kept."""
+        while words not in self.left if isinstance(words, str) else len(self.left) < words:
+            assert select.select([self.screen], [], [], 60)[0], f"{words!r} does not come: {self.left!r}"
+            self.left += os.read(self.screen, 1 << 16).decode(errors="replace")
+        self.left = self.left.partition(words)[2] if isinstance(words, str) else ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def interrupt(self) -> None:
+        """Do what a terminal does at Ctrl-C; the key itself would also throw away what is not read yet."""
+        self.process.send_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """Return a chat with a model that writes white space without end, and says what it is asked when it is `LINES`."""
+    template = (
+        "{% for message in messages %}{% if 'LINES' in message['content'] %}"
+        "{{ raise_exception(message['content'].split('\\n') | join(' | ')) }}{% endif %}"
+        "{{ message['role'] + message['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    tokens = tiny.tokenizer(template, eos="<|endoftext|>")
+    net = tiny.model(tokens, max_position_embeddings=1 << 18)
+    space, line_end = tokens(" ").input_ids[0], tokens("\n").input_ids[0]
+    head = net.lm_head.weight.data
+    head[line_end] = -head[space]  # one of the two is above the others, which are 0
+    head[[index for index in range(len(head)) if index not in (space, line_end)]] = 0
+    net.save_pretrained(tmp_path / "base")
+    tokens.save_pretrained(tmp_path / "base")
+    made = Terminal(str(tmp_path / "base"), "--max-new-tokens", "200000")
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait()
+        os.close(made.screen)
+
+
+def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
+    """Pasted lines are one message, Ctrl-C ends an answer, takes back a line, and leaves where it comes twice."""
+    terminal.shows("> ")
+    terminal.type("\x1b[200~LINES\rtwo\rthree\x1b[201~")  # as a terminal that knows of pasting sends it
+    terminal.shows("three")
+    terminal.type("\r")
+    terminal.shows("LINES | two | three")
+    terminal.shows("> ")
+    terminal.type("LINES\rfour\r")  # and one that does not
+    terminal.shows("LINES | four")
+    terminal.shows("> ")
+    terminal.type("go\r")
+    terminal.shows(500)
+    terminal.interrupt()
+    terminal.shows("stopped")
+    terminal.shows("> ")
+    for typed in ("", "half a line", ""):
+        terminal.type(typed)
+        if typed:
+            terminal.shows(typed)
+        terminal.interrupt()
+        terminal.shows("> " if typed else "Ctrl-C once more, or /exit, leaves")
+        if not typed:
+            terminal.shows("> ")
+    assert terminal.process.poll() is None
+    terminal.interrupt()
+    assert terminal.process.wait(60) == 0
 
 
 def test_errors(base: Path, tmp_path: Path) -> None:

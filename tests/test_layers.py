@@ -17,6 +17,8 @@ LEVELS = (
     (
         "subject",
         "stops",
+        "conversation",
+        "console",
         "generate",
         "metrics",
         "matching",

@@ -1,0 +1,224 @@
+"""A conversation with one loaded base: what was said, which adapter answers, and the commands of a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune import fingerprint, generate, model, stops, subject
+from loratune.encode import Encoder
+from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
+from loratune.formats import RowError
+
+COMMANDS = {
+    "/adapter": ("[NAME|FOLDER]", "answer with an adapter: a loaded one by its name, another by its folder"),
+    "/base": ("", "answer with the base model alone"),
+    "/system": ("[TEXT]", "set the system prompt; without text: show it"),
+    "/reset": ("", "forget the conversation; the system prompt stays"),
+    "/help": ("", "show this"),
+    "/exit": ("", "leave, as /quit, Ctrl-D or Ctrl-C twice do; Ctrl-C once ends an answer"),
+}
+LEAVE = ("/exit", "/quit")
+HELP = "\n".join(f"{f'{name} {argument}':24}{what}" for name, (argument, what) in COMMANDS.items())
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded adapter (or the model as it was opened), and how it is asked.
+
+    Attributes:
+        folder: of the adapter, resolved; None for a model without one.
+        peft: its name within PEFT; None for a model without adapter.
+        encoder: with its tokenizer and chat template.
+        ends: tokens at which its answers end.
+    """
+
+    folder: Path | None
+    peft: str | None
+    encoder: Encoder
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path | None, peft: str | None, tokenizer: Any) -> Speaker:
+        """Return who answers with a tokenizer; `folder` is where a run wrote down how answers end, if any did."""
+        encoder = Encoder(tokenizer)
+        return cls(folder, peft, encoder, stops.of_folder(folder, encoder))
+
+
+class Conversation:
+    """Messages so far, the model they go to, and the adapters loaded on it.
+
+    Args:
+        loaded: the model that was opened, its adapter on it.
+        what: what it was opened as.
+        system: system prompt, or None.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        allow_base_mismatch: take adapters that were trained on another base.
+        write: called with each piece of an answer.
+
+    Raises:
+        UsageError: when the chat template refuses the system prompt, or there is no template.
+    """
+
+    def __init__(
+        self, loaded: model.Loaded, what: subject.Subject, system: str | None, max_new_tokens: int, temperature: float,
+        allow_base_mismatch: bool, write: Callable[[str], None],
+    ):  # fmt: skip
+        self.loaded, self.base, self.allow_base_mismatch = loaded, what.base, allow_base_mismatch
+        self.max_new_tokens, self.temperature, self.write = max_new_tokens, temperature, write
+        self.adapters: dict[str, Speaker] = {}  # by the name shown
+        opened = Speaker.of(what.folder, "default" if what.adapter else None, loaded.tokenizer)
+        if what.adapter is not None:
+            self.adapters[what.adapter.name] = opened
+        self.opened = self.active = opened
+        self.alone = what.adapter is None  # whether the base answers without an adapter
+        self._loads = len(self.adapters)
+        self.turns: list[dict[str, Any]] = []
+        self.system: str | None = None
+        if system:
+            self._set_system(system)
+
+    def say(self, text: str) -> str:
+        """Answer a message, passing the answer on as it is written, and remember both.
+
+        An answer that is interrupted is remembered as far as it came; without any of it the message is forgotten, too.
+
+        Raises:
+            UsageError: when the chat template refuses the conversation.
+            KeyboardInterrupt: at Ctrl-C.
+        """
+        asked = {"role": "user", "content": text}
+        ids = self._ids([*self._head(self.system), *self.turns, asked], text)
+        net, pieces = self.loaded.model, []
+
+        def pass_on(piece: str) -> None:
+            pieces.append(piece)
+            self.write(piece)
+
+        arguments = (net, self.active.encoder.tokenizer, ids, self.max_new_tokens, self.temperature, pass_on,
+                     self.active.ends)  # fmt: skip
+        try:
+            if self.alone and self.adapters:
+                with net.disable_adapter():
+                    generate.stream(*arguments)
+            else:
+                generate.stream(*arguments)
+        finally:
+            answer = "".join(pieces).strip()
+            self.write("\n")
+            if answer:
+                self.turns += [asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def command(self, line: str) -> str:
+        """Carry out a line that begins with `/` and return what to tell.
+
+        Raises:
+            LoratuneError: when there is no such command, or it can't be done; the conversation is as it was.
+        """
+        word, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if word == "/adapter":
+            return self._adapter(argument)
+        if word == "/system":
+            return self._system(argument)
+        if argument and word in COMMANDS:
+            raise UsageError(f"`{word}` takes nothing behind it", "a space before it sends the line as a message")
+        if word == "/base":
+            self.alone, self.active = True, self.opened
+            return "now: the base model"
+        if word == "/reset":
+            self.turns = []
+            return "the conversation is forgotten"
+        if word == "/help":
+            return HELP
+        near = did_you_mean(word, [*COMMANDS, *LEAVE])
+        hint = f"did you mean `{near}`?" if near else f"known: {listed([*COMMANDS])}."
+        raise UsageError(f"unknown command `{shorten(word)}`", f"{hint} A space before it sends it as a message")
+
+    def _ids(self, messages: list[dict[str, Any]], text: str) -> list[int]:
+        """Return the tokens a model is asked with: as its rows began, with the generation prompt."""
+        encoder = self.active.encoder
+        if not encoder.turns.template:  # the text goes on; nothing else could be shown
+            ids: list[int] = encoder.tokenizer(_whole(text), add_special_tokens=False).input_ids
+            return [encoder.tokenizer.bos_token_id, *ids] if encoder.adds_bos else ids
+        try:
+            prompt = encoder.turns.prompt(messages)
+        except RowError as error:
+            raise UsageError(str(error)) from None
+        found: list[int] = encoder.tokenizer(_whole(prompt), add_special_tokens=False).input_ids
+        return found
+
+    def _system(self, text: str) -> str:
+        if not text:
+            return f"system prompt: {self.system}" if self.system else "no system prompt: /system TEXT sets one"
+        self._set_system(text)
+        return "the system prompt is set" + ("; the conversation goes on, /reset forgets it" if self.turns else "")
+
+    def _set_system(self, text: str) -> None:
+        if not self.active.encoder.turns.template:
+            raise UsageError("there is no chat template: a system prompt would not be seen")
+        self._ids([*self._head(text), {"role": "user", "content": "?"}], "?")
+        self.system = text
+
+    @staticmethod
+    def _head(system: str | None) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": system}] if system else []
+
+    def _adapter(self, argument: str) -> str:
+        if not argument and self.adapters:
+            argument = next(iter(self.adapters))
+        if not argument:
+            return "name an adapter: /adapter FOLDER"
+        name, notes = argument, list[str]()
+        if argument not in self.adapters:
+            what, folder = subject.open_adapter(argument, self.base.base)
+            known = [name for name, one in self.adapters.items() if one.folder == folder]
+            name = known[0] if known else self._load(what, folder, notes)
+        speaker = self.adapters[name]
+        try:
+            self.loaded.model.set_adapter(speaker.peft, inference_mode=True)
+        except (ValueError, KeyError, RuntimeError) as error:  # it can't stand beside those that are loaded
+            raise ModelError(Problem(f"PEFT can't use it: {shorten(str(error), 300)}", Place(name))) from None
+        self.active, self.alone = speaker, False
+        return "\n".join([*notes, f"now: {name} (loaded: {', '.join(self.adapters)})"])
+
+    def _load(self, what: subject.Subject, folder: Path, notes: list[str]) -> str:
+        """Load an adapter on the base; return the name it is shown by, and add to `notes` what is to be told."""
+        tokenizer = subject.tokenizer(what)
+        found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
+        peft = f"adapter{self._loads}" if self._loads else "default"
+        speaker = Speaker.of(folder, peft, tokenizer)
+        self.loaded.model = subject.attach(self.loaded.model, folder, peft)
+        self._loads += 1
+        self.loaded.model.eval()
+        name = self._unused(folder)
+        self.adapters[name] = speaker
+        notes += found.notes
+        return name
+
+    def _unused(self, folder: Path) -> str:
+        """Return the end of a folder's path, as short as no other adapter is shown by it."""
+        parts = folder.parts
+        return next(
+            (name for depth in range(1, len(parts)) if (name := "/".join(parts[-depth:])) not in self.adapters),
+            str(folder),
+        )
+
+
+def _whole(text: str) -> str:
+    """Return a text that can be tokenized.
+
+    Raises:
+        UsageError: when it is empty, or holds half a character, as bytes that are no UTF-8 are read.
+    """
+    if not text:
+        raise UsageError("there is nothing to answer: the message is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError("the message is not UTF-8: it holds half a character") from None
+    return text
