@@ -58,6 +58,11 @@ def check(folder: Path) -> None:
     _check_tensors(_read(folder / TENSORS), config, Place(str(folder / TENSORS)))
 
 
+def changes_biases(folder: Path) -> bool:
+    """Return whether an adapter brings bias vectors: PEFT puts them in the place of the base's own, which are lost."""
+    return guard.read_object(folder / CONFIG).get("bias") not in (None, "none")
+
+
 def check_complete(net: PeftModel, folder: Path, name: str) -> None:
     """Check that the file has every tensor this model needs of an adapter, and no other.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import fingerprint, generate, model, stops, subject
+from loratune import adapter, fingerprint, generate, model, stops, subject
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
 from loratune.formats import RowError
@@ -20,6 +20,7 @@ COMMANDS = {
     "/help": ("", "show this"),
     "/exit": ("", "leave, as /quit, Ctrl-D or Ctrl-C twice do; Ctrl-C once ends an answer"),
 }
+ALONE = "open it in a chat of its own"
 LEAVE = ("/exit", "/quit")
 HELP = "\n".join(f"{f'{name} {argument}':24}{what}" for name, (argument, what) in COMMANDS.items())
 
@@ -128,6 +129,7 @@ class Conversation:
         if argument and word in COMMANDS:
             raise UsageError(f"`{word}` takes nothing behind it", "a space before it sends the line as a message")
         if word == "/base":
+            self._check_biases("the base")
             self.alone, self.active = True, self.opened
             return "now: the base model"
         if word == "/reset":
@@ -188,6 +190,9 @@ class Conversation:
 
     def _load(self, what: subject.Subject, folder: Path, notes: list[str]) -> str:
         """Load an adapter on the base; return the name it is shown by, and add to `notes` what is to be told."""
+        self._check_biases("another adapter")
+        if self.adapters and adapter.changes_biases(folder):
+            raise UsageError(Problem("brings bias vectors, which would change the others", Place(str(folder)), ALONE))
         tokenizer = subject.tokenizer(what)
         found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
         peft = f"adapter{self._loads}" if self._loads else "default"
@@ -199,6 +204,14 @@ class Conversation:
         self.adapters[name] = speaker
         notes += found.notes
         return name
+
+    def _check_biases(self, other: str) -> None:
+        """Refuse to let another answer where an adapter has put bias vectors in the place of the base's own."""
+        for name, one in self.adapters.items():
+            if one.folder is not None and adapter.changes_biases(one.folder):
+                raise UsageError(
+                    Problem(f"has changed the bias vectors of the base: {other} would use them", Place(name), ALONE)
+                )
 
     def _unused(self, folder: Path) -> str:
         """Return the end of a folder's path, as short as no other adapter is shown by it."""

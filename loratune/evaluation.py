@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from loratune import (
+    adapter,
     bases,
     data,
     decode,
@@ -218,9 +219,15 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
 def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.Loaded]]:
     """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
     if what.adapter is not None:
-        loaded = subject.load(what, allow_mismatch=allow_mismatch)
-        with loaded.model.disable_adapter():
+        loaded = subject.load_base(what, allow_mismatch=allow_mismatch)
+        if adapter.changes_biases(what.adapter):  # those of the base are lost with it
             yield "base", loaded
+            loaded.model = subject.attach(loaded.model, what.adapter, "default")
+        else:
+            loaded.model = subject.attach(loaded.model, what.adapter, "default")  # now, as it may not fit
+            with loaded.model.disable_adapter():
+                yield "base", loaded
+        loaded.model.eval()
         yield "adapter", replace(loaded, notes=[])
         return
     if what.original is not None and what.original.base != what.base.base:

@@ -126,6 +126,15 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
         ModelError: when the adapter doesn't fit the base.
         BaseMismatchError: when the base is another one.
     """
+    loaded = load_base(subject, exact, allow_mismatch)
+    if subject.adapter is not None:
+        loaded.model = attach(loaded.model, subject.adapter, "default")
+        loaded.model.eval()
+    return loaded
+
+
+def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> model.Loaded:
+    """Load a subject's base model without its adapter, which is checked all the same; see `load`."""
     full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
     if subject.adapter is not None:
@@ -139,7 +148,6 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
         ]
     if subject.adapter is not None:
         check_base(subject, loaded, section, allow_mismatch)
-        loaded.model = attach(loaded.model, subject.adapter, "default")
     loaded.model.eval()
     return loaded
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -234,6 +235,20 @@ def test_an_adapter_that_fails_leaves_the_model_as_it_was(
     assert out == f"{before}\n" * 3 + Reference(base, alike[1]).answer("one two") + "\n"
     assert err.count("lacks tensors that this base and its config ask for") == 2
     assert err.count("the adapter does not fit this base") == 1  # without its head, PEFT itself fails
+
+
+def test_biases_of_an_adapter_are_lent_to_nobody(
+    runs: list[Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((runs[1] / "adapter_config.json").read_text())
+    biased = shutil.copytree(runs[1], tmp_path / "biased", ignore=shutil.ignore_patterns("checkpoints"))
+    (biased / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    out, err = talk(monkeypatch, capsys, runs[0], f"/adapter {biased}", "one two")
+    assert out == f"{Reference(base, runs[0]).answer('one two')}\n"
+    assert err == f"{biased}: brings bias vectors, which would change the others\n  open it in a chat of its own\n"
+    out, err = talk(monkeypatch, capsys, biased, "/base", f"/adapter {runs[0]}", "one two")
+    assert out == f"{Reference(base, runs[1]).answer('one two')}\n"
+    assert err.count("biased: has changed the bias vectors of the base: ") == 2
 
 
 def test_an_adapter_is_asked_by_its_own_template(

@@ -231,3 +231,21 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_run_without_held_out_rows(base: Path, tmp_path: Path) -> None:
     done = loratune.train(recipe.load(tiny.write_recipe(tmp_path, base, rows=8)))
     assert failing(UsageError, done.folder) == "the run held no rows out\n  name some with --data"
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that trained the bias vectors of its base, too."""
+    folder = tmp_path_factory.mktemp("biased")
+    tiny.save(folder / "base", attention_bias=True, mlp_bias=True)
+    data, optimizer = {"eval": "eval.jsonl"}, {"type": "adamw", "lr": 0.1}
+    path = tiny.write_recipe(folder, folder / "base", rows=16, data=data, optimizer=optimizer, method={"bias": "all"})
+    return loratune.train(loratune.load_recipe(path)).folder
+
+
+def test_the_base_of_an_adapter_with_biases_has_its_own(biased: Path) -> None:
+    beside = evaluate(biased, generate=False)
+    alone = evaluate(biased.parent / "base", data=str(biased.parent / "eval.jsonl"), generate=False)
+    assert beside.scores["base"]["loss"].value == pytest.approx(alone.scores["model"]["loss"].value, rel=1e-6)
+    facts = json.loads((biased / "run.json").read_text())
+    assert beside.scores["adapter"]["loss"].value == pytest.approx(facts["best_eval_loss"], rel=1e-4)
