@@ -18,6 +18,8 @@ from loratune import files, guard
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Model
 
+_DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change
+
 
 def local_folder(section: Model) -> str:
     """Return the folder or hub id to load from; a .gguf file is turned into a folder of the cache first."""
@@ -57,7 +59,7 @@ def from_gguf(file: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise SetupError("a .gguf base needs the package `gguf`", "pip install 'loratune[gguf]'")
     with _opened(file) as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = _digest(file, stream)
     target = cache() / "gguf" / f"{file.stem}-{digest[:16]}"
     if (target / "config.json").exists():
         return target
@@ -89,6 +91,15 @@ def _opened(file: Path) -> io.BufferedReader:
         return files.opened(file)
     except OSError as error:
         raise ModelError(Problem(f"can't be read: {error.strerror}", Place(str(file)))) from None
+
+
+def _digest(file: Path, stream: io.BufferedReader) -> str:
+    """Return the sha256 (hex) of a file; it is read once while it stays the same, as each checkpoint asks for it."""
+    about = os.fstat(stream.fileno())
+    key = (file, about.st_ino, about.st_size, about.st_mtime_ns)
+    if key not in _DIGESTS:
+        _DIGESTS[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _DIGESTS[key]
 
 
 def cache() -> Path:

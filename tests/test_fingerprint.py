@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import chatting, cli, fingerprint, recipe, run, storage, subject
+from loratune import bases, chatting, cli, fingerprint, recipe, run, storage, subject
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.recipe import Model
 from tests import tiny
@@ -249,6 +250,17 @@ def test_the_flag_is_on_the_command_line(trained: Path, base: Path, tmp_path: Pa
     refused = typer.testing.CliRunner().invoke(cli.app, words)
     assert isinstance(refused.exception, BaseMismatchError)
     assert typer.testing.CliRunner().invoke(cli.app, [*words, "--allow-base-mismatch"]).exit_code == 0
+
+
+def test_a_gguf_file_is_hashed_again_only_when_it_changes(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    for content in (b"one", b"other"):
+        file.write_bytes(content)
+        for _ in range(2):
+            with file.open("rb") as stream:
+                assert bases._digest(file, stream) == hashlib.sha256(content).hexdigest()
+                left = stream.read()
+        assert left == content  # the second time nothing was read
 
 
 def test_a_gguf_base_has_the_fingerprint_of_its_folder(tmp_path: Path, base: Path, monkeypatch: Any) -> None:
