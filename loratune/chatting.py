@@ -10,7 +10,7 @@ import torch
 
 from loratune import bases, console, report, subject
 from loratune.conversation import LEAVE, Conversation
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, UsageError
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
 AGAIN = "Ctrl-C once more, or /exit, leaves"
@@ -85,6 +85,9 @@ def _on_terminal(talk: Conversation, tell: report.Report) -> str:
                 return answer
             tell.note(AGAIN)
             warned = True
+            continue
+        except UsageError as error:
+            tell.problem(str(error))
             continue
         warned = False
         if message is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -19,6 +21,8 @@ EXIT_CODES = (
     "4 training failed · 5 storage · 6 run folder in use, finished or of another recipe · 7 refused for safety · "
     "8 wrong base · 130 interrupted (Ctrl-C), 143 by SIGTERM or SIGUSR1, after a valid checkpoint"
 )
+
+MOST = 2**31 - 1  # the largest number that counts, lengths and seeds may be
 
 app = typer.Typer(
     name="loratune",
@@ -59,6 +63,12 @@ TrustCode = Annotated[
         "--trust-remote-code", help="run code that comes with the base model: read it first; that is recorded"
     ),
 ]
+
+
+def _no_nan(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # it lies in every range
+        raise typer.BadParameter("nan is not a number")
+    return value
 
 
 def _version(asked: bool) -> None:
@@ -138,9 +148,9 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
 def inspect(
     recipe: RecipePath,
     set_: Set = [],  # noqa: B006
-    row: Annotated[int | None, typer.Option("--row", min=1, help="show this row only, counted from 1", show_default=False)] = None,
+    row: Annotated[int | None, typer.Option("--row", min=1, max=MOST, help="show this row only, counted from 1", show_default=False)] = None,
     random: Annotated[bool, typer.Option("--random", help="show rows drawn with the recipe's seed, not the first")] = False,
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="how many rows to show")] = 3,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=MOST, help="how many rows to show")] = 3,
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option("--html", help="write a page that needs nothing else", show_default=False)] = None,
     trust_remote_code: TrustCode = False,
@@ -205,11 +215,11 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", help="rows to evaluate on: file, folder, glob or hub data set; default: the run's held-out rows", show_default=False)] = None,
     format_: Annotated[str | None, typer.Option("--format", help="how a row is read; default: as the run's recipe, else chat", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", help="base model to compare with; default: the one it was trained on", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate the first N rows only", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, max=MOST, help="evaluate the first N rows only", show_default=False)] = None,
     generate: Annotated[bool, typer.Option("--generate/--no-generate", help="also generate answers and compare them")] = True,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest generated answer in tokens")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="answers generated at once")] = 16,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST, help="longest generated answer in tokens")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="answers generated at once")] = 16,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=1e6, callback=_no_nan, help="0 is greedy")] = 0.0,
     regex: Annotated[str | None, typer.Option("--regex", help="compare what this pattern finds (its first group) in answer and reference", show_default=False)] = None,
     choices: Annotated[str | None, typer.Option("--choices", help="comma-separated answers; compare which one is named first", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder", show_default=False)] = None,
@@ -235,7 +245,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="folder for the merged model; must not exist or be empty", show_default=False)],
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as the base), bfloat16, float16 or float32")] = "auto",
     base: Annotated[str | None, typer.Option("--base", help="base model; default: the one the adapter was trained on", show_default=False)] = None,
-    tolerance: Annotated[float | None, typer.Option("--tolerance", min=0.0, help="largest logit difference, relative to the largest logit; default by dtype", show_default=False)] = None,
+    tolerance: Annotated[float | None, typer.Option("--tolerance", min=0.0, callback=_no_nan, help="largest logit difference, relative to the largest logit; default by dtype", show_default=False)] = None,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -266,9 +276,13 @@ def chat(
             "--base", help="base model of the adapter; default: the one it was trained on", show_default=False
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the random choices above temperature 0")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=MOST, help="longest answer in tokens")
+    ] = 512,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=1e6, callback=_no_nan, help="0 is greedy")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST, help="of the random choices above temperature 0")] = 0,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
 ) -> None:
@@ -331,6 +345,8 @@ def _terminated(number: int, frame: Any) -> None:
 def main() -> None:
     """Run the command line; a user's mistake ends in a message and its exit code, never in a traceback."""
     secrecy.guard_streams()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else what is not UTF-8 would end in the middle of a read
     signal.signal(signal.SIGTERM, _terminated)
     try:
         _check_words(sys.argv[1:])

@@ -9,8 +9,12 @@ import sys
 import threading
 from types import FrameType
 
+from loratune import files
+from loratune.errors import UsageError
+
 WAIT = 0.05  # seconds within which the next line of a paste is there
 PROMPT = "> "
+LONGEST = 4 << 20  # characters of a message
 _EDITS = importlib.util.find_spec("readline") is not None  # a Python can be built without it
 
 
@@ -36,9 +40,10 @@ def read() -> str | None:
 
     Raises:
         KeyboardInterrupt: at Ctrl-C, where nothing was typed.
+        UsageError: when it is not UTF-8, or longer than anything a model reads.
     """
     if not interactive():
-        line = sys.stdin.readline()
+        line = _read_line()
         return line.rstrip("\n") if line else None
     lines: list[str] = []
     typed: list[str] = []
@@ -72,10 +77,22 @@ def read() -> str | None:
 
 def _line(prompt: str) -> str:
     if sys.stdout.isatty():
-        return input(prompt)
+        return _checked(input(prompt))
     sys.stderr.write(prompt)  # answers go to a file: the prompt is no part of them
     sys.stderr.flush()
-    line = sys.stdin.readline()
+    line = _read_line()
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+def _read_line() -> str:
+    return _checked(sys.stdin.readline(LONGEST + 1))
+
+
+def _checked(line: str) -> str:
+    if len(line) > LONGEST:
+        raise UsageError(f"a message of more than {LONGEST:,} characters", "does a line end in the input?")
+    if not files.is_utf8(line):  # `cli.main` has bytes that are none kept apart
+        raise UsageError("what was read is not UTF-8", "give it as UTF-8")
+    return line

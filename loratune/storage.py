@@ -40,6 +40,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: when the disk is full or the folder can't be written.
     """
+    if os.path.isdir(path):
+        raise StorageError(Problem("can't be written: is a folder", Place(str(path)), "name a file"))
     if (kind := files.odd(path)) is not None:  # a rename would put a file in the place of `/dev/null`
         raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
     staged = _beside(path, "staging")
@@ -259,6 +261,8 @@ def _seal(file: Path, sync: bool = True) -> dict[str, Any]:
 
 
 def _beside(path: Path, what: str) -> Path:
+    if path.name in ("", ".."):  # `.`, for one
+        path = path.resolve()
     return path.with_name(f".{what}-{path.name}-{uuid.uuid4().hex[:8]}")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -15,13 +17,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.testing
 
-from loratune import files, guard, inputs, inspecting, matching, nodes, prepare, recipe, rows, storage, subject
+from loratune import (
+    cli,
+    console,
+    files,
+    guard,
+    inputs,
+    inspecting,
+    matching,
+    nodes,
+    prepare,
+    recipe,
+    rows,
+    storage,
+    subject,
+)
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, RecipeError, StorageError, UsageError
 from loratune.recipe import Data, Source
 from loratune.rows import Block
 from tests import tiny
+from tests.test_cli import words_of
 
 WAIT = 30  # seconds after which a child counts as hanging: it needs one or two
 
@@ -360,3 +378,45 @@ def test_any_flipped_bit_in_the_cache_is_seen(
             assert "rows in the cache were not as they were written: read anew" in capsys.readouterr().err
             inspecting.inspect(loaded)
             assert "read anew" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- words of the command line and of the input
+
+
+@pytest.mark.parametrize("words", [
+    ["chat", "x", "-p", "a", "--seed", "99999999999999999999"], ["eval", "x", "--limit", "99999999999999999999"],
+    ["chat", "x", "-p", "a", "--temperature", "nan"], ["merge", "x", "--out", "y", "--tolerance", "nan"],
+    ["inspect", "recipe.yaml", "-n", "99999999999999999999"], ["eval", "x", "--batch-size", "99999999999999999999"],
+], ids=str)  # fmt: skip
+def test_numbers_beyond_all_bounds(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    done = typer.testing.CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 2
+    said = words_of(done.stderr)
+    assert re.search(rf"Invalid value for .*{words[-2]}", said), said
+
+
+def test_a_page_that_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "/", str(tmp_path)):
+        with pytest.raises(StorageError, match="is a folder"):
+            storage.write_text(Path(name), "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_that_are_not_utf8(base: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "loratune", "chat", str(base), "--max-new-tokens", "2"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(line, input=b"hi\n\xe8", capture_output=True, timeout=WAIT * 2, env=env, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-2:]) == (
+        2,
+        [b"what was read is not UTF-8", b"  give it as UTF-8"],
+    )
+
+
+def test_a_message_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LONGEST", 10)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 9 + "\n" + "b" * 11))
+    assert console.read() == "a" * 9
+    with pytest.raises(UsageError, match="a message of more than 10 characters"):
+        console.read()
