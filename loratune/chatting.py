@@ -91,7 +91,7 @@ def _on_terminal(talk: Conversation, tell: report.Report) -> str:
             continue
         warned = False
         if message is None:
-            sys.stdout.write("\n")
+            sys.stderr.write("\n")
             return answer
         if message.strip() in LEAVE:
             return answer

@@ -65,7 +65,7 @@ def read() -> str | None:
         if not lines:
             return None
     except KeyboardInterrupt:
-        sys.stdout.write("\n")
+        sys.stderr.write("\n")
         if not any([*lines, *typed]):
             raise
         return ""

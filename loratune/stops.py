@@ -25,9 +25,13 @@ BEHIND = 4  # last trained tokens of a row that are looked at: templates write a
 RARE = 0.01  # part (0-1) of the rows: what ends fewer is where a row was cut, not the end of a turn
 _IDS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
 _CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
-_PROBES: tuple[dict[str, Any], ...] = (
-    {"role": "assistant", "content": "Yes."},
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+_ASK, _SAY = {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
+_USE = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_PROBES: tuple[tuple[dict[str, Any], ...], ...] = (
+    (_ASK, _SAY),
+    (_ASK, _SAY, _ASK, _SAY),  # a turn may end where the next one begins
+    (_ASK, _USE),
+    (_ASK, _USE, {"role": "tool", "name": "look", "content": "So."}, _SAY),
 )
 
 
@@ -48,14 +52,14 @@ def of_rows(rows: Rows, encoder: Encoder) -> tuple[int, ...]:
 def of_template(encoder: Encoder) -> tuple[int, ...]:
     """Return the tokens with which a tokenizer's chat template ends an answer and a call of a tool; () without one."""
     found: dict[int, None] = {}
-    for answer in _PROBES if encoder.turns.template else ():
-        messages = ({"role": "user", "content": "Is it so?"}, answer)
+    for messages in _PROBES if encoder.turns.template else ():
+        trained = tuple(index == 1 for index in range(len(messages)))
         try:
-            row = encoder.encode(Conversation(messages, (False, True)), Place("chat template"))
+            row = encoder.encode(Conversation(messages, trained), Place("chat template"))
         except RowError:
             continue  # it knows no tools, or ends its turns without a token of their own
-        trained = row.ids[: int(np.flatnonzero(row.trained)[-1]) + 1]
-        if (end := _end(trained.tolist(), encoder)) is not None:
+        last = int(np.flatnonzero(row.trained)[-1])
+        if (end := _end(row.ids[: last + 1].tolist(), encoder)) is not None:
             found[end] = None
     return tuple(found)
 
