@@ -41,8 +41,9 @@ def of_rows(rows: Rows, encoder: Encoder) -> tuple[int, ...]:
     Only the last trained span of a row counts: a template may write one turn in several.
     """
     found: dict[int, int] = {}
+    blank: dict[int, bool] = {}
     for tail, number in rows.store.tails(BEHIND).items():
-        end = _end(tail, encoder)
+        end = _end(tail, encoder, blank)
         if end is not None:
             found[end] = found.get(end, 0) + number
     least = RARE * sum(found.values())
@@ -59,7 +60,7 @@ def of_template(encoder: Encoder) -> tuple[int, ...]:
         except RowError:
             continue  # it knows no tools, or ends its turns without a token of their own
         last = int(np.flatnonzero(row.trained)[-1])
-        if (end := _end(row.ids[: last + 1].tolist(), encoder)) is not None:
+        if (end := _end(row.ids[: last + 1].tolist(), encoder, {})) is not None:
             found[end] = None
     return tuple(found)
 
@@ -128,11 +129,16 @@ def write_config(target: Path, base: Path, ends: Iterable[int]) -> None:
         storage.write_json(target / NAME, {**given, "eos_token_id": list(every) if len(every) > 1 else every[0]})
 
 
-def _end(tail: Iterable[int], encoder: Encoder) -> int | None:
-    """Return the special token at the end of some tokens, white space behind it apart, or None where it is another."""
+def _end(tail: Iterable[int], encoder: Encoder, blank: dict[int, bool]) -> int | None:
+    """Return the special token at the end of some tokens, white space behind it apart, or None where it is another.
+
+    `blank` remembers which tokens are white space: rows that were cut end in as many ways as there are rows.
+    """
     for token in reversed([one for one in tail if one >= 0]):
         if token in encoder.special:
             return int(token)
-        if encoder.tokenizer.decode([token]).strip():
+        if token not in blank:
+            blank[token] = not encoder.tokenizer.decode([token]).strip()
+        if not blank[token]:
             return None
     return None
