@@ -134,6 +134,8 @@ def check(section: Model, folder: str, trust: bool) -> None:
 
 def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
     """Return what a person is told of an error of transformers or the hub; `what` couldn't be loaded."""
+    from huggingface_hub import is_offline_mode
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
@@ -144,8 +146,8 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
     hint = None
     if not Path(base).is_absolute():
         hint = "there is no such folder either; one in a recipe is named relative to it"
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            hint = "HF_HUB_OFFLINE is set: only models in the local cache can be had"
+        if is_offline_mode():
+            hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only models in the local cache can be had"
     return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,12 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune import errors, files, secrecy, signals
+from loratune import errors, files, signals, streams
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
     "4 training failed · 5 storage · 6 run folder in use, finished or of another recipe · 7 refused for safety · "
-    "8 wrong base · 130 interrupted (Ctrl-C), 143 by SIGTERM or SIGUSR1, after a valid checkpoint"
+    "8 wrong base · 130 interrupted (Ctrl-C), 143 by SIGTERM or SIGUSR1, 129 by SIGHUP, "
+    "after a valid checkpoint"
 )
 
 MOST = 2**31 - 1  # the largest number that counts, lengths and seeds may be
@@ -344,13 +344,14 @@ def _terminated(number: int, frame: Any) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in a message and its exit code, never in a traceback."""
-    secrecy.guard_streams()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else what is not UTF-8 would end in the middle of a read
+    streams.guard()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        _check_words(sys.argv[1:])
-        app(standalone_mode=True)
+        try:
+            _check_words(sys.argv[1:])
+            app(standalone_mode=True)
+        finally:
+            streams.close()
     except (errors.LoratuneError, OSError, MemoryError) as error:
         told = _told(error)
         if told is None or os.environ.get("LORATUNE_TRACEBACK"):

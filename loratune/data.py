@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,6 +39,7 @@ class Rows:
         counts: what became of every row read.
         cached: whether they were found, not read.
         damaged: whether they were found damaged, and read anew.
+        unkept: why they could not be kept for the next time, or nothing.
     """
 
     store: Store
@@ -45,6 +47,7 @@ class Rows:
     counts: Counts
     cached: bool = False
     damaged: bool = False
+    unkept: str = ""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -84,9 +87,7 @@ class Rows:
         """Return some of the rows as a set of its own."""
         chosen = self.chosen[indices]
         tokens, trained = int(self.store.lengths[chosen].sum()), int(self.store.trained[chosen].sum())
-        return Rows(
-            self.store, chosen, replace(self.counts, tokens=tokens, trained_tokens=trained), self.cached, self.damaged
-        )
+        return replace(self, chosen=chosen, counts=replace(self.counts, tokens=tokens, trained_tokens=trained))
 
     def append_ledger(self, path: Path) -> None:
         """Append a line for each row that was read to a file.
@@ -116,7 +117,7 @@ def load(
     Raises:
         DataError: naming the first rows that can't be used, or when more are lost than `max_lost` allows, or when there
             are no rows at all.
-        StorageError: when the cache can't be written.
+        StorageError: when neither the cache nor the folder for temporary files can be written.
     """
     given = [inputs.of(source) for source in sources]
     key = inputs.key(sources, given, data, encoder, name)
@@ -127,11 +128,17 @@ def load(
     except store.Damaged:
         found, damaged = None, True
     cached = found is not None
+    unkept = ""
     if found is None:
-        found = _read(sources, data, encoder, progress, name, store.Writer(folder), key, given)
+        try:
+            found = _read(sources, data, encoder, progress, name, store.Writer(folder), key, given)
+        except StorageError as error:  # a cache is a convenience
+            unkept = str(error)
+            writer = store.Writer(Path(tempfile.gettempdir()), passing=True)
+            found = _read(sources, data, encoder, progress, name, writer, None, given)
     counts = Counts(**found.about["counts"])
     _check_losses(counts, _Refused(), data)
-    return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged)
+    return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged, unkept)
 
 
 def _read(

@@ -10,7 +10,7 @@ LoratuneError                 1  unexpected
 ├── StorageError              5  nothing could be written, or no valid checkpoint found
 ├── RunFolderError            6  the run folder is in use, finished, or of another recipe
 ├── SafetyError               7  refused because it could run foreign code
-└── Interrupted         130, 143  a signal came; a checkpoint was saved first
+└── Interrupted    129, 130, 143  a signal came; a checkpoint was saved first
 """
 
 from __future__ import annotations

@@ -41,9 +41,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+def is_true(value: str) -> bool:
+    """Return whether a variable of the environment is switched on, in accelerate's words."""
+    return value.lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def device() -> torch.device:
-    """Return the device of this process: its own GPU (LOCAL_RANK under a launcher), else the CPU."""
-    if torch.cuda.is_available():
+    """Return the device of this process: its own GPU (LOCAL_RANK under a launcher), else the CPU.
+
+    `accelerate launch --cpu` asks for the CPU by ACCELERATE_USE_CPU.
+    """
+    if torch.cuda.is_available() and not is_true(os.environ.get("ACCELERATE_USE_CPU", "")):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 

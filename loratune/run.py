@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from loratune import (
     footprint,
     garbage,
     keeping,
+    launcher,
     loop,
     model,
     plot,
@@ -94,9 +96,11 @@ def train(
     bases.quiet()
     fit.keep_few_products()
     folder = Path(recipe.output)
-    accelerator = _accelerator(recipe)
+    accelerator = launcher.accelerator(recipe)
     first = accelerator.is_main_process
     report = Report(active=first, metrics=folder / "metrics.jsonl")
+    for line in launcher.not_read(os.environ):
+        report.problem(line)
     with signals.listening() as asked, keeping.alone(folder, first, report):
         status, begun = "failed", False
         facts = {**telling.facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
@@ -291,22 +295,6 @@ def _finish(job: Job, progress: Progress) -> Run:
         )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    where = model.device()
-    dtype = model.dtype_of(recipe.model.dtype, where)
-    mixed = "no"
-    if dtype is torch.float16:
-        mixed = "fp16"  # small gradients need the scaler
-    elif (
-        recipe.method.type == "full"
-        and recipe.model.dtype == "auto"
-        and dtype is torch.bfloat16
-        and where.type == "cuda"
-    ):
-        mixed = "bf16"  # float32 weights, bf16 matrix products
-    return Accelerator(mixed_precision=mixed, cpu=where.type == "cpu")
 
 
 def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:

@@ -5,18 +5,13 @@ Every message, log line and text file passes through `redact`; a recipe that hol
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
-from typing import TextIO
 from urllib.parse import quote
 
 HIDDEN = "***"
-_ESCAPED = "loratune.escaped"  # our name for what streams do with letters they can't write
 SHORTEST = 8  # characters of a value of the environment that is hidden: shorter ones are words like `true`
 _NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _FIELD = r"(?:[\w-]*[_-])?(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|private[_-]?key|auth)|token"
@@ -73,39 +68,3 @@ def _of_environment() -> Iterator[str]:
         if len(value) < SHORTEST or not _NAMES.search(name) or (value.startswith("/") and os.path.exists(value)):
             continue
         yield from dict.fromkeys((value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe="")))
-
-
-class _Guarded(io.TextIOWrapper):
-    """A stream of text that hides secrets in all that is written to it, by whomever."""
-
-    def write(self, text: str) -> int:
-        super().write(redact(text))
-        return len(text)
-
-
-def _unwritable(error: UnicodeError) -> tuple[bytes, int]:
-    """Write what an encoding has no bytes for: of a file's name its own bytes, anything else as an escape."""
-    assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    plain = [bytes([ord(one) - 0xDC00]) if "\udc80" <= one <= "\udcff" else _escape(one) for one in letters]
-    return b"".join(plain), error.end
-
-
-def _escape(letter: str) -> bytes:
-    return letter.encode("ascii", "backslashreplace")
-
-
-def guard_streams() -> None:
-    """Let stdout and stderr hide secrets, also in tracebacks and in what libraries print, and take any text."""
-    codecs.register_error(_ESCAPED, _unwritable)
-    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
-
-
-def _guarded(stream: TextIO) -> TextIO:
-    if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _Guarded):
-        return stream
-    stream.flush()
-    return _Guarded(
-        stream.buffer, stream.encoding, _ESCAPED, line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )  # fmt: skip

@@ -1,7 +1,8 @@
 """What a signal does to a training: leave at once while nothing is trained yet, and after a checkpoint later on.
 
-SIGINT is Ctrl-C, SIGTERM and SIGUSR1 are a scheduler's words (Slurm: `--signal=USR1@120`). The exit code is 130 for
-SIGINT and 143 for the other two, so that a job script has one code to look for.
+SIGINT is Ctrl-C, SIGTERM and SIGUSR1 are a scheduler's words (Slurm: `--signal=USR1@120`), SIGHUP is a terminal or a
+connection that was closed; under nohup it is ignored, as that asks for. The exit code is 130 for SIGINT, 129 for SIGHUP
+and 143 for the other two, so that a job script has one code to look for.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from typing import Any
 
 from loratune.errors import Interrupted
 
-LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+CODES = {signal.SIGINT: 130, signal.SIGHUP: 129}
 # a launcher passes on what the terminal has sent to every process already: that is one signal, not two
 SAME = 1.0  # seconds
 # what is raised inside a weak reference's callback or a `__del__` never gets out of it: the signal is sent once more
 AGAIN = 0.01  # seconds, by which such a callback is over
 
 
+def _handled() -> tuple[signal.Signals, ...]:
+    """Return the signals to listen to: all but a SIGHUP that this process was started to ignore."""
+    return tuple(n for n in LISTENED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+
+
 def exit_code(number: int) -> int:
     """Return the exit code of a run that a signal ended."""
-    return 130 if number == signal.SIGINT else 143
+    return CODES.get(signal.Signals(number), 143)
 
 
 class Leave(KeyboardInterrupt):
@@ -86,7 +93,7 @@ def listening() -> Iterator[Signals]:
             hook(what)
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, asked.note) for number in LISTENED}
+        before = {number: signal.signal(number, asked.note) for number in _handled()}
         sys.unraisablehook = lost
     try:
         yield asked
@@ -106,7 +113,7 @@ def at_once() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(exit_code(number))
 
-    before = {number: signal.signal(number, leave) for number in LISTENED}
+    before = {number: signal.signal(number, leave) for number in _handled()}
     try:
         yield
     finally:

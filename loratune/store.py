@@ -47,15 +47,20 @@ _SCHEMA = pa.schema(
 class Writer:
     """Writes rows to a folder that is not in its place yet.
 
+    Args:
+        parent: the cache.
+        passing: whether `parent` is not ours to tidy: the folder goes when nobody holds it.
+
     Raises:
         StorageError: when it can't be written.
     """
 
-    def __init__(self, parent: Path):
+    def __init__(self, parent: Path, passing: bool = False):
         with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            _tidy(parent)
-            self.folder = Path(tempfile.mkdtemp(prefix=".", dir=parent))
+            if not passing:
+                _tidy(parent)
+            self.folder = Path(tempfile.mkdtemp(prefix="loratune-rows-" if passing else ".", dir=parent))
             self.ledger = (self.folder / "ledger.jsonl").open("w", encoding="utf-8")
             self._file = pa.OSFile(str(self.folder / "rows.arrow"), "wb")
             self._writer = pa.ipc.new_file(self._file, _SCHEMA)

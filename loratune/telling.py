@@ -129,6 +129,10 @@ def tell_start(
         report.note(f"         {line}")
     for line in counts.first:
         report.problem(f"         {line}")
+    for one in (rows, held_out):
+        if one is not None and one.unkept:
+            report.problem(f"         not kept for the next run: {one.unkept.splitlines()[0]}")
+            break
     trainable, total = model.count_parameters(net)
     report.note(
         f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "

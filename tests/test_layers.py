@@ -60,6 +60,7 @@ LEVELS = (
         "fit",
         "compiler",
         "keeping",
+        "launcher",
         "lock",
         "signals",
         "states",
@@ -70,7 +71,7 @@ LEVELS = (
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
     ("decode", "nodes", "section", "sharing", "foreign", "templates"),
-    ("errors", "secrecy", "garbage", "files"),
+    ("errors", "secrecy", "streams", "garbage", "files"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

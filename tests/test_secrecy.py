@@ -204,8 +204,8 @@ FAILURES: dict[str, Force] = {
 # in a process of its own, as `main` is called; `prepare` runs once its streams are guarded
 _PROGRAM = """
 import sys
-from loratune import cli, secrecy
-secrecy.guard_streams()
+from loratune import cli, streams
+streams.guard()
 exec(sys.argv.pop(1))
 cli.main()
 """

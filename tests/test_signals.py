@@ -16,7 +16,7 @@ from loratune import signals
 from tests import tiny
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.Signals) -> None:
     recipe = tiny.write_recipe(tmp_path, base, train={"epochs": 100_000, "save_every": 1_000_000, "log_every": 1})
     command = [sys.executable, "-m", "loratune", "train", str(recipe)]
@@ -27,7 +27,7 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.S
         time.sleep(0.05)
     os.kill(run.pid, number)
     _, told = run.communicate(timeout=120)
-    assert run.returncode == 128 + number
+    assert run.returncode == 128 + number, told
     last = told.strip().splitlines()[-2:]
     step = len(metrics.read_text().splitlines())
     assert last == [f"{number.name}: stopped after step {step}, a checkpoint is saved", "  go on with --resume"]
@@ -61,3 +61,13 @@ def test_a_signal_in_a_callback_is_not_lost(capfd: pytest.CaptureFixture[str]) -
         start()
     assert asked.number == signal.SIGINT
     assert capfd.readouterr().err == ""
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.listening() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -65,6 +65,23 @@ def test_the_second_time_nothing_is_read(source: Source, tmp_path: Path, monkeyp
     assert book(again, tmp_path) == book(first, tmp_path)
 
 
+def test_a_cache_that_can_not_be_written_is_done_without(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = content(load(source))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "passing"))
+    (tmp_path / "passing").mkdir()
+    found = load(source)
+    assert content(found) == kept
+    assert "can't be written" in found.unkept
+    assert not found.cached
+    assert load(source).cached is False
+    del found
+    assert list((tmp_path / "passing").iterdir()) == []
+
+
 def test_a_change_of_anything_is_seen(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of bytes (also where size and time stay), place, rules, tokenizer, template, code and the set's name."""
     load(source)
@@ -216,9 +233,10 @@ def test_what_nobody_asks_for_goes_after_a_month(source: Source, tmp_path: Path,
     assert not old.exists()
 
 
-def test_a_cache_that_cant_be_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_no_folder_can_be_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
     with pytest.raises(StorageError, match=r"can't be written: (.*\n)+.*LORATUNE_CACHE"):
         load(source)
 

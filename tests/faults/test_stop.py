@@ -18,7 +18,7 @@ from tests.faults import scene
 from tests.faults.child import Child, Plan
 from tests.faults.child import run as run_child
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}
 
 
 def _stopped(tmp_path: Path, base: Path, times: int) -> None:
