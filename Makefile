@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PEERS  ?= .venv-peers
+OLDER  ?= .venv-older
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 comma   := ,
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow test-faults check fix docs gpu-check bench gpu-bench clean
+.PHONY: help setup demo test test-slow test-faults other-readers check fix docs gpu-check bench gpu-bench clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -16,6 +17,7 @@ help:
 	@echo "make fix        format and mend what the linter can"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
+	@echo "make other-readers  what is written, read by transformers 4.57 in a venv of its own (three minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
@@ -47,6 +49,18 @@ test-slow: $(READY)
 test-faults: $(READY)
 	$(call ON,faults: kills$(comma) full disks$(comma) signals)
 	@$(BIN)/python -m pytest -m faults -s
+
+other-readers: $(READY) $(OLDER)/.ready
+	$(call ON,runs$(comma) merges$(comma) full models and a .gguf$(comma) read by transformers 4)
+	@rm -rf $(OLDER)/models && mkdir $(OLDER)/models
+	@$(BIN)/python -m tests.other_readers.newer $(OLDER)/models $(OLDER)/bin/python
+
+$(OLDER)/.ready:
+	$(call ON,setting up $(OLDER) with transformers 4 (once))
+	@$(PYTHON) -m venv $(OLDER)
+	@$(OLDER)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(OLDER)/bin/pip install --quiet --disable-pip-version-check 'transformers==4.57.*' peft
+	@touch $@
 
 gpu-check: $(READY)
 	$(call ON,GPU tests)
@@ -90,4 +104,4 @@ docs: $(READY)
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo/data demo/runs
+	rm -rf $(VENV) $(PEERS) $(OLDER) demo/data demo/runs

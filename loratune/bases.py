@@ -14,11 +14,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loratune import files, guard
+from loratune import configs, files, guard, ropes
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Model
 
 _DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change
+_FORM = 2  # of the folders made from .gguf files: what an earlier version wrote is made again
 
 
 def local_folder(section: Model) -> str:
@@ -46,7 +47,7 @@ def folder_of(section: Model) -> Path:
 def from_gguf(file: Path) -> Path:
     """Dequantize a .gguf file to a safetensors folder in the cache, once; return the folder.
 
-    The weights are written in bfloat16. The folder's name is the sha256 of the file, so that another file of the same
+    The weights are written in bfloat16. The folder's name has the sha256 of the file, so that another file of the same
     name is never taken for it.
 
     Raises:
@@ -60,7 +61,7 @@ def from_gguf(file: Path) -> Path:
         raise SetupError("a .gguf base needs the package `gguf`", "pip install 'loratune[gguf]'")
     with _opened(file) as stream:
         digest = _digest(file, stream)
-    target = cache() / "gguf" / f"{file.stem}-{digest[:16]}"
+    target = cache() / "gguf" / f"{file.stem}-{digest[:16]}-{_FORM}"
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,11 @@ def from_gguf(file: Path) -> Path:
         if "quantization_config" in model.config:
             del model.config.quantization_config
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        ropes.complete(model.config, file)
         model.to(torch.bfloat16).save_pretrained(staging)
+        configs.write_config(staging, None, model.config, "bfloat16")
         tokenizer.save_pretrained(staging)
+        configs.for_older_readers(staging)
         staging.rename(target)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if (target / "config.json").exists():  # another process was faster

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import bases, files, guard
+from loratune import bases, configs, files, guard
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.recipe import Model
 
@@ -99,7 +99,9 @@ def of_folder(folder: Path) -> Fingerprint:
                     seen.setdefault(_part(name), {})[name] = digest.hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None
-    return Fingerprint(_lasting(config), {part: _digest(tensors) for part, tensors in sorted(seen.items())})
+    return Fingerprint(
+        _lasting(configs.without_old_names(config)), {part: _digest(tensors) for part, tensors in sorted(seen.items())}
+    )
 
 
 def of_tokenizer(tokenizer: Any) -> dict[str, str]:

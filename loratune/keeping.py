@@ -12,7 +12,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import bases, checkpoint, drift, fingerprint, lock, model, states, stops, storage, telling
+from loratune import (
+    bases,
+    checkpoint,
+    configs,
+    drift,
+    fingerprint,
+    lock,
+    model,
+    modelfolder,
+    states,
+    stops,
+    storage,
+    telling,
+    tokenizerfiles,
+)  # fmt: skip
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
@@ -143,6 +157,8 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
     def write(folder: Path) -> None:
         job.recipe.method.save(job.net, folder, None, {})
         write_origin(job, folder)
+        if job.recipe.method.type == "full":
+            configs.write_config(folder, bases.folder_of(job.recipe.model), job.net.config, _name(job.net.dtype))
 
     if job.first:
         states.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
@@ -161,6 +177,16 @@ def write_origin(job: Job, folder: Path) -> None:
     """Write beside an adapter or model what it stands on, and where its answers end."""
     fingerprint.write(folder, job.origin)
     stops.write_config(folder, bases.folder_of(job.recipe.model), job.ends)
+
+
+def write_readable(job: Job, folder: Path) -> None:
+    """Write the tokenizer, and what else other programs look for beside the weights."""
+    base = bases.folder_of(job.recipe.model)
+    if job.recipe.method.type == "full":
+        trust = job.facts["trust_remote_code"]
+        modelfolder.complete(folder, base, job.net.config, _name(job.loaded.dtype), job.tokenizer, trust=trust)
+    else:
+        tokenizerfiles.write(folder, base, job.tokenizer, alone=True)
 
 
 def check_space(job: Job, resume: bool) -> None:
@@ -194,3 +220,7 @@ def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def in_steps(cadence: int | float, per_epoch: int) -> int:
     """Return a cadence in steps: a whole number is that already, a fraction is a part of an epoch."""
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,28 @@ from typing import Any
 
 import torch
 
-from loratune import bases, files, report, stops, storage, subject
+from loratune import (
+    bases,
+    configs,
+    files,
+    fingerprint,
+    guard,
+    modelfolder,
+    report,
+    stops,
+    storage,
+    subject,
+    tokenizing,
+)  # fmt: skip
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
 # adapters, see docs/checks.md.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ON_DISK = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
 PROMPTS = (
     "What is the capital of France?",
@@ -82,7 +98,7 @@ def merge(
     loaded = subject.load(what, True, allow_base_mismatch)  # float32: the sum W + s B A is rounded once, at the end
     for line in loaded.notes:
         tell.problem(line)
-    wanted = _dtype(dtype, what)
+    wanted = _dtype(dtype, bases.folder_of(what.base))
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
     merged = _fold(loaded.model, folder)
@@ -105,20 +121,28 @@ def merge(
     merged.to(wanted)
     ends = stops.of_folder(folder, Encoder(loaded.tokenizer))
     about = {"merged": True, "base_differs": list(loaded.base_differs), "trust_remote_code": trust_remote_code}
-    _write(target, merged, loaded.tokenizer, wanted, about, bases.folder_of(what.base), ends)
+    _write(target, merged, loaded.tokenizer, wanted, about, what, ends)
     name_of_dtype = str(wanted).removeprefix("torch.")
     return Merge(target, name_of_dtype, difference, relative, agreement, loaded.base_differs)
 
 
-def _dtype(name: str, what: subject.Subject) -> torch.dtype:
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-    from transformers import AutoConfig
+def _dtype(name: str, base: Path) -> torch.dtype:
+    """Return the precision to merge in: the one asked for, or for auto that of most weights of the base on disk.
 
-    found = AutoConfig.from_pretrained(
-        bases.local_folder(what.base), revision=what.base.revision, trust_remote_code=what.trust
-    ).dtype
-    return found if found in TOLERANCE else torch.bfloat16
+    A config may name none, or another. Only where the files hold weights in few bits is it asked: it names the
+    precision that they are computed in.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    config = guard.read_object(base / configs.CONFIG)
+    numbers: dict[str, int] = {}
+    for file in guard.weight_files(base):
+        for entry in guard.header_of(file).tensors.values():
+            numbers[entry.dtype] = numbers.get(entry.dtype, 0) + math.prod(entry.shape)
+    most = max(numbers, key=lambda one: numbers[one])
+    if most in _ON_DISK and "quantization_config" not in config:
+        return _ON_DISK[most]
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
 
 
 def _fold(net: Any, adapter: Path) -> Any:
@@ -146,10 +170,9 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _write(
-    target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any], base: Path,
+    target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any], what: subject.Subject,
     ends: Sequence[int],
 ) -> None:  # fmt: skip
-    merged.config.use_cache = True
     merged.config.dtype = dtype
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,10 +180,20 @@ def _write(
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(target)))) from None
     needed = sum(p.numel() * p.itemsize for p in merged.parameters())
     storage.check_space(target.parent, needed, "the merged model", "free some space, or name another folder with --out")
-    storage.commit(target, lambda folder: _save(folder, merged, tokenizer, base, ends), about, replace=False)
+    storage.commit(target, lambda folder: _save(folder, merged, tokenizer, what, ends), about, replace=False)
 
 
-def _save(folder: Path, merged: Any, tokenizer: Any, base: Path, ends: Sequence[int]) -> None:
+def _save(folder: Path, merged: Any, tokenizer: Any, what: subject.Subject, ends: Sequence[int]) -> None:
+    base, dtype = bases.folder_of(what.base), str(merged.config.dtype).removeprefix("torch.")
     merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    modelfolder.complete(folder, base, merged.config, dtype, tokenizer, _tokenizer_source(what, tokenizer), what.trust)
     stops.write_config(folder, base, ends)
+
+
+def _tokenizer_source(what: subject.Subject, tokenizer: Any) -> Path:
+    """Return where the merged model's tokenizer files come from: the base, unless the adapter has another tokenizer."""
+    base, adapter = bases.folder_of(what.base), what.adapter
+    if adapter is None or not (adapter / configs.TOKENIZER).is_file():
+        return base
+    of_base = fingerprint.of_tokenizer(tokenizing.load(what.base, trust=what.trust))
+    return base if of_base["sha256"] == fingerprint.of_tokenizer(tokenizer)["sha256"] else adapter

@@ -280,8 +280,8 @@ def _finish(job: Job, progress: Progress) -> Run:
 
         def write(target: Path) -> None:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
-            job.tokenizer.save_pretrained(target)
             keeping.write_origin(job, target)
+            keeping.write_readable(job, target)
 
         states.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
         storage.publish(folder, write, {"step": kept, **keeping.about(job)})

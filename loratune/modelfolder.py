@@ -1,0 +1,36 @@
+"""A whole model's folder beside its weights: written in one way for merges, full fine-tuning and .gguf bases."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loratune import configs, tokenizerfiles
+
+PROCESSORS = (
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+)  # fmt: skip
+
+
+def complete(
+    target: Path, base: Path, config: Any, dtype: str, tokenizer: Any, source: Path | None = None, trust: bool = False
+) -> None:  # fmt: skip
+    """Write everything but generation_config.json into a folder that holds the weights and config.json of a model.
+
+    Args:
+        target: the folder; what transformers wrote into it is made readable for others.
+        base: folder of the base model.
+        config: of the model in memory.
+        dtype: of the weights in `target`, such as `bfloat16`.
+        tokenizer: as it was trained with.
+        source: folder it was loaded from; None for `base`.
+        trust: code of the base's own was let run: it comes along.
+    """
+    configs.write_config(target, base, config, dtype)
+    tokenizerfiles.write(target, source or base, tokenizer, alone=False)
+    copied = [*PROCESSORS, *(file.name for file in base.glob("*.py") if trust)]
+    for name in copied:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)

@@ -1,0 +1,125 @@
+"""A tokenizer's files: those of the base, byte for byte, with another chat template where there is one.
+
+transformers 5 writes a tokenizer in a form that older readers can't load, and leaves files out (vocabulary, merges,
+sentencepiece model). Training changes nothing of a tokenizer but its chat template, so nothing else is written anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loratune import configs, fingerprint, guard
+
+CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+_OLD_TEMPLATE = "chat_template.json"  # of processors, in older models
+_NAMES = (
+    CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "vocab.bpe",
+    "encoder.json", "merges.txt", "tekken.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.spm",
+)  # fmt: skip
+_TEMPLATES = (TEMPLATE, _OLD_TEMPLATE, f"{TEMPLATES}/*.jinja")
+PATTERNS = (*_NAMES, *_TEMPLATES)
+
+
+def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
+    """Write a tokenizer's files into a folder.
+
+    Args:
+        target: of an adapter or a whole model.
+        source: folder the tokenizer was loaded from; its files are copied.
+        tokenizer: as it was trained with.
+        alone: whether no config.json lies beside them, which may tell the kind of a tokenizer.
+    """
+    clear(target)
+    if not any(_found(source, _NAMES)):
+        tokenizer.save_pretrained(target)
+        configs.for_older_readers(target)
+        return
+    own = template_of(source)
+    changed = _normal(tokenizer.chat_template) != own
+    for file in _found(source, _NAMES if changed else PATTERNS):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+    if changed:
+        _write_template(target, source, tokenizer.chat_template)
+    if alone and (target / "tokenizer.json").is_file():
+        _name_class(target, tokenizer)
+
+
+def clear(folder: Path) -> None:
+    """Take a tokenizer's files out of a folder: of another one none must stay."""
+    for file in [*_found(folder, PATTERNS)]:
+        file.unlink()
+
+
+def template_of(folder: Path) -> dict[str, str]:
+    """Return the chat templates that files give a tokenizer, by name: `default` is the one used when none is named."""
+    if (folder / TEMPLATE).is_file():
+        more = {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATES).glob("*.jinja")}
+        return {**more, "default": (folder / TEMPLATE).read_text(encoding="utf-8")}
+    if (folder / CONFIG).is_file():
+        return _normal(guard.read_object(folder / CONFIG).get("chat_template"))
+    return {}
+
+
+def _write_template(target: Path, source: Path, template: Any) -> None:
+    """Put a chat template where the source has its own; where it has none, into the file that every reader knows."""
+    named = _normal(template)
+    if (source / TEMPLATE).is_file():
+        (target / TEMPLATE).write_bytes(named.get("default", "").encode())  # its line ends are part of it
+    if (source / _OLD_TEMPLATE).is_file():
+        configs.write(target / _OLD_TEMPLATE, {"chat_template": named.get("default", "")})
+    config = guard.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
+    if "chat_template" in config or not (source / TEMPLATE).is_file():
+        several = [{"name": name, "template": text} for name, text in named.items()]
+        configs.write(target / CONFIG, {**config, "chat_template": template if isinstance(template, str) else several})
+
+
+def _name_class(target: Path, tokenizer: Any) -> None:
+    """Have tokenizer_config.json name a class under which the files alone give the same tokenizer.
+
+    Without config.json some readers take another class than beside it, which may cut texts in another way.
+    """
+    config = guard.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
+    if config.get("tokenizer_class") and _is_same(target, tokenizer):
+        return
+    configs.write(target / CONFIG, {**config, "tokenizer_class": configs.GENERIC})
+    if not _is_same(target, tokenizer):
+        clear(target)
+        tokenizer.save_pretrained(target)
+        configs.for_older_readers(target)
+
+
+def _is_same(folder: Path, tokenizer: Any) -> bool:
+    """Return whether a folder's files, read alone, give a tokenizer."""
+    from transformers import AutoTokenizer
+
+    if "auto_map" in guard.read_object(folder / CONFIG):
+        return True  # made by code of its own, which is not run for this
+    try:
+        found = fingerprint.of_tokenizer(AutoTokenizer.from_pretrained(folder))
+    except Exception:  # files of any kind: what can't be read is not the same
+        return False
+    return found["sha256"] == fingerprint.of_tokenizer(tokenizer)["sha256"]
+
+
+def _normal(template: Any) -> dict[str, str]:
+    """Return chat templates by name, from any of the forms in which a tokenizer has them."""
+    if isinstance(template, list):
+        return {str(one["name"]): one["template"] for one in template}
+    if isinstance(template, dict):
+        return dict(template)
+    return {"default": template} if template else {}
+
+
+def _found(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files of a folder that match any pattern, each once."""
+    seen: set[Path] = set()
+    for pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            if file.is_file() and file not in seen:
+                seen.add(file)
+                yield file
