@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loratune
-from loratune import data, model, stops, store
+from loratune import card, data, model, stops, store
 from loratune.chatting import chat
 from loratune.encode import Encoder, Row
 from loratune.errors import ModelError, Place
@@ -292,3 +292,18 @@ def test_a_turn_that_ends_otherwise_where_others_follow() -> None:
     encoder = Encoder(tiny.tokenizer(template, ("<|im_start|>", "<|im_end|>", "<|next|>"), eos=TEXT_END))
     names = encoder.tokenizer.convert_ids_to_tokens(list(stops.of_template(encoder)))
     assert names == [END, "<|next|>"]
+
+
+def test_how_a_card_names_the_base(tmp_path: Path) -> None:
+    run = str(tmp_path / "runs" / "first")
+    named = {"org/name": "org/name", str(tmp_path / "models" / "b"): "../../models/b", "/elsewhere/models/b": "b"}
+    for base, wanted in named.items():
+        shown = "\n".join(card.use(run, base, True, [END]))
+        assert f"base = {wanted!r}  #" in shown
+        assert "give it `<|im_end|>` as a stop" in shown
+    assert "from_pretrained(base, revision='v1', dtype=\"auto\")" in "\n".join(
+        card.use(run, "org/name", True, [], "v1")
+    )
+    whole = "\n".join(card.use(None, "org/name", True, [END]))
+    assert "peft" not in whole
+    assert "base" not in whole
