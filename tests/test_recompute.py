@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from loratune.methods import Lora, recompute
+from loratune.methods import Lora, lowrank, recompute
 from tests.test_sft import llama
 
 BOTH = [torch.float32, torch.bfloat16]
@@ -161,3 +162,67 @@ def test_a_third_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         losses(adapted(torch.bfloat16, kind, monkeypatch), kept)
         found.append(sum(kept.values()))
     assert found[0] < 0.65 * found[1]
+
+
+class _Edited(torch.nn.Module):
+    """A norm (or a SwiGLU's gate) before a LoRA layer, and something that edits a state in place between them."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.norm, self.what = norm(), what
+        self.q_proj, self.k_proj = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = x * 1.0
+        state = self.norm(given)
+        if self.what == "what the norm gave":
+            state.mul_(2.0)
+        first = self.q_proj(state)
+        if self.what == "between two layers":
+            state.mul_(3.0)
+        return first + self.k_proj(state)
+
+
+@pytest.mark.parametrize("what", ["nothing", "what the norm gave", "between two layers"])
+def test_a_state_that_is_edited_in_place_is_another_state(what: str) -> None:
+    """What is remembered of a state is right for that state alone: then the plain way is taken."""
+    torch.manual_seed(1)
+    plain = _Edited(what).requires_grad_(False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    theirs = inject_adapter_in_model(config, copy.deepcopy(plain))
+    config._register_custom_module(lowrank.modules())
+    ours = inject_adapter_in_model(config, copy.deepcopy(plain))
+    ours.load_state_dict(theirs.state_dict())
+    lowrank.join(ours)
+    recompute.install(ours, again=True)
+    assert "forward" in vars(ours.norm)
+    x = torch.randn(2, 5, 64)
+    if what == "between two layers":  # a backward pass would refuse it, with or without us
+        with torch.no_grad():
+            torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-5, atol=1e-5)
+        return
+    found = []
+    for module in (ours.train(), theirs.train()):
+        out = module(x.clone())
+        out.square().sum().backward()
+        found.append((out.detach(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
+    (mine, my_gradients), (other, gradients_of_peft) = found
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert len(my_gradients) == 4
+    for name, gradient in gradients_of_peft.items():
+        torch.testing.assert_close(my_gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_a_norm_with_another_gradient_is_left_alone() -> None:
+    class PassingRMSNorm(LlamaRMSNorm):
+        """The same numbers, and no gradient for what it was given."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach() + 0.0 * x
+
+    class SameRMSNorm(LlamaRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0.0 * x
+
+    for kind, wanted in ((PassingRMSNorm, False), (SameRMSNorm, True)):
+        assert installed(kind(64, eps=1e-5).requires_grad_(False)) is wanted

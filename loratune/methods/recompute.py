@@ -28,16 +28,35 @@ class Again:
     Attributes:
         product: gives l^T x for l of shape (tokens, r) and `kept`, (r, width).
         kept: tensors it needs, which others keep as well.
+        versions: of the state and of `kept`, as they were when it was made: one that was edited in place since is
+            another state.
     """
 
     product: Callable[..., torch.Tensor]
     kept: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...] = ()
 
 
 def of(x: torch.Tensor) -> Again:
-    """Return how to do without a state; one that nothing is known of is kept itself."""
-    found: Again = getattr(x, "_again", None) or Again(_product, (x.detach(),))
+    """Return how to do without a state; one that nothing is known of, or no longer, is kept itself."""
+    found: Again | None = getattr(x, "_again", None)
+    if found is None or found.versions != _versions(x, *found.kept):
+        return Again(_product, (x.detach(),))
     return found
+
+
+def version(x: torch.Tensor) -> int:
+    """Return how often a tensor was edited in place; one made under `inference_mode` is not counted, and never is."""
+    return 0 if x.is_inference() else x._version
+
+
+def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(version(tensor) for tensor in tensors)
+
+
+def _remember(out: torch.Tensor, product: Callable[..., torch.Tensor], *kept: torch.Tensor) -> None:
+    """Leave on a state how to do without it."""
+    out._again = Again(product, kept, _versions(out, *kept))  # type: ignore[attr-defined]
 
 
 def precision(layer: Any) -> torch.dtype:
@@ -114,7 +133,7 @@ def _normed(
         return out
     out, scale = _functions()[0].apply(x, module.weight, _epsilon(module), _operations(compiled))
     if again:
-        out._again = Again(_product_of_normed, (x.detach(), scale, module.weight))  # type: ignore[attr-defined]
+        _remember(out, _product_of_normed, x.detach(), scale, module.weight)
     return out
 
 
@@ -128,12 +147,15 @@ def _gated(
     operations = _operations(compiled)
     out = _functions()[1].apply(gate, up, operations)
     if again:
-        out._again = Again(partial(_product_of_gated, operations), (gate.detach(), up.detach()))
+        _remember(out, partial(_product_of_gated, operations), gate.detach(), up.detach())
     return module.down_proj(out)  # type: ignore[no-any-return]
 
 
 def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
-    """Return whether another forward gives the same as a module's own, to the bit, for states small and large."""
+    """Return whether another forward gives the same as a module's own, to the bit, for states small and large.
+
+    Its gradient may differ by what rounds otherwise.
+    """
     import torch
 
     is_norm = hasattr(module, "weight")
@@ -145,14 +167,29 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
     module.eval()  # what is inside draws no random numbers then, and goes one way whoever asks
     module.training = True
     try:
+        own = type(module).forward
         with torch.no_grad():
-            own = type(module).forward
-            return all(torch.equal(forward(module, x), own(module, x)) for x in states[:, None, None].to(dtype))
+            if not all(torch.equal(forward(module, x), own(module, x)) for x in states[:, None, None].to(dtype)):
+                return False
+        mine, others = (_gradient(way, module, states[1:3].to(dtype)) for way in (forward, own))
+        return bool((mine - others).norm() <= (1e-4 if dtype is torch.float32 else 5e-2) * others.norm())
     except (TypeError, ValueError, RuntimeError):  # it wants more than a state, or other ones
         return False
     finally:
         for part, was in parts:
             part.training = was
+
+
+def _gradient(forward: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a weighted sum of what comes out, in float32, of the shape of x."""
+    import torch
+
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        out = forward(module, given)
+        outer = torch.linspace(-5, 5, out.numel(), device=out.device).cos().view_as(out).to(out.dtype)
+        (found,) = torch.autograd.grad(out, given, outer)
+    return found.float()
 
 
 def _product(left: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
