@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 comma   := ,
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow test-faults other-readers check fix docs gpu-check bench gpu-bench clean
+.PHONY: help setup demo test test-slow test-faults test-fuzz other-readers check fix docs gpu-check bench gpu-bench clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make other-readers  what is written, read by transformers 4.57 in a venv of its own (three minutes)"
+	@echo "make test-fuzz  2,000 odd recipes, rows, names, folders and options through every command (10 to 30 minutes)"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
@@ -61,6 +62,10 @@ $(OLDER)/.ready:
 	@$(OLDER)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(OLDER)/bin/pip install --quiet --disable-pip-version-check 'transformers==4.57.*' peft
 	@touch $@
+
+test-fuzz: $(READY)
+	$(call ON,fuzz: no traceback$(comma) no run over 60 s or 2 GB)
+	@$(BIN)/python -m tests.faults.fuzz --seed 0 --cases 2000
 
 gpu-check: $(READY)
 	$(call ON,GPU tests)

@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -167,10 +168,15 @@ def declared(section: type[Section], name: str) -> Any:
     return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
 
 
-def all_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, str | None, str]]:
-    """Yield (dotted section, its type where it has one, key) for every key below `model`."""
+@cache  # a recipe of many unknown keys asks for each
+def all_keys(model: type[Section]) -> tuple[tuple[str, str | None, str], ...]:
+    """Return (dotted section, its type where it has one, key) for every key below `model`."""
+    return tuple(_keys(model, ""))
+
+
+def _keys(model: type[Section], prefix: str) -> Iterator[tuple[str, str | None, str]]:
     for name, info in model.model_fields.items():
         if prefix and name != "type":
             yield prefix, tag_of(model), name
         for section in dict.fromkeys(sections_in(info.annotation)):
-            yield from all_keys(section, f"{prefix}.{name}" if prefix else name)
+            yield from _keys(section, f"{prefix}.{name}" if prefix else name)

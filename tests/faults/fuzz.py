@@ -122,7 +122,7 @@ def _prepare(folder: Path) -> None:
     """Import what commands import, and make a base, a run and a merged model."""
     os.environ.update(
         OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CI="1", NO_COLOR="1",
-        LORATUNE_CACHE=str(folder / "cache"),
+        LORATUNE_CACHE=str(folder / "cache"), HOME=str(folder / "home"),
     )  # fmt: skip
     import datasets  # noqa: F401
     import peft  # noqa: F401
@@ -134,6 +134,7 @@ def _prepare(folder: Path) -> None:
     from tests import tiny
 
     torch.set_num_threads(1)
+    (folder / "home").mkdir()  # `~` is a folder of rows, too
     tiny.save(folder / "base")
     tiny.write_recipe(folder, folder / "base", rows=12, data={"eval": "eval.jsonl"}, train={"batch_size": 4})
     for words in (
@@ -166,6 +167,8 @@ def main() -> int:
                 done = run(case, Path(home))
             codes[case.words[0], done.code] += 1
             slowest, largest = max(slowest, (done.seconds, number)), max(largest, (done.memory / 1e9, number))
+            if (number + 1) % 100 == 0:
+                print(f"{number + 1} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
             if (fault := done.wrong()) or asked.show:
                 wrong += bool(fault)
                 print(f"--- case {number} ({case.kind}): {fault or done.code}\n{case.words!a}", flush=True)

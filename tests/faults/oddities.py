@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from loratune import section
@@ -266,7 +270,7 @@ def odd_rows(random: Random, scene: Path, home: Path) -> Case:
     elif kind == "json":
         raw = json.dumps(rows if random.random() < 0.8 else value(random)).encode()
     else:
-        raw = damage(sound_rows(), random)
+        raw = damage(_packed(kind, random), random) if random.random() < 0.8 else _packed(kind, random)
     name = f"rows.{kind}"
     recipe["data"]["train"] = name
     write(home, recipe)
@@ -274,6 +278,19 @@ def odd_rows(random: Random, scene: Path, home: Path) -> Case:
     if random.random() < 0.15:
         return Case("rows", ("eval", str(scene / "run"), "--data", name, "--max-new-tokens", "2", "--out", "out.jsonl"))
     return Case("rows", ("train", "recipe.yaml") if random.random() < 0.35 else ("inspect", "recipe.yaml"))
+
+
+def _packed(kind: str, random: Random) -> bytes:
+    """Return sound rows as a file of a kind."""
+    pairs = [{"prompt": f"say {number}", "completion": random.choice(TEXTS[:6]) or "a"} for number in range(6)]
+    stream = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(random.choice([pairs, tiny.chats(6)])), stream)
+        return stream.getvalue()
+    if kind == "csv":
+        lines = ["prompt,completion", *(f'"{one["prompt"]}","{one["completion"]}"' for one in pairs)]
+        return "\n".join(lines).encode()
+    return gzip.compress(sound_rows()) if kind.endswith(".gz") else sound_rows()
 
 
 def _rows(random: Random) -> list[Any]:
