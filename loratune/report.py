@@ -20,13 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from loratune import storage
+from loratune import files, storage
 from loratune.errors import Place, Problem, StorageError
 from loratune.secrecy import redact
 
 if TYPE_CHECKING:
     from loratune.loop import Step
 
+METRICS = 1 << 30  # bytes of metrics.jsonl: millions of steps
 QUIET = 15  # seconds between two lines about long work where there is no terminal
 
 
@@ -211,11 +212,18 @@ class Report:
         Args:
             step: the last one done.
             evaluated: whether the evaluation after it is done as well.
+
+        Raises:
+            StorageError: when the file with them can't be read.
         """
         if self._metrics is None or not self._metrics.exists():
             return
         last = {"step": step, "eval": step if evaluated else step - 1}
-        events = map(_event, self._metrics.read_text(encoding="utf-8", errors="replace").splitlines())
+        try:
+            text = files.read(self._metrics, METRICS).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise StorageError(Problem(f"can't be read: {error.strerror}", Place(str(self._metrics)))) from None
+        events = map(_event, text.splitlines())
         kept = [event for event in events if event and event["number"] <= last[event["kind"]]]
         for event in kept:
             (self.train if event["kind"] == "step" else self.evaluation).append((event["number"], event["loss"]))
@@ -230,9 +238,11 @@ def _event(line: str) -> dict[str, Any] | None:
     """Return a line of metrics.jsonl, or None for one that a kill or the power has cut."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and event.get("kind") in ("step", "eval") else None
+    kind = event.get("kind") if isinstance(event, dict) else None
+    needed = {"step": ("number", "loss", "seconds", "tokens"), "eval": ("number", "loss")}.get(str(kind), ())
+    return event if needed and all(type(event.get(name)) in (int, float) for name in needed) else None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -30,6 +30,7 @@ from loratune import (
     nodes,
     prepare,
     recipe,
+    report,
     rows,
     storage,
     subject,
@@ -420,3 +421,19 @@ def test_a_message_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console.read() == "a" * 9
     with pytest.raises(UsageError, match="a message of more than 10 characters"):
         console.read()
+
+
+def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
+    """A resume takes the lines that are whole; where a pipe lies in their place it does not wait for one."""
+    path = tmp_path / "metrics.jsonl"
+    step = {"kind": "step", "number": 1, "loss": 2.5, "seconds": 1.0, "tokens": 8}
+    odd = [{**step, "loss": "x"}, {"kind": "step", "number": 1}, {"kind": ["step"]}, [step], {**step, "kind": "other"}]
+    path.write_bytes(b"".join(json.dumps(one).encode() + b"\n" for one in [step, *odd]) + b'\xff{"kind": "st')
+    taken = report.Report(metrics=path)
+    taken.go_on_from(1)
+    assert taken.train == [(1, 2.5)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [step]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="can't be read: a pipe"):
+        report.Report(metrics=path).go_on_from(1)
