@@ -40,6 +40,7 @@ class Packing:
         why_not_shared: nor sharing because of this.
         saved: part (0-1) of the tokens of a step that need not be computed as rows share; 0 where they don't.
         missed: part (0-1) of them that need not be, could rows share as they were to.
+        why_mask: why a mask keeps rows apart where our attention was to; a mask takes every pair of tokens.
     """
 
     layout: Layout
@@ -48,6 +49,7 @@ class Packing:
     why_not_shared: str = ""
     saved: float = 0.0
     missed: float = 0.0
+    why_mask: str = ""
 
     @property
     def packed(self) -> bool:
@@ -141,6 +143,8 @@ def why_not(
     except torch.OutOfMemoryError:
         raise
     except (attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
+        if isinstance(error, TypeError) and attention.is_ours(error):
+            raise
         return (str(error).splitlines() or [type(error).__name__])[0]
     seen = float(_distance(other, behind).max())
     if not seen <= leak:
@@ -185,7 +189,8 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
             return Packing(layout, by, saved=saved)
         else:
             unshared = unshared or reasons.get("shared", f"`{own}` attention can't be told what rows share")
-            return Packing(layout, by, why_not_shared=unshared, missed=saved)
+            why_mask = reasons.get("packed", "") if by == "mask" else ""
+            return Packing(layout, by, why_not_shared=unshared, missed=saved, why_mask=why_mask)
     loaded.model.set_attn_implementation(own)
     reason = reasons.get("packed", f"`{own}` attention costs more for packs than for rows")
     return Packing("padded", why_not=reason, why_not_shared=reason)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune import tiles
@@ -23,6 +22,16 @@ _HARMLESS = {
 
 class Unfit(Exception):
     """A model's attention wants something that this one can't give row by row; the text says what."""
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether an error was raised in or below this attention: a TypeError there is a wrong call of ours."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == __file__:
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def register() -> None:
@@ -123,14 +132,14 @@ def _varlen(
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     wider = query.shape[-1] - value.shape[-1]  # latent attention has narrower values than keys, the kernel has not
     value = torch.nn.functional.pad(value, (0, wider)) if wider else value
-    q, k, v = (part[0].transpose(0, 1).to(half) for part in (query, key, value))  # (tokens, heads, width)
+    q, k, v = (part.squeeze(0).transpose(0, 1).to(half) for part in (query, key, value))  # (tokens, heads, width)
     if places is not None:
         k, v = (_Gathered.apply(part, places) for part in (k, v))  # type: ignore[no-untyped-call]
-    out = varlen_attn(
-        q, k, v, *starts, *longest, scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    assert isinstance(out, torch.Tensor)
+    # the operator below torch's `varlen_attn`, whose arguments are others in each release; it knows fewer key heads
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, *starts, *longest, 0.0, window is None, False, scale=scaling,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )[0]  # fmt: skip
     return out[None, ..., : out.shape[-1] - wider]
 
 

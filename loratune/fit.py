@@ -38,6 +38,16 @@ def keep_few_products() -> None:
         os.environ.setdefault(name, str(_PRODUCTS))
 
 
+def expand_segments() -> None:
+    """Let torch's allocator grow its segments; to be called before a GPU is first used.
+
+    Nearly every step has another number of tokens, so each activation another size: in segments of fixed sizes up to
+    half a gigabyte of an 8B model's training would lie in pieces too small for the next.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def checkpoint_bytes(recipe: Recipe, net: Any) -> int:
     """Return about how many bytes a checkpoint takes: what is trained, and the optimizer's state of it."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]

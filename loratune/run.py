@@ -95,6 +95,7 @@ def train(
     """
     bases.quiet()
     fit.keep_few_products()
+    fit.expand_segments()
     folder = Path(recipe.output)
     accelerator = launcher.accelerator(recipe)
     first = accelerator.is_main_process

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import TrainingError
+from loratune.optimizers import bnb
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
@@ -58,6 +59,8 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     if [group.keys() - {"params"} for group in state["param_groups"]] != [group.keys() for group in options]:
         raise ValueError("its optimizer is another one")
     optimizer.load_state_dict(state)
+    if bnb.is_paged(optimizer):
+        bnb.page(optimizer)
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
         group.update(wanted)
 
@@ -90,12 +93,15 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Randomness:
-    """The state of every random generator at one moment: cheap to take after each step, written out only on a save."""
+    """The state of every random generator at one moment: cheap to take after each step, written out only on a save.
+
+    `cuda` is that of this process's own device, or None: other processes give their own.
+    """
 
     python: Any
     numpy: Any
     cpu: torch.Tensor
-    cuda: list[torch.Tensor]
+    cuda: torch.Tensor | None
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
@@ -105,13 +111,13 @@ class Randomness:
             "python": [version, list(words), gauss],
             "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
             "torch": self.cpu.numpy().tobytes().hex(),
-            "cuda": [state.numpy().tobytes().hex() for state in self.cuda],
+            "cuda": [self.cuda.numpy().tobytes().hex()] if self.cuda is not None else [],
         }
 
 
 def randomness() -> Randomness:
     """Return the state of every random generator."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return Randomness(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
 
@@ -123,7 +129,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes(one) for one in state["cuda"]])
+        devices = state["cuda"]  # one, or of a version that kept all that were there: there may be fewer now
+        torch.cuda.set_rng_state(_bytes(devices[torch.cuda.current_device() % len(devices)]))
 
 
 def _bytes(text: str) -> torch.Tensor:

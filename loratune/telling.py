@@ -84,6 +84,7 @@ def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> di
     return {
         "packed": True, "by": packing.by, "shared": False, "why_not_shared": packing.why_not_shared,
         "missed": round(packing.missed, 4), "rows_per_pack": round(each, 2), "filled": round(filled, 4),
+        "why_mask": packing.why_mask,
     }  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def tell_start(
             f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
             f"tokens on average, {100 * batching['filled']:.0f} % filled"
             + (", kept apart by a mask" if batching["by"] == "mask" else "")
+            + (f" ({batching['why_mask']})" if batching["why_mask"] else "")
         )
         if batching["missed"]:
             report.note(

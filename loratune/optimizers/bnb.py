@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.optimizers.groups import AdamFields, Named
 
@@ -38,3 +38,21 @@ def state_bytes_8bit(shape: tuple[int, ...]) -> int:
 def unpaged_note(name: str, device: str) -> str | None:
     """Return what to tell where a paged optimizer finds no GPU memory to page out of."""
     return None if device == "cuda" else f"{name} runs unpaged: there is no GPU memory to page"
+
+
+def is_paged(optimizer: Any) -> bool:
+    """Return whether an optimizer is one of those whose state can be paged out of GPU memory."""
+    return type(optimizer).__module__.startswith("bitsandbytes.") and bool(optimizer.is_paged)
+
+
+def page(optimizer: Any) -> None:
+    """Move the state of a paged optimizer into memory that can be paged, as its first step does.
+
+    `load_state_dict` puts plain tensors there, which would stay on the GPU.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state and parameter.is_cuda:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                buffer.copy_(state[name])
+                state[name] = buffer

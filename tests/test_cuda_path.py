@@ -1,0 +1,182 @@
+"""What runs on a GPU only, held without one: the kernel's call, precision, random states, paging, the allocator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from loratune import apart, attention, fit, launcher, recipe, states
+from loratune.encode import Row
+from loratune.errors import Place
+from loratune.objectives import Sft
+from loratune.optimizers import bnb
+from tests import tiny
+from tests.test_sft import llama
+
+
+def _parts(heads: int = 4, of_keys: int = 2, width: int = 64, narrower: int = 0) -> list[torch.Tensor]:
+    """Return query, key and value of a pack of 20 tokens that hold no numbers, each (1, heads, 20, width)."""
+    shapes = [(heads, width), (of_keys, width), (of_keys, width - narrower)]
+    return [torch.empty(1, h, 20, w, device="meta", dtype=torch.bfloat16, requires_grad=True) for h, w in shapes]
+
+
+STARTS = torch.empty(3, device="meta", dtype=torch.int32)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("narrower", [0, 16])
+def test_the_kernel_takes_what_it_is_given(window: int | None, narrower: int) -> None:
+    """The operator's own schema and shape function: what torch 2.10 to 2.13 have in common."""
+    query, key, value = _parts(narrower=narrower)
+    out = attention._varlen(query, key, value, 0.125, window, (STARTS, STARTS), (10, 10), None)
+    assert out.shape == (1, 20, 4, 64 - narrower)
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    assert names[:10] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ]  # fmt: skip
+    assert {"scale", "window_size_left", "window_size_right"} <= set(names)
+
+
+def _given(monkeypatch: pytest.MonkeyPatch, window: int | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+
+    def kernel(*arguments: Any, **named: Any) -> tuple[torch.Tensor]:
+        given.update(named, is_causal=arguments[8], longest=arguments[5:7])
+        return (arguments[0],)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    attention._varlen(*_parts(), 0.5, window, (STARTS, STARTS), (7, 9), None)  # type: ignore[call-arg]
+    return given
+
+
+def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"scale": 0.5, "is_causal": True, "longest": (7, 9), "window_size_left": -1, "window_size_right": 0}
+    assert _given(monkeypatch, None) == whole
+    assert _given(monkeypatch, 8) == {**whole, "is_causal": False, "window_size_left": 7}
+
+
+def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
+    net = llama()
+    place = Place("rows.jsonl", 1)
+    rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), place) for n in (9, 9, 12))
+    objective = Sft()
+    alone, _ = apart._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
+    attention.register()
+    net.set_attn_implementation(attention.NAME)
+    monkeypatch.setattr(attention.tiles, "attend", broken)
+    return apart.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
+
+
+def test_a_wrong_call_of_ours_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any) -> Any:
+        return len(*arguments)
+
+    with pytest.raises(TypeError, match="len"):
+        _tried(monkeypatch, wrong)
+
+
+def test_what_a_kernel_refuses_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: Any) -> Any:
+        raise RuntimeError("no kernel for this width")
+
+    assert _tried(monkeypatch, refuses) == "no kernel for this width"
+
+
+def test_a_second_training_may_have_another_precision(tmp_path: Path, base: Path) -> None:
+    path = tiny.write_recipe(tmp_path, base)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(mixed_precision="bf16", cpu=True)
+    assert launcher.accelerator(recipe.load(path)).mixed_precision == "no"
+
+
+class _Cuda:
+    """The random generators of some devices."""
+
+    def __init__(self, devices: int, current: int):
+        self.states = [torch.full((16,), number, dtype=torch.uint8) for number in range(devices)]
+        self.current = current
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.states[self.current])
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: self.states.__setitem__(self.current, state))
+
+
+def test_each_process_keeps_the_state_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Cuda(4, current=2).put_in(monkeypatch)
+    saved = states.randomness().as_json()
+    assert saved["cuda"] == ["02" * 16]
+    one = _Cuda(1, current=0)
+    one.put_in(monkeypatch)
+    states.set_random_state(saved)
+    assert one.states[0].tolist() == [2] * 16
+
+
+def test_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of an earlier version holds those of all devices of its machine."""
+    saved = {**states.randomness().as_json(), "cuda": ["00" * 16, "01" * 16, "02" * 16]}
+    two = _Cuda(2, current=1)
+    two.put_in(monkeypatch)
+    states.set_random_state(saved)
+    assert [state.tolist()[0] for state in two.states] == [0, 1]
+
+
+def test_the_state_of_a_paged_optimizer_is_paged_again() -> None:
+    @dataclass(frozen=True)
+    class Weight:
+        is_cuda: bool
+
+    class Paged:
+        """What is asked of bitsandbytes' optimizers."""
+
+        is_paged = True
+
+        def __init__(self) -> None:
+            self.state = {
+                Weight(is_cuda=True): {"step": 3, "state1": torch.ones(4), "state2": torch.full((4,), 2.0)},
+                Weight(is_cuda=False): {"step": 3, "state1": torch.ones(4)},
+            }
+            self.paged: list[torch.Tensor] = []
+
+        def get_state_buffer(self, parameter: Any, dtype: torch.dtype) -> torch.Tensor:
+            self.paged.append(torch.zeros(4, dtype=dtype))
+            return self.paged[-1]
+
+    Paged.__module__ = "bitsandbytes.optim.adamw"
+    optimizer = Paged()
+    assert bnb.is_paged(optimizer)
+    bnb.page(optimizer)
+    on_gpu, on_cpu = optimizer.state.values()
+    assert [on_gpu["state1"] is optimizer.paged[0], on_gpu["state2"] is optimizer.paged[1]] == [True, True]
+    assert [tensor.tolist() for tensor in optimizer.paged] == [[1.0] * 4, [2.0] * 4]
+    assert on_cpu["state1"].tolist() == [1.0] * 4
+    assert not bnb.is_paged(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_segments_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: dict[str, str]
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    fit.expand_segments()
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == wanted
