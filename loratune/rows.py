@@ -144,7 +144,7 @@ def _files(path: Path) -> list[Path]:
                 Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
             )
         return found
-    if path.is_file():
+    if _is_file(path):
         if _suffix(path) not in SUFFIXES:
             raise DataError(
                 Problem(f"unknown kind of file; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))

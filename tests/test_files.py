@@ -188,8 +188,9 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, base: Path) -> None:
     assert (done.returncode, b"its folder's name is not UTF-8" in done.stderr) == (2, True)
     (tmp_path / "data").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/\xfe.jsonl")).write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"\\xfe.jsonl: its name is not UTF-8"):
-        rows.files(tmp_path / "data")
+    for source in ("data", "data/*", "data/**/*.jsonl"):
+        with pytest.raises(DataError, match=r"\\xfe.jsonl: its name is not UTF-8"):
+            rows.files(tmp_path / source)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
