@@ -313,7 +313,10 @@ class Terminal:
         self.left = ""
         self.screen, there = pty.openpty()
         command = [sys.executable, "-m", "loratune", "chat", *arguments]
-        self.process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=there, stdout=there, stderr=there, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
         os.close(there)
 
     def shows(self, words: str | int) -> None:
