@@ -160,6 +160,32 @@ def why_not(
     return f"a row's logits are {found:.1%} off when it is packed"
 
 
+def why_no_gradient(
+    net: Any, objective: Objective, rows: tuple[Row, Row, Row], autocast: Callable[[], AbstractContextManager[Any]],
+    layout: Layout,
+) -> str:  # fmt: skip
+    """Return why packed rows give no gradient, or nothing when they do: some kernels lack a backward pass for a width.
+
+    Args:
+        net: the model, with the attention to be tried.
+        objective: which makes packs.
+        rows: as for `why_not`.
+        autocast: context of mixed precision.
+        layout: of the packs.
+    """
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    net.train()
+    try:
+        with torch.enable_grad(), autocast():
+            total = objective.total(net, loop.on(trained[0].device, objective.collate(list(rows[1:]), layout)))
+        torch.autograd.grad(total, trained, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
+
+
 def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
     """Try our attention, then the model's own; return the first that keeps rows apart."""
     own = str(loaded.model.config._attn_implementation)
@@ -182,6 +208,8 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
         else:
             rounding = "half" if half else "float32"
             reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, rounding, layout)
+            if not reason and by == "rows" and loaded.device.type == "cuda":
+                reason = why_no_gradient(net, recipe.objective, made, accelerator.autocast, layout)
             told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
         if told:
             reasons.setdefault(layout, told[0])

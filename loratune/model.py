@@ -79,6 +79,27 @@ def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
+def precision_notes(asked: str, dtype: torch.dtype, where: torch.device, full: bool) -> list[str]:
+    """Return what a person must know about the precision a base is loaded in.
+
+    Args:
+        asked: the recipe's `model.dtype`.
+        dtype: that it is loaded in.
+        where: the device.
+        full: whether every weight will be trained.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if asked == "auto" and dtype is not dtype_of("auto", where, full):
+        return [f"{name}, as the run was begun; here `model.dtype: auto` would choose otherwise"]
+    if computes_in_bf16(where):
+        return []
+    if dtype is torch.bfloat16:
+        return ["bfloat16 is slow here, without instructions for it: `model.dtype: auto` would be float32"]
+    if asked == "auto" and where.type == "cuda" and not full:
+        return ["this GPU has no bfloat16 instructions, so `auto` is float32; `model.dtype: float16` takes half"]
+    return []
+
+
 def as_begun(section: Model, dtype: str | None) -> Model:
     """Return the section with `auto` made the precision a run was begun in, or as it is where none was begun.
 

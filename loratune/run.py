@@ -156,10 +156,7 @@ def _prepare(
     section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = model.load(section, full, where, trust, tokenizer)
     quantization.check(recipe, loaded.quantization)
-    if recipe.model.dtype == "auto" and loaded.dtype is not model.dtype_of("auto", where, full):
-        loaded.notes.append(f"{section.dtype}, as the run was begun; here `model.dtype: auto` would choose otherwise")
-    elif loaded.dtype is torch.bfloat16 and not model.computes_in_bf16(where):
-        loaded.notes.append("bfloat16 is slow here, without instructions for it: `model.dtype: auto` would be float32")
+    loaded.notes += model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
     trained_ends = stops.of_rows(train_rows, encoder)
     origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}
     ends = stops.joined(trained_ends, stops.of_template(encoder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loratune import apart, attention, fit, launcher, recipe, states
+from loratune import apart, attention, fit, launcher, model, recipe, states
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.objectives import Sft
@@ -89,6 +90,48 @@ def test_what_a_kernel_refuses_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no kernel for this width")
 
     assert _tried(monkeypatch, refuses) == "no kernel for this width"
+
+
+def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, outer: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("head width 200 has no backward kernel")
+
+    net = llama()
+    rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), Place("rows.jsonl", 1)) for n in (9, 9, 12))
+    attention.register()
+    net.set_attn_implementation(attention.NAME)
+    tried = (net, Sft(), rows, contextlib.nullcontext, "packed")
+    assert apart.why_no_gradient(*tried) == ""
+    assert all(parameter.grad is None for parameter in net.parameters())
+    whole = attention.tiles.attend
+    monkeypatch.setattr(attention.tiles, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
+    assert apart.why_no_gradient(*tried) == "head width 200 has no backward kernel"
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "bf16", "full", "told"),
+    [
+        ("auto", torch.float32, False, False, ["so `auto` is float32; `model.dtype: float16` takes half"]),
+        ("auto", torch.float32, False, True, []),
+        ("auto", torch.bfloat16, True, False, []),
+        ("auto", torch.float32, True, False, ["as the run was begun"]),
+        ("bfloat16", torch.bfloat16, False, False, ["bfloat16 is slow here"]),
+        ("float16", torch.float16, False, False, []),
+    ],
+)
+def test_what_is_said_of_a_precision(
+    monkeypatch: pytest.MonkeyPatch, asked: str, dtype: torch.dtype, bf16: bool, full: bool, told: list[str]
+) -> None:
+    monkeypatch.setattr(model, "computes_in_bf16", lambda where: bf16)
+    found = model.precision_notes(asked, dtype, torch.device("cuda"), full)
+    assert len(found) == len(told)
+    assert all(words in line for words, line in zip(told, found, strict=True))
 
 
 def test_a_second_training_may_have_another_precision(tmp_path: Path, base: Path) -> None:
