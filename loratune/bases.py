@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import io
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -19,6 +21,9 @@ from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError,
 from loratune.recipe import Model
 
 _DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9](?:[\w.-]{0,94}\w)?", re.ASCII)
+_TELLING = ("run.json", "adapter_config.json", "config.json")  # what a run, adapter or model folder has
+_PATIENCE = 5.0  # seconds for the first answer of the hub
 _FORM = 2  # of the folders made from .gguf files: what an earlier version wrote is made again
 
 
@@ -123,9 +128,12 @@ def check(section: Model, folder: str, trust: bool) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    if os.path.isabs(folder) and not os.path.exists(folder):
+        raise ModelError(Problem("no such folder", Place(folder), "name where the base lies now"))
     if Path(folder).is_dir():
         guard.check_folder(Path(folder), trust, section.attention)
         return
+    _check_reachable(section, folder)
     files: dict[str, Path] = {}
     for name in guard.CONFIGS:
         try:
@@ -134,6 +142,70 @@ def check(section: Model, folder: str, trust: bool) -> None:
             if name == "config.json" or not isinstance(error, EntryNotFoundError):
                 raise unusable(section.base, error, "model") from None  # unseen files are not loaded
     guard.check_configs(files, trust, section.attention)
+
+
+def check_subject(name: str, hub: bool = True) -> None:
+    """Refuse a run, adapter or model that is not there; asked before torch is loaded, so that the answer comes at once.
+
+    Args:
+        name: as it was given.
+        hub: whether it may be a model of the hub.
+
+    Raises:
+        ModelError: as `check_name`.
+    """
+    if files.there(files.local(name)):
+        return
+    if not hub:
+        raise ModelError(Problem("no such folder", Place(name), nearby(name) or "name a run or an adapter folder"))
+    check_name(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no folder and can't be a hub id either, before anything is asked of the hub.
+
+    Raises:
+        ModelError: with the name of a folder nearby that may be meant.
+    """
+    first = name.partition("/")[0]
+    like_a_path = name.startswith((".", "/", "~")) or name.endswith(("/", ".gguf")) or name.count("/") > 1
+    if like_a_path or not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
+        raise ModelError(Problem("no such folder", Place(name), nearby(name)))
+    if "/" in name and Path(first).is_dir():
+        hint = nearby(name) or f"`{first}` is a folder here; a model of the hub is named OWNER/NAME"
+        raise ModelError(Problem("no such folder", Place(name), hint))
+
+
+def nearby(name: str) -> str | None:
+    """Return a hint that names the run, adapter or model folder whose name is most like one that is not there."""
+    path = Path(name).expanduser()
+    try:
+        folders = [file.name for file in path.parent.iterdir() if any((file / one).is_file() for one in _TELLING)]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, folders, 1)
+    return f"did you mean `{path.parent / close[0]}`?" if close else None
+
+
+def _check_reachable(section: Model, folder: str) -> None:
+    """Ask the hub once, and not for long, whether it has a model that is not in the cache.
+
+    Without this a name that was typed wrong, or a machine without a network, costs half a minute of new tries.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.is_offline_mode() or isinstance(
+        try_to_load_from_cache(folder, "config.json", revision=section.revision), str
+    ):
+        return
+    try:
+        HfApi().model_info(folder, revision=section.revision, timeout=_PATIENCE)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise unusable(section.base, error, "model") from None
+    except Exception as error:  # of the network: its client raises dozens of kinds
+        told = f"no such folder, and the hub can't be asked for it ({type(error).__name__})"
+        raise ModelError(Problem(told, Place(section.base), nearby(section.base))) from None
 
 
 def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
@@ -149,7 +221,7 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
         return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), guard.CONVERT))
     hint = None
     if not Path(base).is_absolute():
-        hint = "there is no such folder either; one in a recipe is named relative to it"
+        hint = nearby(base) or "there is no such folder either; one in a recipe is named relative to it"
         if is_offline_mode():
             hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only models in the local cache can be had"
     return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))

@@ -18,8 +18,8 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
         facts: run.json: counts, losses, versions, device.
     """
     adapter = recipe.method.type == "lora"
-    base = facts["base"]
-    front = [f"base_model: {json.dumps(base, ensure_ascii=False)}"]
+    named = recipe.model.base
+    front = _front(named, "adapter" if adapter else "finetune")
     front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation", "tags:"]
     front += ["- loratune", *(["- lora"] if adapter else [])]
     data = facts["data"]["train"]
@@ -27,7 +27,7 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
-        f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{base}`, "
+        f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{name_of(named)}`, "
         f"trained with loratune {facts['versions']['loratune']}.", "",
         "| | |", "|---|---|",
         f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
@@ -40,12 +40,60 @@ def write(recipe: Recipe, facts: dict[str, Any]) -> str:
         f"| device | {facts['device']} |",
         f"| time in steps | {facts['seconds']:.0f} s |", "",
         "![loss](loss.svg)", "",
-        *use(recipe.output if adapter else None, base, facts["chat"], list(facts["turn_ends"]), recipe.model.revision),
+        *use(
+            recipe.output if adapter else None, facts["base"], facts["chat"], list(facts["turn_ends"]),
+            recipe.model.revision,
+        ),
         "",
         "`recipe.yaml` is the whole recipe as it was run, `run.json` versions and counts, `metrics.jsonl` every step.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def merged(title: str, adapter: str, base: str, about: dict[str, Any], chat: bool, ends: Sequence[str]) -> str:
+    """Return README.md for a merged model.
+
+    Args:
+        title: name of its folder.
+        adapter: name of the adapter's folder.
+        base: the base model, as it was named: a hub id or a path.
+        about: version, dtype, difference, relative and agreement of the merge.
+        chat: as in `use`.
+        ends: as in `use`.
+    """
+    front = [*_front(base, "finetune"), "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines = [
+        "---", *front, "- loratune", "- merge", "---", "",
+        f"# {title}", "",
+        f"The LoRA adapter `{adapter}` folded into `{name_of(base)}` with loratune {about['version']}: "
+        f"W + s B A, added in float32, rounded once to {about['dtype']}.", "",
+        "| compared with base + adapter | |", "|---|---|",
+        f"| largest difference of a logit | {about['difference']:.2e} ({about['relative']:.1e} of the largest logit) |",
+        f"| same next token | {100 * about['agreement']:.1f} % of the positions |", "",
+        *use(None, base, chat, ends),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def name_of(base: str) -> str:
+    """Return how a base is called in public: its hub id, or the last name of its path, never the path."""
+    return hub_id(base) or os.path.basename(base.rstrip("/"))
+
+
+def hub_id(base: str) -> str | None:
+    """Return the hub id of a base: its name, or what the name of a folder in the hub's cache says; else None."""
+    for part in base.split("/") if os.path.isabs(base) else ():
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return None if os.path.isabs(base) else base
+
+
+def _front(base: str, relation: str) -> list[str]:
+    """Return what the head of a card says of the base: nothing where only this machine has it."""
+    known = hub_id(base)
+    return [f"base_model: {json.dumps(known, ensure_ascii=False)}", f"base_model_relation: {relation}"] if known else []
 
 
 def use(

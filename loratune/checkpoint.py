@@ -130,20 +130,20 @@ def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> None:
     try:
         if not resume:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for pattern in (
-                "metrics.jsonl",
-                "loss.svg",
-                "README.md",
-                "MANIFEST.json",
-                "*.safetensors*",
-                "*config.json",
-            ):
-                for file in folder.glob(pattern):
-                    file.unlink()
+            for file in _of_the_run_before(folder):
+                file.unlink()
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "ledger.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(Problem(f"the run folder can't be made: {error.strerror}", Place(str(folder)))) from None
+
+
+def _of_the_run_before(folder: Path) -> set[Path]:
+    """Return the files of a finished or evaluated run, which would be taken for those of the one that begins."""
+    patterns = ("metrics.jsonl", "loss.svg", "README.md", storage.MANIFEST, "predictions.jsonl", "*.safetensors*",
+                "*config.json", "loratune.json")  # fmt: skip
+    named = {folder / name for name in storage.files_of(folder) if (folder / name).is_file()}
+    return named | {file for pattern in patterns for file in folder.glob(pattern)}
 
 
 def path_of(run: Path, step: int) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from loratune import (
     bases,
+    card,
     configs,
     files,
     fingerprint,
@@ -120,10 +121,9 @@ def merge(
     tell.note(line)
     merged.to(wanted)
     ends = stops.of_folder(folder, Encoder(loaded.tokenizer))
-    about = {"merged": True, "base_differs": list(loaded.base_differs), "trust_remote_code": trust_remote_code}
-    _write(target, merged, loaded.tokenizer, wanted, about, what, ends)
-    name_of_dtype = str(wanted).removeprefix("torch.")
-    return Merge(target, name_of_dtype, difference, relative, agreement, loaded.base_differs)
+    done = Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement, loaded.base_differs)
+    _write(done, merged, loaded.tokenizer, wanted, what, ends)
+    return done
 
 
 def _dtype(name: str, base: Path) -> torch.dtype:
@@ -170,24 +170,36 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _write(
-    target: Path, merged: Any, tokenizer: Any, dtype: torch.dtype, about: dict[str, Any], what: subject.Subject,
-    ends: Sequence[int],
-) -> None:  # fmt: skip
-    merged.config.dtype = dtype
+    done: Merge, merged: Any, tokenizer: Any, dtype: torch.dtype, what: subject.Subject, ends: Sequence[int]
+) -> None:
+    merged.config.dtype, target = dtype, done.folder
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(target)))) from None
     needed = sum(p.numel() * p.itemsize for p in merged.parameters())
     storage.check_space(target.parent, needed, "the merged model", "free some space, or name another folder with --out")
-    storage.commit(target, lambda folder: _save(folder, merged, tokenizer, what, ends), about, replace=False)
+
+    def write(folder: Path) -> None:
+        base, source = bases.folder_of(what.base), _tokenizer_source(what, tokenizer)
+        merged.save_pretrained(folder)
+        modelfolder.complete(folder, base, merged.config, done.dtype, tokenizer, source, what.trust)
+        stops.write_config(folder, base, ends)
+        storage.write_text(folder / "README.md", _card(done, tokenizer, what, ends))
+
+    about = {"merged": True, "base_differs": list(done.base_differs), "trust_remote_code": what.trust}
+    storage.commit(target, write, about, replace=False)
 
 
-def _save(folder: Path, merged: Any, tokenizer: Any, what: subject.Subject, ends: Sequence[int]) -> None:
-    base, dtype = bases.folder_of(what.base), str(merged.config.dtype).removeprefix("torch.")
-    merged.save_pretrained(folder)
-    modelfolder.complete(folder, base, merged.config, dtype, tokenizer, _tokenizer_source(what, tokenizer), what.trust)
-    stops.write_config(folder, base, ends)
+def _card(done: Merge, tokenizer: Any, what: subject.Subject, ends: Sequence[int]) -> str:
+    import loratune
+
+    assert what.adapter is not None
+    known = storage.read_json(what.adapter / "run.json").get("chat")
+    chat = bool(tokenizer.chat_template) if known is None else bool(known)
+    about = {**done.__dict__, "version": loratune.__version__}
+    title, base = done.folder.resolve().name, what.base.base
+    return card.merged(title, what.adapter.name, base, about, chat, list(stops.named(ends, tokenizer)))
 
 
 def _tokenizer_source(what: subject.Subject, tokenizer: Any) -> Path:

@@ -35,6 +35,7 @@ from loratune import (
     model,
     plot,
     quantization,
+    readers,
     signals,
     states,
     stops,
@@ -287,6 +288,8 @@ def _finish(job: Job, progress: Progress) -> Run:
         storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", card.write(recipe, facts))
         facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for line in readers.notes(storage.read_json(folder / "adapter_config.json")):
+            report.note(line)
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
             f"{telling.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"

@@ -180,13 +180,19 @@ def discard(folder: Path) -> None:
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
     """Commit the final files of a run beside its checkpoints, then move them into the run folder, the manifest last.
 
+    What an earlier manifest of the folder names and the new one does not is taken away.
+
     Raises:
         StorageError: when anything can't be written.
     """
     staging = folder / "checkpoints" / "final"
     commit(staging, write, about)
+    before, now = set(files_of(folder)), {file.name for file in staging.iterdir()}
     try:
         (folder / MANIFEST).unlink(missing_ok=True)  # from here on it would speak of other files
+        for name in before - now:
+            if (folder / name).is_file():
+                (folder / name).unlink()
         for file in sorted(staging.iterdir(), key=lambda f: f.name == MANIFEST):
             place = folder / file.name
             if place.is_dir():
@@ -196,6 +202,13 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         _fsync(folder)
     except OSError as error:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the files of a folder that its manifest names, none of them outside; nothing where there is none."""
+    sealed = read_json(folder / MANIFEST).get("files")
+    names = [name for name in sealed if is_inside(name)] if isinstance(sealed, dict) else []
+    return [name for name in names if (folder / name).parent.resolve().is_relative_to(folder.resolve())]
 
 
 def verify(folder: Path, alone: bool = False) -> str | None:

@@ -12,6 +12,7 @@ import torch
 
 from loratune import (
     adapter,
+    bases,
     checkpoint,
     compiler,
     decode,
@@ -81,10 +82,9 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
                 "loratune train RECIPE --resume, or name a folder of its checkpoints",
             )
         )
-    if base is not None and not known:
-        original: Model | None = _model(base)
-    else:
-        original = known.model if known else None
+    original = known.model if known else None
+    if base is not None:
+        original = original.model_copy(update={"base": _local(base)}) if original else _model(base)
     if there and not (folder / "config.json").is_file() and folder.suffix != ".gguf":
         raise ModelError(
             Problem(
@@ -102,8 +102,7 @@ def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tup
         ModelError: as `open_subject`, and when there is no such folder: an adapter is never on the hub.
         UsageError: when it is a whole model.
     """
-    if not files.there(files.local(name)):
-        raise ModelError(Problem("no such folder", Place(name), "name a run or an adapter folder"))
+    bases.check_subject(name, hub=False)
     found = open_subject(name, base, trust)
     if found.adapter is None:
         raise UsageError(Problem("is a whole model, no adapter", Place(name), "name a run or an adapter folder"))
@@ -239,16 +238,28 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
         section = known.model if known else _model(base)
         return section.model_copy(update={"base": _local(base)})
     if known is not None:
-        return known.model
+        return _still_there(known.model)
     config = guard.read_object(folder / "adapter_config.json")
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name and (about := fingerprint.read(folder)) is not None:  # of a base that has no name elsewhere
+        name, revision = about["base"].get("name"), about["base"].get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(Problem("the adapter does not name its base model", Place(str(folder)), "name it with --base"))
     if revision is not None and not is_inside(revision):
         raise SafetyError(
             Problem(f"the revision of its base `{shorten(str(revision))}` leads out of its folder", Place(str(folder)))
         )
+    if os.path.isabs(name):
+        return _still_there(Model(base=name))
     return _model(name).model_copy(update={"revision": revision})
+
+
+def _still_there(section: Model) -> Model:
+    """Return the section of a base that was written down, or say that its folder is gone."""
+    if os.path.isabs(section.base) and not files.there(Path(section.base)):
+        told = "no such folder: the base it was trained on lay here"
+        raise ModelError(Problem(told, Place(section.base), "name where it lies now with --base"))
+    return section
 
 
 def _model(name: str, dtype: str = "auto") -> Model:
@@ -259,6 +270,5 @@ def _local(name: str) -> str:
     path = files.local(name)
     if files.there(path):
         return str(path.resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name:
-        raise ModelError(Problem("no such folder", Place(name)))
+    bases.check_name(name)
     return name

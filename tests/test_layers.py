@@ -51,6 +51,7 @@ LEVELS = (
         "tokenizerfiles",
         "modelfolder",
         "configs",
+        "readers",
         "ropes",
         "model",
         "quantization",

@@ -55,7 +55,7 @@ def test_a_run_folder_has_everything_in_it(fit: Fit, base: Path):
     assert recipe.load(done.folder / "recipe.yaml") == done.recipe
     assert (done.folder / "loss.svg").read_text().startswith("<svg")
     front = yaml.safe_load((done.folder / "README.md").read_text().split("---")[1])
-    assert front["base_model"] == str(base)
+    assert "base_model" not in front, "its folder is on this machine alone"
     assert front["library_name"] == "peft"
 
 

@@ -7,6 +7,7 @@ arXiv:2305.14314).
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -196,6 +197,12 @@ class Lora(Section):
             config.alpha_pattern = {k: v * grown for k, v in config.alpha_pattern.items()}
         config.init_lora_weights = True  # a loaded adapter starts from its file
         config.inference_mode = True
+        if os.path.isabs(config.base_model_name_or_path or ""):
+            config.base_model_name_or_path = None  # a place on this machine, which nobody else has
+        if isinstance(config.target_modules, set):  # the order of a set is another one in every process
+            config.target_modules = sorted(config.target_modules)
+        if isinstance(config.exclude_modules, set):
+            config.exclude_modules = sorted(config.exclude_modules)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(saved.cast(state, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
