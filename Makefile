@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PEERS  ?= .venv-peers
+OLDEST ?= .venv-oldest
 OLDER  ?= .venv-older
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 comma   := ,
 ON      = @echo "==> $(1)"
 
-.PHONY: help setup demo test test-slow test-faults test-fuzz other-readers check fix docs gpu-check bench gpu-bench clean
+.PHONY: help setup demo test test-slow test-oldest test-faults test-fuzz other-readers check fix docs gpu-check bench gpu-bench clean
 
 help:
 	@echo "make demo       train a real model on real rows on this CPU, and see what changed (about ten minutes)"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make other-readers  what is written, read by transformers 4.57 in a venv of its own (three minutes)"
 	@echo "make test-fuzz  2,000 odd recipes, rows, names, folders and options through every command (10 to 30 minutes)"
+	@echo "make test-oldest  the tests of make test with the oldest packages that pyproject.toml allows"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
 	@echo "make gpu-bench  training speed on a GPU, with random weights of the shape of an 8B model: no download"
@@ -66,6 +68,19 @@ $(OLDER)/.ready:
 test-fuzz: $(READY)
 	$(call ON,fuzz: no traceback$(comma) no run over 60 s or 2 GB)
 	@$(BIN)/python -m tests.faults.fuzz --seed 0 --cases 2000
+
+# what an older package warns of is no fault of ours: warnings are not errors here
+test-oldest: $(OLDEST)/.ready
+	$(call ON,tests with the oldest packages)
+	@$(OLDEST)/bin/python -m pytest -n auto -W default -m "not slow and not gpu and not faults"
+
+$(OLDEST)/.ready: pyproject.toml
+	$(call ON,setting up $(OLDEST) with the lower bounds of pyproject.toml (once))
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(PYTHON) -c 'import tomllib; [print(one.replace(">=", "==")) for one in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]]' > $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/oldest.txt -e ".[dev]"
+	@touch $@
 
 gpu-check: $(READY)
 	$(call ON,GPU tests)
