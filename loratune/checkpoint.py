@@ -140,8 +140,8 @@ def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> None:
 
 def _of_the_run_before(folder: Path) -> set[Path]:
     """Return the files of a finished or evaluated run, which would be taken for those of the one that begins."""
-    patterns = ("metrics.jsonl", "loss.svg", "README.md", storage.MANIFEST, "predictions.jsonl", "*.safetensors*",
-                "*config.json", "loratune.json")  # fmt: skip
+    patterns = ("metrics.jsonl", "loss.svg", "README.md", storage.MANIFEST, "predictions.jsonl",
+                "predictions-step-*.jsonl", "*.safetensors*", "*config.json", "loratune.json")  # fmt: skip
     named = {folder / name for name in storage.files_of(folder) if (folder / name).is_file()}
     return named | {file for pattern in patterns for file in folder.glob(pattern)}
 

@@ -222,7 +222,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=1e6, callback=_no_nan, help="0 is greedy")] = 0.0,
     regex: Annotated[str | None, typer.Option("--regex", help="compare what this pattern finds (its first group) in answer and reference", show_default=False)] = None,
     choices: Annotated[str | None, typer.Option("--choices", help="comma-separated answers; compare which one is named first", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder, for a base or a foreign adapter in the current folder", show_default=False)] = None,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,

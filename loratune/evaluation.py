@@ -25,6 +25,7 @@ from loratune import (
     metrics,
     model,
     nodes,
+    outputs,
     report,
     stops,
     storage,
@@ -115,7 +116,8 @@ def evaluate(
         temperature: 0 is greedy.
         regex: adds `regex`: what the pattern finds in answer and reference is the same.
         choices: adds `choice`: the choice named first in answer and reference is the same.
-        out: file for the predictions; None for predictions.jsonl in the run or adapter folder.
+        out: file for the predictions; None for predictions.jsonl in the run folder (predictions-step-000200.jsonl for
+            a checkpoint), for anything but a run in the current folder.
         allow_base_mismatch: measure on another base than it was trained on; recorded in the result.
         trust_remote_code: run code that comes with the base model.
 
@@ -130,6 +132,7 @@ def evaluate(
         matching.check(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)
+    path = outputs.predictions(str(name), out, what.base.base) if generate else None
     tokenizer = subject.tokenizer(what)
     encoder = Encoder(tokenizer)
     rows = _rows(what, data, format, encoder, limit)
@@ -162,7 +165,9 @@ def evaluate(
             match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None
             per_row[system][index] |= _compare(answer, reference, match, choices)
     scores = {system: _scores(values) for system, values in per_row.items()}
-    path = _write_predictions(what, out, rows, tokenizer, questions, answered, per_row) if questions else None
+    path = path if questions else None
+    if path is not None:
+        _write_predictions(path, rows, tokenizer, questions, answered, per_row)
     return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code)
 
 
@@ -323,19 +328,13 @@ def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
 
 
 def _write_predictions(
-    what: Subject, out: Path | None, rows: Rows, tokenizer: Any, questions: dict[int, tuple[list[int], str]],
+    path: Path, rows: Rows, tokenizer: Any, questions: dict[int, tuple[list[int], str]],
     answered: dict[str, dict[int, str]], per_row: dict[str, list[dict[str, float]]],
-) -> Path | None:  # fmt: skip
-    if out is None:
-        folder = what.adapter or (Path(what.name) if Path(what.name).is_dir() else None)
-        if folder is None:
-            return None
-        out = folder / "predictions.jsonl"
+) -> None:  # fmt: skip
     lines = []
     for index, (prompt, reference) in questions.items():
         row = {"place": str(rows.place(index)), "prompt": tokenizer.decode(prompt), "reference": reference}
         for system, texts in answered.items():
             row |= {system: texts[index], f"{system} scores": per_row[system][index]}
         lines.append(json.dumps(row, ensure_ascii=False))
-    storage.write_text(out, "\n".join(lines) + "\n")
-    return out
+    storage.write_text(path, "\n".join(lines) + "\n")

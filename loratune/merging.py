@@ -18,6 +18,7 @@ from loratune import (
     fingerprint,
     guard,
     modelfolder,
+    outputs,
     report,
     stops,
     storage,
@@ -84,7 +85,7 @@ def merge(
         The merge and how far it is from base + adapter on a few prompts.
 
     Raises:
-        UsageError: when `out` is not empty, or there is no adapter to merge.
+        UsageError: when `out` is not empty or lies in a checkpoint or base, or there is no adapter to merge.
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
@@ -96,6 +97,7 @@ def merge(
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
     what, folder = subject.open_adapter(str(name), base, trust_remote_code)
+    outputs.check(target, "--out", what.base.base)
     loaded = subject.load(what, True, allow_base_mismatch)  # float32: the sum W + s B A is rounded once, at the end
     for line in loaded.notes:
         tell.problem(line)

@@ -100,7 +100,7 @@ def test_target_modules_are_sorted(fit: Fit) -> None:
 
 def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(fit: Fit) -> None:
     run = fit().folder
-    for name in ("predictions.jsonl", "note-of-mine.txt"):
+    for name in ("predictions.jsonl", "predictions-step-000001.jsonl", "note-of-mine.txt"):
         (run / name).write_text("old")
     shutil.copy(run / "tokenizer.json", run / "merges.txt")
     manifest = json.loads((run / "MANIFEST.json").read_text())
@@ -108,7 +108,7 @@ def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(fit: Fit) -> No
     (run / "MANIFEST.json").write_text(json.dumps(manifest))
     (run.parent / "outside.txt").write_text("mine")
     fit(overwrite=True)
-    assert not (run / "predictions.jsonl").exists()
+    assert not list(run.glob("predictions*.jsonl"))
     assert not (run / "merges.txt").exists()
     assert (run / "note-of-mine.txt").exists()
     assert (run.parent / "outside.txt").exists()

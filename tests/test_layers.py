@@ -17,6 +17,7 @@ LEVELS = (
     (
         "subject",
         "stops",
+        "outputs",
         "conversation",
         "console",
         "generate",

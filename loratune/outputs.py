@@ -1,0 +1,93 @@
+"""Where a command may write: never into a checkpoint, a base model or the hub's cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from loratune import files, storage
+from loratune.errors import Place, Problem, UsageError
+
+PREDICTIONS = "predictions.jsonl"
+_STEP = re.compile(r"step-\d+")
+_MARKS = {"place", "prompt", "reference"}  # of each line of a file of predictions
+
+
+def check(path: Path, option: str, base: str | None = None) -> None:
+    """Check that a file or folder that is to be made lies in no folder that must stay as it is.
+
+    Args:
+        path: of the file or folder.
+        option: that would name another, for the hint.
+        base: the base model in use, if it is known.
+
+    Raises:
+        UsageError: when it leads into a checkpoint, a base or the hub's cache.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache, own = Path(HF_HUB_CACHE).resolve(), Path(base).resolve() if base is not None else None
+    for folder in path.parent.resolve().joinpath(path.name).parents:
+        kind = "a folder of the hub's cache" if folder == cache else _kind(folder)
+        if kind is None and folder == own and not _is_run(folder):
+            kind = "a base model"
+        if kind is not None:
+            told = f"lies in {kind}, into which nothing is written: {folder}"
+            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+
+
+def predictions(name: str, out: Path | None, base: str) -> Path:
+    """Return the file for the predictions of an evaluation.
+
+    Args:
+        name: run, adapter or model, as it was given.
+        out: file that was asked for; None: in the run folder, for a checkpoint too, with its step in the name; for
+            every other folder and for models of the hub in the current folder.
+        base: the base model in use.
+
+    Raises:
+        UsageError: when it would lie in a checkpoint or a base, or something else lies there.
+    """
+    path = _by_default(files.local(name).resolve()) if out is None else files.local(out)
+    check(path, "--out", base)
+    if path.is_file() and not _are_predictions(path):
+        raise UsageError(
+            Problem("holds something else than predictions, and is not overwritten", Place(str(path)),
+                    "name another file with --out")
+        )  # fmt: skip
+    return path
+
+
+def _by_default(folder: Path) -> Path:
+    run = folder.parent.parent
+    if _is_run(folder):
+        return folder / PREDICTIONS
+    if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and _is_run(run):
+        return run / f"predictions-{folder.name}.jsonl"
+    return Path.cwd() / PREDICTIONS
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _kind(folder: Path) -> str | None:
+    """Return what a folder is, if nothing may be written into it."""
+    if _is_run(folder):  # a fully fine-tuned one holds a config.json, too
+        return None
+    if (folder / storage.MANIFEST).is_file() and (folder / "state.json").is_file():
+        return "a checkpoint"
+    config = storage.read_json(folder / "config.json")
+    return "a base model" if "model_type" in config or "architectures" in config else None
+
+
+def _are_predictions(path: Path) -> bool:
+    """Return whether a file is empty, or its first line is one that an evaluation writes."""
+    with files.opened(path) as stream:
+        line = stream.readline(1 << 24)
+    try:
+        first = json.loads(line) if line.strip() else None
+    except (ValueError, RecursionError):
+        return False
+    return first is None or (isinstance(first, dict) and first.keys() >= _MARKS)

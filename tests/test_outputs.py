@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from loratune import checkpoint, outputs, storage
+from loratune.errors import UsageError
+from loratune.evaluation import evaluate
+from loratune.merging import merge
+from tests import tiny
+from tests.conftest import Fit
+
+LINE = json.dumps({"place": "x:1", "prompt": "a", "reference": "b", "model": "c"}) + "\n"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(name: Path, out: Path | None, base: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        outputs.predictions(str(name), out, str(base))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_was_evaluated_is_as_it_was(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    data = {"eval": "eval.jsonl"}
+    run = fit(data=data, train={"save_every": 1}).folder
+    saved = sorted((run / "checkpoints").glob("step-*"))[-1]
+    before = contents(saved)
+    result = evaluate(saved, limit=2, max_new_tokens=4)
+    assert result.predictions == run / f"predictions-{saved.name}.jsonl"
+    assert len(result.predictions.read_text().splitlines()) == 2
+    assert contents(saved) == before
+    assert storage.verify(saved, alone=True) is None
+    found = checkpoint.newest(run)
+    assert found is not None
+    assert (found.folder, found.bad) == (saved, [])
+    for out in (saved / "x.jsonl", saved / "deeper" / "x.jsonl"):
+        assert f"lies in a checkpoint, into which nothing is written: {saved}" in refused(run, out, tmp_path)
+    with pytest.raises(UsageError, match="lies in a checkpoint"):
+        merge(run, saved / "merged")
+    again = fit(resume=True, data=data, train={"save_every": 1, "epochs": 2}, allow_drift=True)
+    assert again.run.steps == 2 * int(saved.name[5:])
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_base_that_was_evaluated_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.save(tmp_path / "base")
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(2))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    before = contents(base)
+    result = evaluate(base, data=str(rows), max_new_tokens=2)
+    assert result.predictions == here / "predictions.jsonl"
+    assert len(result.predictions.read_text().splitlines()) == 2
+    assert contents(base) == before
+    told = f"lies in a base model, into which nothing is written: {base}\n  name a place elsewhere with --out"
+    assert refused(base, base / "x.jsonl", base).endswith(told)
+    (tmp_path / "link").symlink_to(base)
+    assert refused(base, tmp_path / "link" / "x.jsonl", base).endswith(told)
+    monkeypatch.chdir(base)
+    assert refused(Path(), None, base).endswith(told)
+    assert contents(base) == before
+
+
+def test_the_cache_of_the_hub_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "hub" / "models--a--b" / "x.jsonl"
+    assert "lies in a folder of the hub's cache" in refused(Path("a/b"), out, Path("a/b"))
+
+
+def test_only_predictions_are_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    for text in ("", LINE, LINE + LINE):
+        path.write_text(text)
+        assert outputs.predictions("some/model", None, "some/model") == path
+    for text in ("old", '{"prompt": "a"}\n', "[1]\n", "\xff"):
+        path.write_text(text, encoding="latin-1")
+        told = f"{path}: holds something else than predictions, and is not overwritten\n  name another file with --out"
+        assert refused(Path("some/model"), None, Path("some/model")) == told
+        assert refused(Path("some/model"), path, Path("some/model")) == told
+
+
+def test_a_fully_fine_tuned_run_holds_its_own(tmp_path: Path) -> None:
+    run = tiny.save(tmp_path / "run")
+    (run / "run.json").write_text("{}")
+    assert outputs.predictions(str(run), None, "a/b") == run / "predictions.jsonl"
+    assert outputs.predictions(str(run), None, str(run)) == run / "predictions.jsonl"
