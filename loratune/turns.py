@@ -8,6 +8,7 @@ guessed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -79,9 +80,11 @@ class Turns:
         Raises:
             RowError: when the template refuses the messages or no prefix property holds.
         """
-        if self.marks_turns:
-            return self._marked(example)
-        return self._by_shape(example) or self._by_prefix(example)
+        if not self.marks_turns and (found := self._by_shape(example)):
+            return found  # it holds every message, to the letter
+        found = self._marked(example) if self.marks_turns else self._by_prefix(example)
+        _check_all_shown(example, found[0])
+        return found
 
     def _by_shape(self, example: Conversation) -> tuple[str, list[Span]] | None:
         """Return what `_by_prefix` would, from one render, or None where only that can tell.
@@ -187,6 +190,10 @@ class Turns:
     def _check_tools(self, example: Conversation, text: str) -> None:
         if example.tools and text == self._render(example.messages, None):
             raise RowError("tools", "are not shown by the chat template: the model would never see them")
+        for index, tool in enumerate(example.tools or ()):
+            name = tool.get("function", tool).get("name")
+            if isinstance(name, str) and name not in text:
+                raise RowError(f"tools[{index}]", f"`{name}` is not shown by the chat template")
 
     def _marked(self, example: Conversation) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -240,14 +247,35 @@ class Turns:
         return str(text)
 
 
+def _check_all_shown(example: Conversation, text: str) -> None:
+    """Refuse a row of which the template leaves out what others than the model say: it would be trained without it.
+
+    A system text may stand in a user's turn, white space may be another, and what a tool said may be written as JSON.
+    The assistant's own turns are looked at where they are trained; of earlier ones templates leave out thoughts.
+    """
+    rendered = _squeezed(text)
+    others = [(index, message) for index, message in enumerate(example.messages) if message["role"] != "assistant"]
+    said = {index: squeezed for index, message in others if (squeezed := _squeezed(message["content"]))}
+    for index, content in said.items():
+        given = example.messages[index]
+        as_json = (_squeezed(json.dumps(given["content"], ensure_ascii=ascii)[1:-1]) for ascii in (True, False))
+        if sum(rendered.count(form) for form in {content, *as_json}) < sum(one.count(content) for one in said.values()):
+            hint = "; put its text into the first user message" if given["role"] in ("system", "developer") else ""
+            raise RowError(f"messages[{index}]", f"({given['role']}) is not shown whole by the chat template{hint}")
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
 def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
     """Refuse a turn of which the template leaves something out, white space and the likes apart."""
     content = message["content"]
-    if content.strip() not in turn and "".join(content.split()) not in "".join(turn.split()):
+    if content.strip() not in turn and _squeezed(content) not in _squeezed(turn):
         raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
     for name in ("reasoning_content", "reasoning", "thinking"):
         thought = message.get(name)
-        if isinstance(thought, str) and "".join(thought.split()) not in "".join(turn.split()):
+        if isinstance(thought, str) and _squeezed(thought) not in _squeezed(turn):
             raise RowError(f"messages[{index}].{name}", "is not shown by the chat template")
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     if hidden := [name for name, number in calls.items() if turn.count(name) < number]:

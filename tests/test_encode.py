@@ -627,3 +627,60 @@ def test_a_prompt_that_depends_on_what_was_said_is_left_to_the_prefixes(mark: st
     assert encoder.turns._by_shape(example) is None
     with pytest.raises(RowError, match="does not put it behind the prompt"):
         encoder.encode(example, PLACE)
+
+
+_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+_END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% elif m.role != 'system' %}"
+    + _TURN
+    + "{% endif %}{% endfor %}"
+)
+_TEMPLATES = {
+    "leaves out system": "{% for m in messages %}{% if m.role != 'system' %}" + _TURN + "{% endif %}{% endfor %}" + _END,
+    "leaves out system, marks": _MARKED + _END,
+    "leaves out tool": "{% for m in messages %}{% if m.role != 'tool' %}" + _TURN + "{% endif %}{% endfor %}" + _END,
+    "cuts system": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content[:9] if m.role == 'system' else m.content) "
+    "+ '<|im_end|>\n' }}{% endfor %}" + _END,
+    "folds system": "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{{ '<|im_start|>' + m.role + '\n' + "
+    "(s if loop.first else '') + m.content | trim + '<|im_end|>\n' }}{% endfor %}" + _END,
+    "tool as JSON": "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>tool\n' + m.content | tojson + '<|im_end|>\n' }}"
+    "{% else %}" + _TURN + "{% endif %}{% endfor %}" + _END,
+}  # fmt: skip
+_SYSTEM = {"role": "system", "content": "Answer in  rhymes."}
+_ASKED = [{"role": "user", "content": " a cat? "}, {"role": "assistant", "content": "a hat!"}]
+_TOOL = {"role": "tool", "content": '{"word": "chaîne\n"}'}
+_CALLED = [
+    {"role": "user", "content": "which word?"}, {"role": "assistant", "content": "let me see"}, _TOOL,
+    {"role": "assistant", "content": "chaîne"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "told"),
+    [
+        ("leaves out system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole by the chat template; put its text"),
+        ("leaves out system, marks", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
+        ("leaves out system", [{"role": "system", "content": "cat"}, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
+        ("cuts system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
+        ("leaves out tool", _CALLED, r"`messages\[2\]` \(tool\) is not shown whole by the chat template$"),
+        ("leaves out system", _ASKED, None),
+        ("leaves out system", [{"role": "system", "content": ""}, *_ASKED], None),
+        ("folds system", [_SYSTEM, *_ASKED], None),
+        ("tool as JSON", _CALLED, None),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_of_what_others_say_is_refused(
+    name: str, messages: list[dict[str, Any]], told: str | None
+) -> None:
+    encoder = Encoder(tiny.tokenizer(_TEMPLATES[name]))
+    example = Chat().read({"messages": messages})
+    if told is not None:
+        with pytest.raises(RowError, match=told):
+            encoder.rows(example, PLACE)
+        return
+    (row,) = encoder.rows(example, PLACE)
+    answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
+    assert encoder.tokenizer.decode(row.ids[row.trained]) == "".join(answers)
