@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from loratune import bases, console, report, subject
+from loratune import bases, console, model, report, subject
 from loratune.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
 
@@ -16,6 +16,7 @@ HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
 AGAIN = "Ctrl-C once more, or /exit, leaves"
 
 
+@model.or_out_of_memory("close other programs, or take a smaller base model")
 def chat(
     name: str | Path,
     prompt: str | None = None,

@@ -82,6 +82,7 @@ class Conversation:
         if system:
             self._set_system(system)
 
+    @model.or_out_of_memory("/reset forgets what was said; shorter answers (--max-new-tokens) take less, too")
     def say(self, text: str) -> str:
         """Answer a message, passing the answer on as it is written, and remember both.
 
@@ -114,6 +115,7 @@ class Conversation:
                 self.turns += [asked, {"role": "assistant", "content": answer}]
         return answer
 
+    @model.or_out_of_memory("fewer adapters at once, or close other programs")
     def command(self, line: str) -> str:
         """Carry out a line that begins with `/` and return what to tell.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from loratune import (
     data,
     decode,
     files,
+    fit,
     generate,
     loop,
     matching,
@@ -35,7 +35,7 @@ from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
-from loratune.objectives import Sft
+from loratune.objectives import Sft, head
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.subject import Subject
 
@@ -86,6 +86,7 @@ class Evaluation:
         }
 
 
+@model.or_out_of_memory("--batch-size 1 answers one row at a time, --no-generate none; or close other programs")
 def evaluate(
     name: str | Path,
     data: str | None = None,
@@ -150,7 +151,7 @@ def evaluate(
             tell.problem(line)
         differs = loaded.base_differs or differs
         tell.note(f"measuring {system} on {len(rows):,} rows")
-        per_row[system] = _losses(loaded.model, rows, loaded.device)
+        per_row[system] = _losses(loaded, rows)
         if questions:
             with tell.counting(f"{system}: answering") as progress:
                 answered[system] = _answers(
@@ -247,16 +248,19 @@ def _ready(loaded: model.Loaded) -> model.Loaded:
     return loaded
 
 
-def _losses(net: Any, rows: Rows, device: torch.device) -> list[dict[str, float]]:
+def _losses(loaded: model.Loaded, rows: Rows) -> list[dict[str, float]]:
     """Return sums of each row: nats, right tokens, trained tokens."""
-    objective = Sft()
+    objective, device = Sft(), loaded.device
     order = np.argsort(-rows.lengths, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
+    longest = int(np.argmax(rows.lengths))
+    plain = head.is_plain(loaded.model, torch.from_numpy(rows[longest].ids).long()[None].to(device))
+    budget = fit.scoring_tokens(loaded, int(rows.lengths[longest]), AUTO_TOKENS[device.type], plain)
     done = 0
-    with torch.no_grad(), contextlib.ExitStack():
-        for part in in_length_order(rows, "auto", AUTO_TOKENS[device.type]):
+    with torch.no_grad():
+        for part in in_length_order(rows, "auto", budget):
             batch = loop.on(device, objective.collate(part))
-            values = torch.stack(objective.scores(net, batch), dim=1).tolist()
+            values = torch.stack(objective.scores(loaded.model, batch), dim=1).tolist()
             for nats, right, count in values:
                 sums[int(order[done])] = {"nats": nats, "right": right, "trained_tokens": count}
                 done += 1

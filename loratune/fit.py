@@ -80,6 +80,28 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     return gradients + _states(recipe, net) + head.ROWS[loaded.device.type] * words * _LOGITS
 
 
+def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
+    """Return how many tokens a micro-batch may have where rows are only scored: `most`, halved until they fit.
+
+    Half the free memory is left to what is not counted. A row that is longer goes alone.
+
+    Args:
+        loaded: the model.
+        longest: tokens of the longest row.
+        most: tokens.
+        plain: whether its logits are never in memory at once; see `head.is_plain`.
+    """
+    free = free_memory(loaded.device)
+    config = loaded.model.config.get_text_config().to_dict()
+    width, words = int(config.get("hidden_size") or 0), int(config.get("vocab_size") or 0)
+    between = int(config.get("intermediate_size") or config.get("n_inner") or 4 * width)
+    # of the layer at work: some copies of the state, what is between, a row of the mask; then logits and a capped copy
+    numbers = max(8 * width + 4 * between + longest, 0 if plain else 3 * words)
+    while free is not None and most > longest and most * numbers * loaded.dtype.itemsize > free // 2:
+        most //= 2
+    return most
+
+
 def operations(net: Any, rows: Rows, shown: int) -> float:
     """Return roughly how many floating point operations a training on `shown` rows takes: 4 a weight and token."""
     return 4.0 * count_parameters(net)[1] * shown * rows.counts.tokens / max(len(rows), 1)

@@ -17,6 +17,7 @@ from loratune import (
     files,
     fingerprint,
     guard,
+    model,
     modelfolder,
     outputs,
     report,
@@ -64,6 +65,7 @@ class Merge:
     base_differs: tuple[str, ...] = ()
 
 
+@model.or_out_of_memory("a merge holds the base in float32, 4 bytes a weight, in main memory: close other programs")
 def merge(
     name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None,
     allow_base_mismatch: bool = False, trust_remote_code: bool = False,

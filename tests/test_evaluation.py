@@ -11,11 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import evaluation, generate, metrics, model, recipe
+from loratune import evaluation, fit, generate, merging, metrics, model, recipe
 from loratune.encode import Encoder
-from loratune.errors import DataError, LoratuneError, ModelError, Place, UsageError
+from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.evaluation import evaluate
 from loratune.formats import Chat
+from loratune.objectives import Sft
 from tests import tiny
 
 
@@ -249,3 +250,41 @@ def test_the_base_of_an_adapter_with_biases_has_its_own(biased: Path) -> None:
     assert beside.scores["base"]["loss"].value == pytest.approx(alone.scores["model"]["loss"].value, rel=1e-6)
     facts = json.loads((biased / "run.json").read_text())
     assert beside.scores["adapter"]["loss"].value == pytest.approx(facts["best_eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=type)  # fmt: skip
+def test_memory_that_runs_out_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Sft, "scores", fail)
+    monkeypatch.setattr(generate, "_generate", fail)
+    monkeypatch.setattr(merging, "_fold", fail)
+    for use, hint in (
+        (lambda: evaluate(run), "--batch-size 1"),
+        (lambda: loratune.chat(run, "hello"), "--max-new-tokens"),
+        (lambda: loratune.merge(run, tmp_path / "merged"), "4 bytes a weight"),
+    ):
+        with pytest.raises(SetupError, match="out of memory on cpu") as caught:
+            use()
+        assert hint in str(caught.value)
+        assert caught.value.exit_code == 3
+
+
+def test_another_runtime_error_is_none_of_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(Sft, "scores", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        evaluate(run)
+
+
+def test_tokens_scored_at_once_go_by_the_free_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = model.load(recipe.Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
+    for free, plain, tokens in ((None, True, 4096), (1 << 34, True, 4096), (1 << 24, True, 1024), (1 << 10, True, 128)):
+        monkeypatch.setattr(fit, "free_memory", lambda where, left=free: left)
+        assert fit.scoring_tokens(loaded, 200, 4096, plain) == tokens

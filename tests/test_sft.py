@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from loratune import attention
 from loratune.encode import Row
 from loratune.errors import Place
-from loratune.objectives import Sft
+from loratune.objectives import Sft, head
 from loratune.sharing import Layout
 from tests import tiny
 
@@ -36,11 +36,11 @@ def llama(**changes: Any) -> Any:
     return tiny.model(TOKENS, **changes).eval()
 
 
-def gemma2() -> Any:
+def gemma2(words: int = len(TOKENS)) -> Any:
     """Return a model that caps its logits behind the head, and shares the head with the embedding."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=len(TOKENS),
+        vocab_size=words,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -106,6 +106,51 @@ def test_scores_of_each_row(name: str) -> None:
     assert right.tolist() == [sum(r for _, r in row) for row in wanted]
     assert count.tolist() == [len(row) for row in wanted]
     assert nats.sum().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor of floats that an operator gave, views left out, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in torch.utils._pytree.tree_leaves(made):
+            if isinstance(one, torch.Tensor) and one.is_floating_point() and one._base is None:
+                self.numbers[one.dtype] = max(self.numbers.get(one.dtype, 0), one.numel())
+        return made
+
+
+def plain_scores(net: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the scores of a padded micro-batch from all its logits at once."""
+    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return [nats.sum(1), (logits.argmax(-1) == labels).float().sum(1), (labels != -100).float().sum(1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+def test_scores_never_hold_all_logits_in_float32(capped: bool, dtype: torch.dtype) -> None:
+    words = 4000
+    net = (gemma2(words) if capped else llama(vocab_size=words)).to(dtype)
+    objective, batch = Sft(), Sft().collate(rows([60, 59, 3, 50] * 8, seed=3))
+    with torch.no_grad():
+        objective.scores(net, objective.collate(ROWS))  # here it is found out whether the head is plain
+        wanted = plain_scores(net, batch)
+        with Largest() as seen:
+            got = objective.scores(net, batch)
+    close = 1e-6 if dtype is torch.float32 else 1e-3
+    for mine, plain in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=close, atol=close)
+    logits = objective.count(batch) * words
+    assert logits > 4 * head.ROWS["cpu"] * words
+    if not capped:
+        assert max(seen.numbers.values()) < logits / 3
+    if dtype is not torch.float32:
+        assert seen.numbers[torch.float32] < logits / 3
 
 
 def test_the_cap_of_gemma2_matters_here() -> None:

@@ -36,10 +36,32 @@ def summed_cross_entropy(
     return total
 
 
-def is_fusible(model: Any, ids: torch.Tensor) -> bool:
-    """Return whether `summed_cross_entropy` gives a model's loss: its head is linear and frozen, and it is all.
+def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (tokens,) each.
 
-    Not in float16, where the gradient must be scaled before it is rounded, nor under autocast.
+    Chunk by chunk, so that few logits are in memory in float32, and where there is a layer few at all.
+
+    Args:
+        states: what the layer gets, (tokens, width); without a layer: logits, (tokens, vocabulary).
+        layer: a plain linear head (see `is_plain`), or None.
+        targets: (tokens,).
+    """
+    import torch
+    from torch.nn.functional import cross_entropy, linear
+
+    losses, hits = [], []
+    size = ROWS[states.device.type]
+    for part, target in zip(torch.split(states, size), torch.split(targets, size), strict=True):
+        logits = (part if layer is None else linear(part, layer.weight, layer.bias)).float()  # (size, vocabulary)
+        losses.append(cross_entropy(logits, target, reduction="none"))
+        hits.append((logits.argmax(dim=-1) == target).float())
+    return torch.cat(losses), torch.cat(hits)
+
+
+def is_fusible(model: Any, ids: torch.Tensor) -> bool:
+    """Return whether `summed_cross_entropy` gives a model's loss: its head is plain and frozen.
+
+    Not in float16, where the gradient must be scaled before it is rounded.
 
     Args:
         model: without the wrapper of several processes.
@@ -48,10 +70,22 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     import torch
 
     head = model.get_output_embeddings()
+    if any(p.requires_grad or p.dtype is torch.float16 for p in head.parameters()):
+        return False
+    return is_plain(model, ids)
+
+
+def is_plain(model: Any, ids: torch.Tensor) -> bool:
+    """Return whether a model's logits are what a linear head gives, and nothing else; see `is_fusible`.
+
+    Not under autocast.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
     if (
         type(head) is not torch.nn.Linear
-        or any(parameter.requires_grad for parameter in head.parameters())
-        or head.weight.dtype not in (torch.float32, torch.bfloat16)
+        or head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or torch.is_autocast_enabled(head.weight.device.type)
     ):
         return False

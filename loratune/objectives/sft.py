@@ -93,15 +93,22 @@ class Sft(Section):
     def scores(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return sums per row of a padded micro-batch, each of shape (rows,), for an evaluation.
 
+        The logits of a plain head are never all in memory; those of another are, in its own precision.
+
         Returns:
             -log p of the trained tokens in nats; how many of them are the most probable token; how many there are.
         """
         import torch
-        from torch.nn.functional import cross_entropy
 
-        logits, targets = self._predictions(model, batch)
-        losses = cross_entropy(logits.float(), targets, reduction="none")  # (trained tokens,)
-        right = (logits.argmax(dim=-1) == targets).float()
+        inner = _inner(model)
+        # gradients of chunks would keep all of their logits
+        if not torch.is_grad_enabled() and head.is_plain(inner, batch["input_ids"]):
+            layer = inner.get_output_embeddings()
+            with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
+                model(**inputs(batch), use_cache=False)
+            losses, right = head.losses_and_hits(found[0], layer, batch["targets"])
+        else:
+            losses, right = head.losses_and_hits(self._predictions(model, batch)[0], None, batch["targets"])
         row = batch["predicts"] // batch["labels"].shape[1]
         zeros = torch.zeros(len(batch["labels"]), device=losses.device)
         return (
