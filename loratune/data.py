@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loratune import bases, inputs, rows, store, workers
+from loratune import bases, inputs, rows, store, unread, workers
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.ledger import Counts, Ledger
@@ -82,6 +82,17 @@ class Rows:
         """Rows read as each format."""
         formats: dict[str, int] = self.store.about["formats"]
         return formats
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """Columns, and keys of messages, that hold something and that nobody reads: in how many rows each."""
+        found: dict[str, int] = self.store.about.get("unread", {})
+        return found
+
+    def told_unread(self, held_out: Rows | None) -> list[str]:
+        """Return what is to be told of that, of held-out rows too where they were read from another place."""
+        other = held_out.unread if held_out is not None and held_out.store is not self.store else {}
+        return list(unread.lines(self.unread, other))
 
     def take(self, indices: np.ndarray) -> Rows:
         """Return some of the rows as a set of its own."""
@@ -164,7 +175,7 @@ def _read(
             where = ", ".join(source.path for source in sources)
             counts = account.counts
             raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
-        about = {"counts": account.counts.as_json(), "formats": account.formats}
+        about = {"counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread}
         return writer.commit(about, key)
     except BaseException:
         writer.discard()
@@ -188,12 +199,14 @@ class _Account:
         self.counts = ledger.counts
         self.refused = _Refused()
         self.formats: dict[str, int] = {}
+        self.unread: dict[str, int] = {}
         self._ledger, self._writer, self._data = ledger, writer, data
         self._seen = _Seen()
 
     def add(self, row: Prepared, weight: float) -> None:
         if row.format:
             self.formats[row.format] = self.formats.get(row.format, 0) + 1
+        unread.add(self.unread, row.unread)
         again = bool(row.tokens) and self._seen.again(row.content)
         self.counts.duplicates += again
         if again and self._data.duplicates == "drop":

@@ -30,6 +30,7 @@ _MODULES = (
     "encode",
     "prepare",
     "ledger",
+    "unread",
     "store",
     "data",
 )

@@ -39,13 +39,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Some rows of a recipe, and counts over all of them."""
+    """Some rows of a recipe, and counts over all of them; `unread`: rows by column that nobody reads."""
 
     rows: int
     tokens: int
     trained_tokens: int
     longest: int
     shown: tuple[Shown, ...]
+    unread: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
         """Return the inspection as JSON data."""
@@ -76,6 +77,8 @@ def inspect(
         rows, held_out = data.of(recipe, encoder, progress)
     if rows.damaged or (held_out is not None and held_out.damaged):
         report.Report().problem(data.DAMAGED)
+    for line in rows.told_unread(held_out):
+        report.Report().problem(line)
     if row is not None:
         if not 1 <= row <= len(rows):
             raise UsageError(f"no row {row}: there are {len(rows):,}, counted from 1")
@@ -85,7 +88,8 @@ def inspect(
     else:
         chosen = range(min(number, len(rows)))
     shown = tuple(take_apart(rows, index, tokenizer, encoder) for index in chosen)
-    return Inspection(len(rows), rows.counts.tokens, rows.counts.trained_tokens, int(rows.lengths.max()), shown)
+    counts, longest = rows.counts, int(rows.lengths.max())
+    return Inspection(len(rows), counts.tokens, counts.trained_tokens, longest, shown, rows.unread)
 
 
 def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Shown:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from loratune.encode import Encoder, Row
 from loratune.errors import Place
-from loratune.formats import Auto, Conversation, Example, Plain, RowError
+from loratune.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
 from loratune.ledger import Fate
 from loratune.recipe import Data
 from loratune.rows import Block, RawRow
 
 LONGEST = 4 << 20  # characters of a conversation: a million tokens, which take a gigabyte of memory to mask
+
+
+Reader = Chat | Instruction | Completion | Text
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Prepared:
         tokens: its length, whatever was cut.
         content: a 63-bit number for what it says: rows of the same tokens and masks have the same.
         pieces: the rows to train on; none where it is lost.
+        unread: columns, and keys of messages, that hold something and that nobody reads.
     """
 
     place: Place
@@ -41,32 +45,44 @@ class Prepared:
     tokens: int = 0
     content: int = 0
     pieces: tuple[Row, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
     """Return what becomes of each row of a block, in order."""
     found: list[Prepared | None] = []
     read: list[tuple[Example, str, Place]] = []
+    unread: list[tuple[str, ...]] = []
     for raw in block.rows():
         try:
-            read.append((*_example(raw, data), raw.place))
+            example, chosen = _example(raw, data)
+            unread.append(tuple(chosen.unread(raw.value or {}, encoder.turns.template or "")))
+            read.append((example, _type(example, chosen), raw.place))
             found.append(None)
         except RowError as error:
             found.append(_unusable(raw.place, error, data))
     rows = iter(encoder.batch([(example, place) for example, _, place in read]))
-    tokenized = (_fitted(*one, next(rows), data) for one in read)
+    pairs = zip(read, unread, strict=True)
+    tokenized = (replace(_fitted(*one, next(rows), data), unread=left) for one, left in pairs)
     return [next(tokenized) if one is None else one for one in found]
 
 
-def _example(raw: RawRow, data: Data) -> tuple[Example, str]:
-    """Return a row as an example, and the format it was read as."""
+def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
+    """Return a row as an example, and the format it was read with."""
     if raw.value is None:
         raise RowError("", raw.problem)
     chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
     example = chosen.read(raw.value)
     if isinstance(example, Conversation) and (length := _characters(example)) > LONGEST:
         raise RowError("", f"a conversation of {length:,} characters; at most {LONGEST:,} are rendered")
-    return example, chosen.type
+    return example, chosen
+
+
+def _type(example: Example, chosen: Reader) -> str:
+    """Return what a row was read as: prompt and completion may be messages."""
+    if isinstance(example, Conversation) and isinstance(chosen, Completion):
+        return Chat().type
+    return chosen.type
 
 
 def _characters(example: Conversation) -> int:

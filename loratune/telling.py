@@ -70,7 +70,7 @@ def sources(recipe: Recipe) -> list[dict[str, Any]]:
 
 def counts(rows: Rows) -> dict[str, Any]:
     """Return what run.json says of a set of rows."""
-    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats}
+    return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats, "unread": rows.unread}
 
 
 def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> dict[str, Any]:
@@ -128,6 +128,8 @@ def tell_start(
         report.problem(f"         {DAMAGED}")
     for line in _about_rows(recipe, rows):
         report.note(f"         {line}")
+    for line in rows.told_unread(held_out):
+        report.problem(f"         {line}")
     for line in counts.first:
         report.problem(f"         {line}")
     for one in (rows, held_out):

@@ -34,6 +34,7 @@ LEVELS = (
         "cgroup",
         "prepare",
         "store",
+        "unread",
         "ledger",
         "encode",
         "turns",

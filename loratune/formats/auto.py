@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from loratune.formats.base import Example, RowError
+from loratune.formats.base import Example, RowError, check_good, has_content
 from loratune.formats.chat import Chat
 from loratune.formats.completion import Completion
 from loratune.formats.instruction import Instruction
@@ -38,13 +38,18 @@ class Auto(Section):
         Raises:
             RowError: when they stand for none, or for one that has nothing to imitate.
         """
-        if "chosen" in row and "rejected" in row:
+        some = {name for name, value in row.items() if has_content(value)}
+        given = {name for name, value in row.items() if value is not None}
+        if {"chosen", "rejected"} <= some:
             raise RowError("chosen", "and `rejected` are preference pairs, and `objective: sft` has no use for them")
-        if "text" in row and "label" in row:
+        if {"text", "label"} <= given and not any(set(columns) <= some for columns, _ in _KNOWN[:-1]):
             raise RowError("label", "makes these rows of a classifier; for plain text say `format: text`")
-        for columns, found in _KNOWN:
-            if all(name in row for name in columns):
-                return found
+        check_good(row)
+        # a merged data set has the columns of all its parts, null or empty in the rows of the others
+        for names in (some, given, row.keys()):
+            for columns, found in _KNOWN:
+                if set(columns) <= names:
+                    return found
         there = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
         raise RowError("", f"no format has these columns ({there}); say which with `data.format`")
 

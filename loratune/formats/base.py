@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,34 @@ class Plain:
 
 
 Example = Conversation | Plain
+
+
+BAD = ("label", "kto_tag")  # columns in which a row of answers liked and disliked says which it is
+
+
+def has_content(value: Any) -> bool:
+    """Return whether a value says anything: null, blank text and empty lists and objects don't."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
+
+
+def check_good(row: Mapping[str, Any]) -> None:
+    """Check that a row doesn't say that its answer is a bad one.
+
+    Raises:
+        RowError: when it does.
+    """
+    for name in BAD:
+        value = row.get(name)
+        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+            raise RowError(
+                name, "is false: a bad answer, which would be trained as a good one; take such rows out, or skip "
+                "them with `data.on_bad_row: skip` and a `data.max_lost` as large as their part"
+            )  # fmt: skip
+
+
+def unread(row: Mapping[str, Any], used: Collection[str]) -> list[str]:
+    """Return the columns of a row that hold something and are not among those used."""
+    return [name for name, value in row.items() if name not in used and has_content(value)]
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:

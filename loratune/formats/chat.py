@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field
 
 from loratune.errors import listed
-from loratune.formats.base import Conversation, RowError, column, named, parsed
+from loratune.formats.base import (
+    BAD,
+    Conversation,
+    RowError,
+    check_good,
+    column,
+    has_content,
+    named,
+    parsed,
+    unread,
+)
 from loratune.section import Section
 
 _SHAREGPT = {
@@ -24,6 +36,7 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+_OURS = {"role", "content", "function_call", "train", "weight"}  # keys of a message that are read here
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -41,10 +54,12 @@ class Chat(Section):
         """Return the row's conversation.
 
         Raises:
-            RowError: when a message has no known role, its content is no text, or nothing in it is the assistant's.
+            RowError: when a message has no known role, its content is no text, nothing in it is the assistant's, or the
+                row says that it is a bad answer.
         """
-        name = "messages" if "messages" in row or "conversations" not in row else "conversations"
-        turns = column(row, name)
+        check_good(row)
+        name = _column(row)
+        turns = _list(column(row, name), name)
         if not isinstance(turns, list) or not turns:
             raise RowError(
                 name, f"must be a list of messages, given {named(turns) if turns != [] else 'an empty list'}"
@@ -60,7 +75,98 @@ class Chat(Section):
             raise RowError(name, "has no message that is to be trained: there is nothing to learn")
         if self.train_on == "all" and not all(asked):
             raise RowError(name, "leaves a message out, and `train_on: all` trains every one")
-        return Conversation(messages, trained, tools(row.get("tools")), whole=self.train_on == "all")
+        messages, trained = _with_system(row, messages, trained, name)
+        return Conversation(messages, trained, _tools_of(row), whole=self.train_on == "all")
+
+    def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
+        """Return the columns with content, and the keys of messages, that neither `read` nor the template reads."""
+        name = _column(row)
+        good = (flag for flag in BAD if row.get(flag) is True)
+        found = unread(row, (name, "system", *known_tools(row, template), *good))
+        return found + lost_keys(_list(row[name], name), name, template)
+
+
+def joined(row: Mapping[str, Any], parts: Mapping[str, list[Any]], learned: str) -> Conversation:
+    """Return several columns of messages as one conversation.
+
+    Args:
+        row: they are of.
+        parts: columns in order.
+        learned: the one whose assistant turns are trained.
+
+    Raises:
+        RowError: when a message can't be read, or nothing is to be trained.
+    """
+    messages: list[dict[str, Any]] = []
+    trained: list[bool] = []
+    for name, turns in parts.items():
+        for index, turn in enumerate(turns):
+            message = _message(turn, f"{name}[{index}]")
+            asked = _is_trained(turn, f"{name}[{index}]")
+            messages.append(message)
+            trained.append(name == learned and message["role"] == "assistant" and asked)
+    if not any(trained):
+        raise RowError(learned, "has no message of the assistant that is to be trained: there is nothing to learn")
+    return Conversation(tuple(messages), tuple(trained), _tools_of(row))
+
+
+def known_tools(row: Mapping[str, Any], template: str) -> tuple[str, ...]:
+    """Return the columns of tools that a chat template shows."""
+    if not re.search(r"\btools\b", template):
+        return ()
+    return ("tools",) if has_content(row.get("tools")) else ("tools", "functions")
+
+
+def lost_keys(turns: list[Any], name: str, template: str) -> list[str]:
+    """Return the keys of messages with content that neither this program nor the chat template reads, each once."""
+    found: dict[str, None] = {}
+    for turn in turns:
+        sharegpt = _is_sharegpt(turn)
+        for key, value in turn.items():
+            if key in ("from", "value", "train", "weight") if sharegpt else key in _OURS:
+                continue
+            if has_content(value) and (sharegpt or not _is_named(key, template)):
+                found[f"{name}[].{key}"] = None
+    return list(found)
+
+
+@lru_cache(maxsize=256)
+def _is_named(key: str, template: str) -> bool:
+    """Return whether a chat template names a key anywhere: what it does with it is shown by `inspect`."""
+    return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) is not None
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    """Return the column of the messages: the first of the two with content."""
+    for name in ("messages", "conversations"):
+        if has_content(row.get(name)):
+            return name
+    return "messages" if "messages" in row or "conversations" not in row else "conversations"
+
+
+def _list(turns: Any, name: str) -> Any:
+    """Return a list of messages that is given as JSON text; anything else as it is."""
+    return parsed(turns, name) if isinstance(turns, str) and turns.lstrip().startswith("[") else turns
+
+
+def _with_system(
+    row: Mapping[str, Any], messages: tuple[dict[str, Any], ...], trained: tuple[bool, ...], name: str
+) -> tuple[tuple[dict[str, Any], ...], tuple[bool, ...]]:
+    """Return the messages behind the system prompt that stands in a column of its own, if any."""
+    system = row.get("system")
+    if not has_content(system):
+        return messages, trained
+    if not isinstance(system, str):
+        raise RowError("system", f"must be text, given {named(system)}")
+    if messages[0]["role"] not in ("system", "developer"):
+        return ({"role": "system", "content": system}, *messages), (False, *trained)
+    if messages[0]["content"].strip() != system.strip():
+        raise RowError("system", f"says something else than the system message in `{name}`: which is meant?")
+    return messages, trained
+
+
+def _is_sharegpt(turn: Mapping[str, Any]) -> bool:
+    return "from" in turn and "value" in turn and "role" not in turn
 
 
 def _is_trained(turn: Mapping[str, Any], name: str) -> bool:
@@ -78,12 +184,13 @@ def _is_trained(turn: Mapping[str, Any], name: str) -> bool:
 def _message(turn: Any, name: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError(name, f"must be an object with `role` and `content`, given {named(turn)}")
-    if "from" in turn and "value" in turn and "role" not in turn:
+    if _is_sharegpt(turn):
         sender = turn["from"]
         if not isinstance(sender, str) or sender not in _SHAREGPT:
             given = f"`{sender}`" if isinstance(sender, str) else named(sender)
             raise RowError(f"{name}.from", f"must be one of {listed(list(_SHAREGPT))}, given {given}")
         turn = {"role": _SHAREGPT[sender], "content": turn["value"]}
+    turn = _modern(turn, name)
     role = turn.get("role")
     if role not in _ROLES:
         given = f"`{role}`" if isinstance(role, str) else named(role)
@@ -95,6 +202,25 @@ def _message(turn: Any, name: str) -> dict[str, Any]:
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{name}.tool_calls")
     return message
+
+
+def _modern(turn: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a message with `function_call` and the role `function`, of OpenAI's first API, as tool calls and tool."""
+    if turn.get("role") == "function":
+        turn = {**turn, "role": "tool"}
+    if "function_call" not in turn:
+        return turn
+    call = turn["function_call"]
+    turn = {key: value for key, value in turn.items() if key != "function_call"}
+    if not has_content(call):
+        return turn
+    if has_content(turn.get("tool_calls")):
+        raise RowError(f"{name}.function_call", "stands beside `tool_calls`: which is meant?")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise RowError(f"{name}.function_call", "must be an object with `name` and `arguments`")
+    if turn.get("role") != "assistant":
+        raise RowError(f"{name}.function_call", "may stand in a message of the assistant only")
+    return {**turn, "tool_calls": [call]}
 
 
 def _content(turn: Mapping[str, Any], name: str) -> str:
@@ -138,12 +264,20 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
     return read
 
 
-def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+def _tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    """Return the tools of a row, or the `functions` of OpenAI's first API as tools."""
+    if not has_content(row.get("functions")) or has_content(row.get("tools")):
+        return tools(row.get("tools"))
+    functions = tools(row["functions"], "functions")
+    return tuple({"type": "function", "function": one} for one in functions) if functions else None
+
+
+def tools(value: Any, name: str = "tools") -> tuple[dict[str, Any], ...] | None:
     """Read a `tools` column: a list of JSON schemas, or that list as JSON text."""
     if isinstance(value, str):
-        value = parsed(value, "tools") if value.strip() else None
+        value = parsed(value, name) if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError("tools", f"must be a list of JSON schemas, given {named(value)}")
+        raise RowError(name, f"must be a list of JSON schemas, given {named(value)}")
     return tuple(value)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loratune.formats.base import Plain, RowError, text_column
+from loratune.formats.base import Plain, RowError, text_column, unread
 from loratune.section import Section
 
 
@@ -27,3 +27,7 @@ class Text(Section):
         if not text.strip():
             raise RowError(self.text, "is empty: there is nothing to learn")
         return Plain(((text, True),), divisible=True)
+
+    def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
+        """Return the columns with content that `read` leaves out."""
+        return unread(row, (self.text,))
