@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune import files as opening
-from loratune.errors import DataError, Place, Problem, listed
+from loratune.errors import DataError, Place, Problem, listed, shorten
 from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
 
@@ -72,6 +72,7 @@ BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work 
 READY = 256  # rows of a block of the other kinds
 LONGEST = 16 << 20  # bytes of a line, which is a row: reading and tokenizing it takes a hundred times as much memory
 TEXT = 64 << 20  # bytes of a .txt file, which is one row, too, and has no lists and objects in it
+_PAPERS = ("readme", "license", "licence", "notice", "copying", "requirements", "changelog")  # .txt that are no rows
 WHOLE = 1 << 30  # bytes, unpacked, of a file that is read whole before its first row is known
 
 
@@ -138,7 +139,8 @@ def files(path: Path) -> list[Path]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(f for f in opening.below(path) if _suffix(f) in SUFFIXES and _is_file(f))
+        seen = (f for f in opening.below(path) if not any(part.startswith(".") for part in f.relative_to(path).parts))
+        found = _without_papers(sorted(f for f in seen if _suffix(f) in SUFFIXES and _is_file(f)))
         if not found:
             raise DataError(
                 Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
@@ -154,6 +156,14 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise DataError(Problem("no such data", Place(str(path))))
     return [f for match in found for f in _files(match)]
+
+
+def _without_papers(found: list[Path]) -> list[Path]:
+    """Return the files of a folder without the texts that come with a data set, where it has files of rows, too."""
+    texts = {file for file in found if _suffix(file) == ".txt"}
+    if len(texts) == len(found):
+        return found
+    return [file for file in found if file not in texts or file.stem.lower() not in _PAPERS]
 
 
 def _is_file(path: Path) -> bool:
@@ -300,6 +310,7 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
                     continue
                 if not columns:
                     columns = cells
+                    _check_columns([cell for cell in cells if cell], place)
                 elif len(cells) != len(columns):
                     what = "more" if len(cells) > len(columns) else "fewer"
                     yield RawRow(place, None, f"{what} cells than the {len(columns)} columns")
@@ -340,8 +351,9 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     number = 0
     try:
         table = pq.ParquetFile(file)
+        _check_columns(table.schema_arrow.names, Place(name))
         for batch in table.iter_batches(batch_size=READY):
-            values = enumerate(batch.to_pylist(), number + 1)
+            values = enumerate(_values(batch), number + 1)
             ready = tuple(RawRow(Place(f"{name} row {row}"), _as_written(value)) for row, value in values)
             number += len(ready)
             yield Block(ready=ready, size=size * len(ready) // table.metadata.num_rows)
@@ -350,6 +362,31 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip() or type(error).__name__
         raise DataError(Problem(f"no parquet: {reason.splitlines()[0]}", Place(name))) from None
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow batch; dates that Python has no value for are bytes, which are no text."""
+    import pyarrow as pa
+
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.to_pylist())
+        except (ValueError, OverflowError, pa.ArrowException):
+            if not pa.types.is_temporal(column.type):
+                raise
+            stand_in = str(column.type).encode()
+            columns.append([stand_in if there else None for there in column.is_valid().to_pylist()])
+    if not columns:
+        return [{} for _ in range(batch.num_rows)]
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _check_columns(names: list[str], place: Place) -> None:
+    """Check that no two columns have one name: the last would win in silence."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(Problem(f"two columns are named `{shorten(twice)}`", place, "rename one of them"))
 
 
 def _hub(source: Source) -> Iterator[RawRow]:

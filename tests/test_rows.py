@@ -359,3 +359,41 @@ def test_tools_of_a_table_have_no_keys_of_other_tools(tmp_path: Path) -> None:
     values = [{"id": 1, "tools": [one]}, {"id": None, "tools": [two]}]
     assert pa.Table.from_pylist(values).to_pylist() != values
     assert [row.value for row in read(write(tmp_path, "a.parquet", as_parquet(values)))] == values
+
+
+def test_hidden_files_and_papers_of_a_folder_are_no_rows(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".ipynb_checkpoints/a.jsonl", ".cache/b.jsonl", ".c.jsonl", "deep/LICENSE.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    for name in ("requirements.txt", "README.txt", "tale.txt"):
+        (tmp_path / name).write_text("words")
+    assert [file.name for file in rows.files(tmp_path)] == ["a.jsonl", "tale.txt"]
+    (tmp_path / "a.jsonl").unlink()
+    found = [file.name for file in rows.files(tmp_path)]  # a folder of texts alone is what it is
+    assert found == ["README.txt", "LICENSE.txt", "requirements.txt", "tale.txt"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    text = pa.array(["a"])
+    pq.write_table(pa.Table.from_arrays([text, text], names=["text", "text"]), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("\ntext,id,text\na,1,b\n")
+    for name, line in (("a.parquet", ""), ("a.csv", ":2")):
+        with pytest.raises(DataError) as caught:
+            list(rows.read(Source(path=str(tmp_path / name))))
+        assert f"{name}{line}: two columns are named `text`" in str(caught.value)
+
+
+def test_a_column_of_dates_does_not_refuse_a_table(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a", "b"],
+            "far": pa.array([1 << 62, None], pa.timestamp("us")),
+            "fine": pa.array([1, 2], pa.timestamp("ns")),
+            "day": pa.array([2**30, 0], pa.date32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = [row.value or {} for row in rows.read(Source(path=str(tmp_path / "a.parquet")))]
+    assert [value["text"] for value in found] == ["a", "b"]
+    assert isinstance(found[0]["far"], bytes)
+    assert found[1]["far"] is None
