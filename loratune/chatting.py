@@ -58,7 +58,7 @@ def chat(
     if not talk.active.encoder.turns.template:
         tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
     if prompt is not None:
-        return talk.say(prompt)
+        return _answer(talk, prompt, tell)
     return _on_terminal(talk, tell) if console.interactive() else _in_a_row(talk, tell)
 
 
@@ -69,7 +69,7 @@ def _in_a_row(talk: Conversation, tell: report.Report) -> str:
         if line.startswith("/"):
             _carry_out(talk, line, tell)
         elif line.strip():
-            answer = talk.say(line.strip())
+            answer = _answer(talk, line.strip(), tell)
     return answer
 
 
@@ -100,11 +100,18 @@ def _on_terminal(talk: Conversation, tell: report.Report) -> str:
             if message.startswith("/") and "\n" not in message.strip():
                 _carry_out(talk, message.strip(), tell)
             elif message.strip():
-                answer = talk.say(message.strip())
+                answer = _answer(talk, message.strip(), tell)
         except LoratuneError as error:
             tell.problem(str(error))
         except KeyboardInterrupt:
             tell.note("stopped")
+
+
+def _answer(talk: Conversation, text: str, tell: report.Report) -> str:
+    answer = talk.say(text)
+    if talk.room is not None:
+        tell.note(f"answers end after {talk.room:,} tokens here: the model has no more positions")
+    return answer
 
 
 def _carry_out(talk: Conversation, line: str, tell: report.Report) -> None:

@@ -78,6 +78,7 @@ class Conversation:
         self.alone = what.adapter is None  # whether the base answers without an adapter
         self._loads = len(self.adapters)
         self.turns: list[dict[str, Any]] = []
+        self.room: int | None = None  # tokens the last answer was limited to, as the model has no more positions
         self.system: str | None = None
         if system:
             self._set_system(system)
@@ -95,12 +96,18 @@ class Conversation:
         asked = {"role": "user", "content": text}
         ids = self._ids([*self._head(self.system), *self.turns, asked], text)
         net, pieces = self.loaded.model, []
+        limit = generate.positions(net)
+        if limit is not None and len(ids) >= limit:
+            told = f"{len(ids):,} tokens leave no room: the model was made for {limit:,} positions"
+            raise UsageError(told, "/reset forgets what was said, or say it shorter")
+        most = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(ids))
+        self.room = most if most < self.max_new_tokens else None
 
         def pass_on(piece: str) -> None:
             pieces.append(piece)
             self.write(piece)
 
-        arguments = (net, self.active.encoder.tokenizer, ids, self.max_new_tokens, self.temperature, pass_on,
+        arguments = (net, self.active.encoder.tokenizer, ids, most, self.temperature, pass_on,
                      self.active.ends)  # fmt: skip
         try:
             if self.alone and self.adapters:

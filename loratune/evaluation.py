@@ -34,7 +34,7 @@ from loratune import (
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
-from loratune.errors import DataError, RecipeError, UsageError
+from loratune.errors import DataError, Place, Problem, RecipeError, UsageError
 from loratune.objectives import Sft, head
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.subject import Subject
@@ -150,6 +150,8 @@ def evaluate(
         for line in loaded.notes:
             tell.problem(line)
         differs = loaded.base_differs or differs
+        if not per_row:
+            questions = _with_room(loaded, rows, questions, max_new_tokens, tell)
         tell.note(f"measuring {system} on {len(rows):,} rows")
         per_row[system] = _losses(loaded, rows)
         if questions:
@@ -246,6 +248,34 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.L
 def _ready(loaded: model.Loaded) -> model.Loaded:
     loaded.model.eval()
     return loaded
+
+
+def _with_room(
+    loaded: model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: report.Report
+) -> dict[int, tuple[list[int], str]]:
+    """Return the questions that leave a position for an answer; tell what is longer than the model's positions.
+
+    Raises:
+        DataError: when a row can't be run through the model.
+    """
+    limit = generate.positions(loaded.model)
+    if limit is None:
+        return questions
+    long = np.flatnonzero(rows.lengths > limit)
+    if len(long):
+        told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
+        if generate.has_learned_positions(loaded.model):
+            first = int(long[0])
+            told = f"{told}; this one has {int(rows.lengths[first]):,} tokens"
+            raise DataError(Problem(told, Place(str(rows.place(first))), "leave them out, or shorten them"))
+        tell.problem(told)
+    left = {index: question for index, question in questions.items() if len(question[0]) < limit}
+    if len(left) < len(questions):
+        tell.problem(f"{len(questions) - len(left):,} of {len(questions):,} prompts leave no position: not answered")
+    short = sum(len(prompt) + most > limit for prompt, _ in left.values())
+    if short:
+        tell.problem(f"{short:,} of {len(left):,} answers are limited to what is left of {limit:,} positions")
+    return left
 
 
 def _losses(loaded: model.Loaded, rows: Rows) -> list[dict[str, float]]:

@@ -10,6 +10,23 @@ import torch
 from loratune import stops
 
 
+def positions(net: Any) -> int | None:
+    """Return how many positions a model was made for, or None where its configuration names no number."""
+    config = net.config.get_text_config().to_dict()
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
+def has_learned_positions(net: Any) -> bool:
+    """Return whether a model looks its positions up in a table, so that it can't be run past their end."""
+    limit, words = positions(net), net.get_input_embeddings()
+    # some tables have a few rows before the first position
+    return limit is not None and any(
+        isinstance(module, torch.nn.Embedding) and module is not words and 0 <= module.num_embeddings - limit <= 4
+        for module in net.modules()
+    )
+
+
 def answers(
     net: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
     temperature: float = 0.0, progress: Callable[[int], None] = lambda count: None, ends: Collection[int] = (),
@@ -19,7 +36,8 @@ def answers(
     Args:
         net: the model.
         tokenizer: its tokenizer.
-        prompts: token ids, with special tokens and generation prompt in them; none empty.
+        prompts: token ids, with special tokens and generation prompt in them; none empty, each shorter than the
+            model's positions. One that leaves fewer than `max_new_tokens` of them is answered alone, with what is left.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts at once, padded on the left; sorted by length.
         temperature: 0 is greedy.
@@ -29,20 +47,26 @@ def answers(
     Returns:
         The answers in the order of the prompts, without special tokens.
     """
+    limit = positions(net)
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    whole = [i for i in order if room[i] == max_new_tokens]
+    batches = [[i] for i in order if room[i] < max_new_tokens]
+    batches += [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
     out = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    done = 0
+    for chosen in batches:
         longest = len(prompts[chosen[0]])
         input_ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id or 0))  # (rows, tokens)
         mask = torch.zeros_like(input_ids)
         for row, index in enumerate(chosen):
             input_ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        written = _generate(net, tokenizer, input_ids, mask, max_new_tokens, temperature, ends)
+        written = _generate(net, tokenizer, input_ids, mask, room[chosen[0]], temperature, ends)
         for row, index in enumerate(chosen):
             out[index] = tokenizer.decode(written[row, longest:], skip_special_tokens=True).strip()
-        progress(start + len(chosen))
+        done += len(chosen)
+        progress(done)
     return out
 
 
