@@ -178,7 +178,7 @@ def check_name(name: str) -> None:
 
 def nearby(name: str) -> str | None:
     """Return a hint that names the run, adapter or model folder whose name is most like one that is not there."""
-    path = Path(name).expanduser()
+    path = files.local(name)
     try:
         folders = [file.name for file in path.parent.iterdir() if any((file / one).is_file() for one in _TELLING)]
     except (OSError, ValueError):

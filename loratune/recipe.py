@@ -421,10 +421,7 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
 
 def _find(value: str, folder: Path) -> tuple[Path, bool]:
     """Return the path that `value` names from `folder`, and whether something is there."""
-    try:
-        path = folder / Path(value).expanduser()
-    except RuntimeError:  # `~name`, and no such user
-        path = folder / value
+    path = folder / files.local(value)
     try:
         return path, path.exists()
     except OSError:  # a name too long, a folder that may not be entered

@@ -102,6 +102,15 @@ def prompts(base: Path) -> list[torch.Tensor]:
     return [torch.tensor([tokens(text).input_ids]) for text in texts]
 
 
+def adapted(base: Path, folder: Path) -> Any:
+    """Return a base with an adapter on it, as PEFT alone puts them together."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(net, str(folder))
+
+
 @torch.no_grad()
 def logits(net: Any, prompts: list[torch.Tensor]) -> torch.Tensor:
     """Return the logits of all prompts in evaluation mode, float32, shape (tokens of all, vocabulary)."""

@@ -249,7 +249,8 @@ def test_somebody_who_may_not_read(tmp_path: Path) -> None:
     closed_folder.mkdir()
 
     def told(*words: str) -> tuple[int, str]:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        wide = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}  # else a name may be cut at the end of a line
+        env = {**os.environ, **wide, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         line = [*WITHOUT, sys.executable, "-m", "loratune", *words]
         done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=env, check=False)
         assert "Traceback" not in done.stderr

@@ -188,12 +188,12 @@ def test_the_same_base_elsewhere(trained: Path, base: Path, tmp_path: Path) -> N
     assert loaded.notes == []
 
 
-def test_an_adapter_without_a_fingerprint_is_told(trained: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_fingerprint_is_told(trained: Path, base: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(trained / name, plain / name)
-    loaded = subject.load(subject.open_subject(str(plain)))
+    loaded = subject.load(subject.open_subject(str(plain), str(base)))
     assert loaded.notes == ["plain: without loratune.json, so whether this is its base is not known"]
 
 

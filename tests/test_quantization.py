@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM
 
 from loratune import merging, model, quantization
 from loratune.errors import ModelError
 from loratune.recipe import Int8, Model, Nf4, NoQuantization
 from tests import tiny
-from tests.conftest import Fit, logits
+from tests.conftest import Fit, adapted, logits
 from tests.test_targets import _save
 
 CPU = torch.device("cpu")
@@ -130,7 +129,7 @@ def test_an_adapter_is_merged_into_what_the_stored_weights_stand_for(
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert quantization.kind_of(plain) == "none"
     assert quantization.stored_as(plain.config) is None
-    exact = AutoPeftModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)
+    exact = adapted(stored[kind], trained.folder)
     quantization.compute_in(exact, torch.float32)  # its files say float16
     error = (logits(plain, prompts) - logits(exact, prompts)).abs().max() / logits(exact, prompts).abs().max()
     assert float(error) < (1e-5 if kind == "nf4" else 0.05)  # LLM.int8() rounds what goes in, too

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from loratune import recipe
@@ -17,7 +16,7 @@ from loratune.errors import ModelError, RecipeError
 from loratune.methods import Lora
 from loratune.methods.lora import Lora as Method
 from tests import tiny
-from tests.conftest import Fit
+from tests.conftest import Fit, adapted
 
 WIDTHS = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -105,7 +104,7 @@ def test_experts_are_reached_and_their_router_is_not(
     names = load_file(trained.folder / "adapter_model.safetensors")
     assert any(".mlp.experts." in name for name in names)
     assert not any(".mlp.gate." in name for name in names)
-    net = AutoPeftModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)
+    net = adapted(bases(kind), trained.folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(net(ids).logits, trained.net.eval()(ids).logits, rtol=0, atol=1e-6)
 
@@ -127,7 +126,7 @@ def test_a_router_can_be_trained(
             name = f"model.layers.{layer}.{router}.weight"
             old = before.get(name, before.get(name.replace("mlp", "block_sparse_moe")))
             assert not torch.equal(saved[f"base_model.model.{name}"], old)
-    net = AutoPeftModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)
+    net = adapted(base, trained.folder)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(net(ids).logits, trained.net.eval()(ids).logits, rtol=0, atol=1e-6)
 
