@@ -124,4 +124,4 @@ docs: $(READY)
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDER) demo/data demo/runs
+	rm -rf $(VENV) $(PEERS) $(OLDER) $(OLDEST) demo/data demo/runs

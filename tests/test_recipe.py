@@ -84,6 +84,7 @@ def test_defaults() -> None:
                 "input": "input",
                 "output": "output",
                 "system": "system",
+                "history": "history",
             },
         ),
         ("data.format", "completion", {"type": "completion", "prompt": "prompt", "completion": "completion"}),

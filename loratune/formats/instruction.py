@@ -23,7 +23,6 @@ class Instruction(Section):
     )
     output: str = Field("output", description="column with the answer that is trained")
     system: str = Field("system", description="column with a system prompt; empty or missing is fine")
-
     history: str = Field(
         "history", description="column with earlier turns, a list of pairs of question and answer; their answers are "
         "trained, too; empty or missing is fine",
