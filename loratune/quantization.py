@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loratune.errors import ModelError, Place, Problem, SetupError, listed
+from loratune.methods.lowrank import is_of_bitsandbytes
 from loratune.recipe import Fp4, Int8, Model, Nf4, Recipe, refused_over
 from loratune.report import size
 
@@ -70,9 +71,9 @@ def arguments(section: Model, dtype: torch.dtype, stored: str | None) -> dict[st
 def kind_of(model: Any) -> str:
     """Return what the layers of a loaded model hold: none, nf4, fp4, int8, or the name of another way."""
     for module in model.modules():
-        if _is(module, "Linear4bit"):
+        if is_of_bitsandbytes(module, "Linear4bit"):
             return str(module.weight.quant_type)
-        if _is(module, "Linear8bitLt"):
+        if is_of_bitsandbytes(module, "Linear8bitLt"):
             return "int8"
     packed = any(p.itemsize == 1 or not p.is_floating_point() for p in model.parameters())
     return (stored_as(model.config) or "few bits") if packed else "none"
@@ -93,7 +94,7 @@ def check(recipe: Recipe, kind: str) -> None:
 def compute_in(model: Any, dtype: torch.dtype) -> None:
     """Have 4-bit layers compute in a precision, whatever the files say."""
     for module in model.modules():
-        if _is(module, "Linear4bit"):
+        if is_of_bitsandbytes(module, "Linear4bit"):
             module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
@@ -111,7 +112,7 @@ def mend_on_cpu(model: Any, has_bf16: bool) -> None:
     Raises:
         ModelError: for such a layer.
     """
-    layers = {name: module for name, module in model.named_modules() if _is(module, "Linear4bit")}
+    layers = {name: module for name, module in model.named_modules() if is_of_bitsandbytes(module, "Linear4bit")}
     for module in layers.values():
         module.support_avx512bf16_for_cpu = False
     wrong = [f"{name} ({m.in_features})" for name, m in layers.items() if m.in_features % m.weight.blocksize]
@@ -158,9 +159,3 @@ def dequantized(model: Any) -> Any:
     plain = model.dequantize()
     plain._weight_conversions = None  # of its quantized files, which `save_pretrained` would try to write again
     return plain
-
-
-def _is(module: Any, name: str) -> bool:
-    """Return whether a module is bitsandbytes' layer of a name, without importing bitsandbytes for models without."""
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")

@@ -11,6 +11,7 @@ import transformers
 
 from loratune import merging, model, quantization
 from loratune.errors import ModelError
+from loratune.methods.lowrank import is_of_bitsandbytes
 from loratune.recipe import Int8, Model, Nf4, NoQuantization
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
@@ -80,7 +81,7 @@ def test_an_evaluation_does_not_change_gradients(stored: dict[str, Path]) -> Non
     with torch.no_grad():
         net(input_ids=ids)
     assert torch.equal(gradient(), before)
-    layers = [module for module in net.modules() if quantization._is(module, "Linear4bit")]
+    layers = [module for module in net.modules() if is_of_bitsandbytes(module, "Linear4bit")]
     assert layers
     # what makes the evaluation harmless on processors that have the kernel without a backward pass
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -26,9 +26,14 @@ def fits(layer: Any) -> bool:
     return (plain or _in_4_bits(layer)) and recompute.precision(layer) in (torch.float32, torch.bfloat16)
 
 
-def _in_4_bits(layer: Any) -> bool:
+def is_of_bitsandbytes(layer: Any, name: str) -> bool:
+    """Return whether a layer is bitsandbytes' of a name, without importing bitsandbytes for models that have none."""
     kind = type(layer)
-    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
+    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
+
+
+def _in_4_bits(layer: Any) -> bool:
+    return is_of_bitsandbytes(layer, "Linear4bit")
 
 
 def join(model: Any) -> None:
