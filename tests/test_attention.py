@@ -207,6 +207,28 @@ def test_a_kernel_that_rounds_otherwise_is_no_packing_that_mixes(monkeypatch: py
     assert "off when it is packed" in verdict(net, "rows"), "and a kernel that is further off is not taken"
 
 
+def test_other_products_round_a_row_in_a_pack_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack has more tokens than a row, so that other products are taken: as far off as the other kernel is right."""
+    net = made("Llama", {}, torch.bfloat16)
+    three = apart._rows(Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
+    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
+    real = apart._logits
+
+    def rounded(net: Any, objective: Any, rows: list[Row], *others: Any) -> tuple[torch.Tensor, bool]:
+        logits, drew = real(net, objective, rows, *others)
+        draw = torch.Generator().manual_seed(len(rows) if others[-1] == "packed" else 0)
+        return logits + far * logits.std() * torch.randn(logits.shape, generator=draw), drew
+
+    alone, _ = real(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
+    use(net, "rows")
+    monkeypatch.setattr(apart, "_logits", rounded)
+    found = {}
+    for far in (0.05, 0.2):
+        found[far] = apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, "half", "packed")
+    assert found[0.05] == ""
+    assert "off when it is packed" in found[0.2], "and what is further off than any kernel is refused"
+
+
 def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that forgets the first token of a row that is not the first: no row changes another, and all is wrong."""
     net = made("Llama", {}, torch.bfloat16)

@@ -69,7 +69,7 @@ def test_defaults() -> None:
         (
             "optimizer",
             "adafactor",
-            {"type": "adafactor", "lr": 1e-2, "beta2_decay": -0.8, "clip": 1.0, "weight_decay": 0.0},
+            {"type": "adafactor", "lr": 1e-3, "relative": False, "beta2_decay": -0.8, "clip": 1.0, "weight_decay": 0.0},
         ),
         ("train.schedule", "constant", {"type": "constant"}),
         ("train.schedule", "linear", {"type": "linear", "floor": 0.0}),
@@ -153,7 +153,7 @@ def test_settings(setting: str, get: Any, expected: Any) -> None:
     ("text", "setting", "section"),
     [
         ("objective: sft\n", "objective.label_smoothing=0.1", {"type": "sft", "label_smoothing": 0.1, "neftune": 0.0}),
-        ("optimizer: adafactor\n", "optimizer.clip=2.0", {"type": "adafactor", "lr": 1e-2, "beta2_decay": -0.8, "clip": 2.0, "weight_decay": 0.0}),
+        ("optimizer: adafactor\n", "optimizer.clip=2.0", {"type": "adafactor", "lr": 1e-3, "relative": False, "beta2_decay": -0.8, "clip": 2.0, "weight_decay": 0.0}),
         ("method: &m lora\nobjective: sft\n", "method.r=4", {**DEFAULTS["method"], "r": 4}),
     ],
 )  # fmt: skip

@@ -519,3 +519,15 @@ def test_a_packed_full_model_is_saved_with_its_own_attention(fit: Fit):
     done = fit(method={"type": "full"}, optimizer={"type": "adamw", "lr": 1e-3}, data={"packing": "on"})
     assert "loratune" not in (done.folder / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(done.folder).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("relative", "moved"), [(False, 1e-3), (True, 1e-6)])
+def test_adafactor_moves_a_matrix_of_zeros(relative: bool, moved: float) -> None:
+    """LoRA's B starts at zero: by steps relative to its scale it would take thousands to learn anything."""
+    from loratune.optimizers import Adafactor
+
+    b = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = Adafactor(lr=1e-3, relative=relative).build([("lora_B", b)], "cpu")
+    b.grad = torch.ones_like(b)
+    optimizer.step()
+    assert float(b.detach().abs().mean()) == pytest.approx(moved, rel=0.01)
