@@ -6,12 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, tokenizerfiles
-
-PROCESSORS = (
-    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json", "feature_extractor_config.json",
-)  # fmt: skip
+from loratune import configs, runfiles, tokenizerfiles
 
 
 def complete(
@@ -30,7 +25,7 @@ def complete(
     """
     configs.write_config(target, base, config, dtype)
     tokenizerfiles.write(target, source or base, tokenizer, alone=False)
-    copied = [*PROCESSORS, *(file.name for file in base.glob("*.py") if trust)]
+    copied = [*runfiles.PROCESSORS, *(file.name for file in base.glob("*.py") if trust)]
     for name in copied:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)

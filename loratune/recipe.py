@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune import decode, files, nodes
+from loratune import decode, files, nodes, runfiles
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.foreign import FOREIGN
 from loratune.formats import Auto, Format
@@ -410,13 +410,39 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         problems.append(
             Problem(f"`{shorten(recipe.output)}` can't be the run folder", tree.place("output"), "name a new folder")
         )
-    return recipe.model_copy(
+    whole = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": base}),
             "data": recipe.data.model_copy(update=data),
             "output": os.path.normpath(output),
         }
     )
+    if "\0" not in recipe.output:
+        problems += _overlaps(whole, tree.place("output"))
+    return whole
+
+
+def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
+    """Yield what the run folder has in common with an input of the recipe, whose paths are absolute.
+
+    A run would write into a base, delete it under --overwrite, or read its own files as rows the next time.
+    """
+    output = Path(recipe.output)
+    hint = "name another folder for the run"
+    shown = shorten(str(output), 400)
+    if os.path.isabs(recipe.model.base) and (how := runfiles.meets(Path(recipe.model.base), output)):
+        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "lies in the run folder"}[how]
+        why = "nothing is written into a base" if how != "lies in" else "a base stays apart from what a run writes"
+        yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {told} {shown}: {why}", place, hint)
+    for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
+        for source in sources:
+            if os.path.isabs(source.path) and runfiles.is_read(Path(source.path), output):
+                told = f"`data.{key}` {shorten(source.path, 400)} stands for files that a run writes into {shown}"
+                yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
+    template = recipe.data.chat_template or ""
+    if os.path.isabs(template) and runfiles.is_read(Path(template), output):
+        told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"
+        yield Problem(told, place, f"{hint}, or keep the template in a file of its own")
 
 
 def _find(value: str, folder: Path) -> tuple[Path, bool]:

@@ -11,16 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, fingerprint, guard
+from loratune import configs, fingerprint, guard, runfiles
 
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 _OLD_TEMPLATE = "chat_template.json"  # of processors, in older models
-_NAMES = (
-    CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "vocab.bpe",
-    "encoder.json", "merges.txt", "tekken.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.spm",
-)  # fmt: skip
-_TEMPLATES = (TEMPLATE, _OLD_TEMPLATE, f"{TEMPLATES}/*.jinja")
-PATTERNS = (*_NAMES, *_TEMPLATES)
+PATTERNS = (*runfiles.TOKENIZER, *runfiles.TEMPLATES)
 
 
 def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
@@ -33,13 +28,13 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
         alone: whether no config.json lies beside them, which may tell the kind of a tokenizer.
     """
     clear(target)
-    if not any(_found(source, _NAMES)):
+    if not any(_found(source, runfiles.TOKENIZER)):
         tokenizer.save_pretrained(target)
         configs.for_older_readers(target)
         return
     own = template_of(source)
     changed = _normal(tokenizer.chat_template) != own
-    for file in _found(source, _NAMES if changed else PATTERNS):
+    for file in _found(source, runfiles.TOKENIZER if changed else PATTERNS):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, place)

@@ -77,7 +77,7 @@ LEVELS = (
     ),
     ("recipe",),
     ("methods", "formats", "objectives", "optimizers", "schedules"),
-    ("decode", "nodes", "section", "sharing", "foreign", "templates"),
+    ("decode", "nodes", "section", "sharing", "foreign", "templates", "runfiles"),
     ("errors", "secrecy", "streams", "garbage", "files"),
 )
 APART = {"methods", "formats", "objectives", "optimizers", "schedules"}  # these never import each other

@@ -1,0 +1,101 @@
+"""What a run writes into its folder, by name, and which inputs of a recipe would meet it there.
+
+Whatever has another name is somebody's, and stays: it is neither overwritten nor taken away.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+CHECKPOINTS, MANIFEST = "checkpoints", "MANIFEST.json"
+RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl")  # of every run, from its beginning
+PAPERS = ("README.md", "loss.svg")  # of a finished one
+PREDICTIONS = "predictions.jsonl"
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+TOKENIZER = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "vocab.bpe", "encoder.json", "merges.txt", "tekken.json", "tokenizer.model*", "*.model",
+    "*.tiktoken", "*.spm",
+)  # fmt: skip
+PROCESSORS = (
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+)  # fmt: skip
+TRAINED = (
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
+    "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json", "loratune.json",
+)  # fmt: skip
+STATE = ("optimizer.safetensors", "optimizer.json", "state.json")  # of a checkpoint, beside what is trained
+
+_PREDICTIONS = re.compile(r"predictions(-step-\d+)?\.jsonl")
+_LEFT = re.compile(r"\.(staging|trash)-.+-[0-9a-f]{8}|\.replaced-(step-\d+|final)")
+
+
+def is_predictions(name: str) -> bool:
+    """Return whether an evaluation of a run or of a checkpoint gives its file this name."""
+    return bool(_PREDICTIONS.fullmatch(name))
+
+
+def is_left_over(name: str) -> bool:
+    """Return whether a file or folder is named as one that was being written, put aside or deleted at a kill."""
+    return bool(_LEFT.fullmatch(name))
+
+
+def is_result(name: str) -> bool:
+    """Return whether the final files of a run may have this name, relative to its folder."""
+    patterns = (MANIFEST, *TRAINED, *TOKENIZER, *TEMPLATES, *PROCESSORS, *PAPERS)
+    return any(PurePosixPath(name).match(pattern) for pattern in patterns if pattern.count("/") == name.count("/"))
+
+
+def is_written(name: str) -> bool:
+    """Return whether a run, or an evaluation of one, may write a file of this name, relative to its folder."""
+    first = name.split("/")[0]
+    ours = first == CHECKPOINTS or name in RECORDS or name == ".lock"
+    return ours or is_predictions(name) or is_left_over(first) or is_result(name)
+
+
+def meets(path: Path, output: Path) -> str | None:
+    """Return how a file or folder lies to a run folder, links followed: `is`, `holds`, `lies in`, or None."""
+    given, run = Path(os.path.realpath(path)), Path(os.path.realpath(output))
+    if given == run or _same(given, run):
+        return "is"
+    if any(_same(given, above) for above in run.parents):
+        return "holds"
+    return "lies in" if any(_same(run, above) for above in given.parents) else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Return whether two paths are one place, also where upper and lower case are the same or it is mounted twice."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def is_read(source: Path, output: Path) -> bool:
+    """Return whether rows from a file, folder or glob would be read from files that a run writes into its folder."""
+    if not glob.has_magic(str(source)) or source.exists():
+        how = meets(source, output)
+        return how in ("is", "holds") or (how == "lies in" and _is_of_run(source, output))
+    names = [f"{PREDICTIONS}", *RECORDS, f"{CHECKPOINTS}/step-000001/state.json", "README.md", "tokenizer.json"]
+    whole = PurePosixPath(os.path.normpath(source)).parts
+    places = {Path(os.path.abspath(output)), Path(os.path.realpath(output))}
+    return any(_matches((place / name).parts, whole) for place in places for name in names)
+
+
+def _is_of_run(path: Path, output: Path) -> bool:
+    return is_written(Path(os.path.relpath(os.path.realpath(path), os.path.realpath(output))).as_posix())
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Return whether a path matches a pattern as of `glob`, part by part; `**` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1)) or len(pattern) == 1
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
