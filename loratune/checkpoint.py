@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratune import lock, states, storage
-from loratune.errors import Place, Problem, RunFolderError, StorageError
-
-_OURS = re.compile(r"\.lock|\.(staging|trash|replaced)-.+")  # what a run leaves that was killed early
+from loratune import lock, outputs, runfiles, states, storage
+from loratune.errors import Place, Problem, RunFolderError, StorageError, listed
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,9 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     saved = _all(folder)
     if known is None and not (resume and saved) and folder.exists() and not _is_bare(folder):
         raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
+    if foreign := _foreign(folder):
+        told = f"{listed(foreign)} in this run folder was not written by the run, which would overwrite it"
+        raise RunFolderError(Problem(told, Place(str(folder)), "move it away, or give another `output`"))
     if resume or overwrite:
         return
     if known == "complete":
@@ -114,36 +112,69 @@ def _is_bare(folder: Path) -> bool:
     """Return whether a folder is empty, or a run that was killed before it began."""
 
     def ours(path: Path) -> bool:
-        return bool(_OURS.fullmatch(path.name)) or (path.name == "checkpoints" and not any(path.iterdir()))
+        if path.name == "checkpoints":
+            return path.is_dir() and not any(path.iterdir())
+        return path.name == lock.NAME or runfiles.is_left_over(path.name)
 
     return folder.is_dir() and all(ours(path) for path in folder.iterdir())
 
 
-def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> None:
+def _foreign(folder: Path) -> list[str]:
+    """Return files that have a name of the results of a run, and that no manifest says to be of one."""
+    own = storage.own(folder)
+    places = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
+    names = [place.relative_to(folder).as_posix() for place in places]
+    return sorted(name for name in names if runfiles.is_result(name) and name not in own)
+
+
+def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> list[str]:
     """Write run.json, and take away what an earlier run left in the folder, unless it is resumed.
+
+    Only what a run wrote is taken away, and no link is followed.
+
+    Returns:
+        A line about each thing that lay among it and stays.
 
     Raises:
         StorageError: when it can't be written.
     """
     # first of all: whoever comes after a kill must not take half an old run for a whole one
     storage.write_json(folder / "run.json", {**facts, "status": "running"})
+    kept: list[str] = []
     try:
         if not resume:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for file in _of_the_run_before(folder):
-                file.unlink()
+            kept = _start_over(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "ledger.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(Problem(f"the run folder can't be made: {error.strerror}", Place(str(folder)))) from None
+    return kept
 
 
-def _of_the_run_before(folder: Path) -> set[Path]:
-    """Return the files of a finished or evaluated run, which would be taken for those of the one that begins."""
-    patterns = ("metrics.jsonl", "loss.svg", "README.md", storage.MANIFEST, "predictions.jsonl",
-                "predictions-step-*.jsonl", "*.safetensors*", "*config.json", "loratune.json")  # fmt: skip
-    named = {folder / name for name in storage.files_of(folder) if (folder / name).is_file()}
-    return named | {file for pattern in patterns for file in folder.glob(pattern)}
+def _start_over(folder: Path) -> list[str]:
+    """Take away the files of a run, which would be taken for those of the one that begins."""
+    written = {folder / name for name in storage.own(folder)} | {folder / "metrics.jsonl"}
+    written |= {file for file in folder.glob("predictions*.jsonl") if outputs.is_of_evaluation(file)}
+    for file in sorted(written, key=lambda one: one.name == storage.MANIFEST):  # last: it names the others
+        file.unlink(missing_ok=True)
+    saved, kept = folder / "checkpoints", []
+    if saved.is_symlink():
+        where = saved.readlink()
+        saved.unlink()
+        return [f"`checkpoints` was a link to {where}: what lies there stays, and the new run has a folder of its own"]
+    for place in (*_all(folder), saved / "final"):
+        if place.is_symlink():
+            place.unlink()
+        elif place.is_dir() and (rest := storage.discard(place)):
+            kept.append(_told_of_rest(place, rest))
+    for place in [*saved.glob(".quarantine/step-*")]:
+        storage.take_away(place)
+    storage.sweep(saved)
+    return kept
+
+
+def _told_of_rest(folder: Path, rest: Path) -> str:
+    return f"{folder.name} held more than its run wrote: that stays, in {rest.relative_to(folder.parent.parent)}"
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -212,16 +243,9 @@ def newest(run: Path) -> Found | None:
 
 def _quarantine(folder: Path, wrong: str) -> str:
     """Move a bad checkpoint out of the way; return what to tell about it."""
-    place = folder.parent / ".quarantine" / folder.name
-    number = 1
-    while place.exists():
-        number += 1
-        place = place.with_name(f"{folder.name}-{number}")
-    with suppress(OSError):
-        place.parent.mkdir(exist_ok=True)
-        folder.rename(place)
-        return f"{folder.name} {wrong}: not used, moved to {place.relative_to(folder.parent.parent)}"
-    return f"{folder.name} {wrong}: not used"
+    place = storage.set_apart(folder, folder.name)
+    moved = f", moved to {place.relative_to(folder.parent.parent)}" if place else ""
+    return f"{folder.name} {wrong}: not used{moved}"
 
 
 def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
@@ -233,14 +257,17 @@ def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
     states.set_random_state(state["random"][process % len(state["random"])])
 
 
-def rotate(run: Path, keep: int, progress: Progress) -> None:
+def rotate(run: Path, keep: int, progress: Progress) -> list[str]:
     """Delete all but the newest `keep` checkpoints; the one just saved stays, and so does the best one.
+
+    Returns:
+        A line about each that held something else, which stays.
 
     Raises:
         StorageError: when one can't be taken away.
     """
     last, best = path_of(run, progress.step), path_of(run, progress.best_step or progress.step)
     found = _all(run)
-    for folder in found[:-keep]:
-        if folder not in (last, best):
-            storage.discard(folder)
+    old = [folder for folder in found[:-keep] if folder not in (last, best)]
+    rests = [(folder, storage.discard(folder)) for folder in old]
+    return [_told_of_rest(folder, rest) for folder, rest in rests if rest]

@@ -139,7 +139,8 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
 def open_folder(job: Job, progress: Progress, resume: bool) -> None:
     """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
     if job.first:
-        checkpoint.make_run(job.folder, job.facts, resume)
+        for line in checkpoint.make_run(job.folder, job.facts, resume):
+            job.report.problem(line)
         if resume:
             job.report.go_on_from(progress.step, evaluated=not progress.pending)
         storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
@@ -168,7 +169,8 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
             job.folder, progress, write, job.optimizer,
             job.accelerator.scaler, everybody, about(job),
         )  # fmt: skip
-        checkpoint.rotate(job.folder, job.recipe.train.keep, progress)
+        for line in checkpoint.rotate(job.folder, job.recipe.train.keep, progress):
+            job.report.problem(line)
     job.accelerator.wait_for_everyone()
     return progress
 

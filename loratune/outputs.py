@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 
-from loratune import files, storage
+from loratune import files, runfiles, storage
 from loratune.errors import Place, Problem, UsageError
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS = runfiles.PREDICTIONS
 _STEP = re.compile(r"step-\d+")
 _MARKS = {"place", "prompt", "reference"}  # of each line of a file of predictions
 
@@ -80,6 +80,11 @@ def _kind(folder: Path) -> str | None:
         return "a checkpoint"
     config = storage.read_json(folder / "config.json")
     return "a base model" if "model_type" in config or "architectures" in config else None
+
+
+def is_of_evaluation(path: Path) -> bool:
+    """Return whether a file in a run folder is one that an evaluation wrote there: by its name and its first line."""
+    return runfiles.is_predictions(path.name) and path.is_file() and _are_predictions(path)
 
 
 def _are_predictions(path: Path) -> bool:

@@ -52,6 +52,11 @@ def is_result(name: str) -> bool:
     return any(PurePosixPath(name).match(pattern) for pattern in patterns if pattern.count("/") == name.count("/"))
 
 
+def is_saved(name: str) -> bool:
+    """Return whether a checkpoint, or the final files beside it, may have a file of this name."""
+    return name in STATE or (is_result(name) and name not in PAPERS)
+
+
 def is_written(name: str) -> bool:
     """Return whether a run, or an evaluation of one, may write a file of this name, relative to its folder."""
     first = name.split("/")[0]

@@ -18,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loratune import files
+from loratune import files, runfiles
 from loratune.errors import Place, Problem, StorageError
 from loratune.secrecy import redact
 from loratune.section import is_inside
 
 SCHEMA = 2
-MANIFEST = "MANIFEST.json"
+MANIFEST = runfiles.MANIFEST
+_APART = ".quarantine"  # where in `checkpoints` a folder lies that is no checkpoint any more
 _NO_SEAL = "0" * 64
 _MARGIN = 64 * 1024  # bytes: folders, and blocks that are not full
 
@@ -139,32 +140,35 @@ def _move(staging: Path, target: Path, replace: bool) -> None:
         staging.rename(target)  # over an empty folder too
         return
     aside = target.with_name(f".replaced-{target.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
+    take_away(aside)
     target.rename(aside)
     try:
         staging.rename(target)
     except OSError:
         aside.rename(target)
         raise
-    _forget(aside)
+    take_away(aside)
 
 
 def sweep(folder: Path) -> None:
     """Clear up what a killed process left in a folder: half-written files go, a folder put aside comes back."""
-    for aside in folder.glob(".replaced-*"):
-        target = aside.with_name(aside.name.removeprefix(".replaced-"))
-        if target.exists():
-            _forget(aside)
-        else:
-            aside.rename(target)
-    for pattern in (".staging-*", ".trash-*"):
-        for left in folder.glob(pattern):
+    for left in [file for file in folder.glob(".*") if runfiles.is_left_over(file.name)]:
+        target = left.with_name(left.name.removeprefix(".replaced-"))
+        if left.name.startswith(".staging-"):
             _forget(left)
+        elif target == left:
+            take_away(left, left.name.removeprefix(".trash-")[:-9])
+        elif target.exists():
+            take_away(left)
+        else:
+            left.rename(target)
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder: by a rename first, so that half a folder is never taken for a whole one.
+def discard(folder: Path) -> Path | None:
+    """Delete a checkpoint: by a rename first, so that half a folder is never taken for a whole one.
+
+    Returns:
+        Where it lies now with what was not written with it, or None when it is gone.
 
     Raises:
         StorageError: when it can't be renamed.
@@ -174,7 +178,55 @@ def discard(folder: Path) -> None:
         folder.rename(trash)
     except OSError as error:
         raise StorageError(Problem(f"can't be deleted: {error.strerror}", Place(str(folder)))) from None
-    _forget(trash)
+    return take_away(trash, folder.name)
+
+
+def take_away(folder: Path, name: str | None = None) -> Path | None:
+    """Delete the files that were written into a folder, and the folder where nothing else lies in it.
+
+    A link is taken away, and never followed. What can't be deleted lies there until the next start.
+
+    Args:
+        folder: with a manifest; where it is damaged or not there yet, its files are known by their names.
+        name: under which the rest is put into `.quarantine`; None: it stays where it is.
+
+    Returns:
+        Where the rest lies, or None when nothing is left.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        _forget(folder)
+        return None
+    named = set(files_of(folder))
+    for place, folders, names in os.walk(folder, topdown=False):  # follows no links
+        with contextlib.suppress(OSError):
+            for file in sorted(names, key=lambda one: one == MANIFEST):  # last: it names the others
+                path = Path(place, file)
+                known = path.relative_to(folder).as_posix()
+                if known == MANIFEST or (known in named if named else runfiles.is_saved(known)):
+                    path.unlink()
+            for inner in folders:
+                if not Path(place, inner).is_symlink() and not any(Path(place, inner).iterdir()):
+                    Path(place, inner).rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if not folder.exists() or name is None:
+        return folder if folder.exists() else None
+    return set_apart(folder, name) or folder
+
+
+def set_apart(folder: Path, name: str) -> Path | None:
+    """Move a folder of `checkpoints` into `.quarantine`; return where it lies then, or None if it stays."""
+    place = folder.parent / _APART / name
+    number = 1
+    while os.path.lexists(place):
+        number += 1
+        place = place.with_name(f"{name}-{number}")
+    try:
+        place.parent.mkdir(exist_ok=True)
+        folder.rename(place)
+    except OSError:
+        return None
+    return place
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
@@ -186,22 +238,31 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         StorageError: when anything can't be written.
     """
     staging = folder / "checkpoints" / "final"
+    before = own(folder)
     commit(staging, write, about)
-    before, now = set(files_of(folder)), {file.name for file in staging.iterdir()}
+    now = set(files_of(staging))
     try:
+        for name in sorted(before - now - {MANIFEST}):
+            (folder / name).unlink(missing_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # from here on it would speak of other files
-        for name in before - now:
-            if (folder / name).is_file():
-                (folder / name).unlink()
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == MANIFEST):
-            place = folder / file.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            file.replace(place)
-        staging.rmdir()
+        for name in (*sorted(now), MANIFEST):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (staging / name).replace(folder / name)
+        take_away(staging)
         _fsync(folder)
     except OSError as error:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
+
+
+def own(folder: Path) -> set[str]:
+    """Return the final files of a run folder that a run wrote, also where a kill met it as it put them there."""
+    named = {*files_of(folder), *files_of(folder / "checkpoints" / "final")}
+    known = (folder / MANIFEST).is_file() and {MANIFEST, *runfiles.PAPERS}
+    return {name for name in {*named, *(known or ())} if _is_there(folder / name)}
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
 
 
 def files_of(folder: Path) -> list[str]:
@@ -281,7 +342,7 @@ def _beside(path: Path, what: str) -> Path:
 
 def _forget(path: Path) -> None:
     """Delete a file or folder; where that can't be done it lies there until the next start sweeps it up."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -100,8 +100,9 @@ def test_target_modules_are_sorted(fit: Fit) -> None:
 
 def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(fit: Fit) -> None:
     run = fit().folder
-    for name in ("predictions.jsonl", "predictions-step-000001.jsonl", "note-of-mine.txt"):
-        (run / name).write_text("old")
+    for name in ("predictions.jsonl", "predictions-step-000001.jsonl"):
+        (run / name).write_text('{"place": "x:1", "prompt": "a", "reference": "b"}\n')
+    (run / "note-of-mine.txt").write_text("mine")
     shutil.copy(run / "tokenizer.json", run / "merges.txt")
     manifest = json.loads((run / "MANIFEST.json").read_text())
     manifest["files"] |= {"merges.txt": {}, "../outside.txt": {}}  # of another tokenizer

@@ -274,7 +274,7 @@ def test_what_is_replaced_comes_back_when_the_rename_fails(tmp_path: Path, monke
     assert (target / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     target.rename(tmp_path / ".replaced-step-000001")  # killed between the two renames
-    (tmp_path / ".staging-step-000001-0").mkdir()
+    (tmp_path / ".staging-step-000001-0123abcd").mkdir()
     storage.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
