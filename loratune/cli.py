@@ -157,8 +157,10 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import inspecting, storage
+    from loratune import inspecting, outputs, storage
 
+    if html is not None:
+        outputs.check_page(html)
     shown = inspecting.inspect(
         loratune.load_recipe(recipe, set_), row=row, random=random, number=number, trust_remote_code=trust_remote_code
     )

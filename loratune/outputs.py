@@ -11,6 +11,7 @@ from loratune.errors import Place, Problem, UsageError
 
 PREDICTIONS = runfiles.PREDICTIONS
 _STEP = re.compile(r"step-\d+")
+_PAGE = b'<meta name="generator" content="loratune">'  # of each page that `inspect` writes
 _MARKS = {"place", "prompt", "reference"}  # of each line of a file of predictions
 
 
@@ -57,6 +58,21 @@ def predictions(name: str, out: Path | None, base: str) -> Path:
                     "name another file with --out")
         )  # fmt: skip
     return path
+
+
+def check_page(path: Path) -> None:
+    """Check that a page may be written: where nothing lies, or an empty file or an earlier page.
+
+    Raises:
+        UsageError: when something else lies there, or it leads into a checkpoint, a base or the hub's cache.
+    """
+    check(path, "--html")
+    if path.is_file():
+        with files.opened(path) as stream:
+            start = stream.read(1000)
+        if start and _PAGE not in start:
+            told = "holds something else than a page of `inspect`, and is not overwritten"
+            raise UsageError(Problem(told, Place(str(path)), "name another file with --html"))
 
 
 def _by_default(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import tempfile
 import time
 import weakref
@@ -28,6 +28,7 @@ from loratune.errors import Place, Problem, StorageError
 
 BATCH = 1 << 20  # tokens of an Arrow batch
 _FILES = ("rows.arrow", "ledger.jsonl")
+_NAME = re.compile(r"[0-9a-f]{32}|\.[a-z0-9_]{8}")  # the hash of its rows, or of `mkdtemp`
 UNUSED = 30 * 86400  # seconds after which a folder nobody asked for is taken away
 _SCHEMA = pa.schema(
     {
@@ -110,17 +111,17 @@ class Writer:
                     os.fsync(stream.fileno())
             target = self.folder.parent / name
             if target.exists() and not _is_whole(target):
-                shutil.rmtree(target)
+                _remove(target)
             if not target.exists():  # else another process was faster
                 self.folder.rename(target)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
         return Store(target)
 
     def discard(self) -> None:
         """Take the folder away; what its disk did not take is no matter any more."""
         with suppress(OSError):
             self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def _close(self) -> None:
         if not self._file.closed:
@@ -150,7 +151,7 @@ class Store:
         ]
         self.lengths, self.trained, self.weights, self.contents, self.records = columns
         if passing:
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            weakref.finalize(self, _remove, folder)
 
     def row(self, number: int) -> Row:
         """Return a row: a copy, so that a reader may write to it."""
@@ -265,12 +266,22 @@ def _digest(file: Path) -> str:
 
 
 def _tidy(parent: Path) -> None:
-    """Take away what nobody asked for in a month, and what a killed process left a day ago."""
+    """Take away what nobody asked for in a month, and what a killed process left a day ago; nothing of another name."""
     for folder in parent.iterdir():
+        if folder.is_symlink() or not folder.is_dir() or not _NAME.fullmatch(folder.name):
+            continue
         used = folder / "about.json"
         age = time.time() - (used if used.exists() else folder).stat().st_mtime
         if age > (86400 if folder.name.startswith(".") else UNUSED):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete the files that are written into a folder of rows, and the folder where nothing else lies in it."""
+    with suppress(OSError):
+        for name in (*_FILES, "about.json"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 @contextmanager

@@ -75,6 +75,12 @@ def test_command(path: Path, tmp_path: Path) -> None:
     page = CliRunner().invoke(app, ["inspect", str(path), "--html", str(tmp_path / "page.html")])
     assert page.stdout.strip() == str(tmp_path / "page.html")
     assert "row 3" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    again = CliRunner().invoke(app, ["inspect", str(path), "--html", str(tmp_path / "page.html")])
+    assert again.exit_code == 0
+    before = path.read_bytes()
+    mistaken = CliRunner().invoke(app, ["inspect", str(path), "--html", str(path)])
+    assert "is not overwritten" in str(mistaken.exception)
+    assert path.read_bytes() == before
 
 
 CODE = """

@@ -142,6 +142,7 @@ def test_the_code_that_decides_is_named() -> None:
     sections = {
         "secrecy",
         "recipe",
+        "runfiles",
         "decode",
         "nodes",
         "foreign",
@@ -215,10 +216,14 @@ def test_a_file_that_is_written_to_while_it_is_read(source: Source, cache: Path)
 def test_what_nobody_asks_for_goes_after_a_month(source: Source, tmp_path: Path, cache: Path) -> None:
     load(source)
     (old,) = cache.iterdir()
-    left = cache / ".left-by-a-killed-process"
+    left = cache / ".ab_cd123"  # by a killed process
     left.mkdir()
+    photos = cache / "photos"  # in a folder that was named as the cache by mistake
+    photos.mkdir()
+    (photos / "ledger.jsonl").write_text("mine")
     now = time.time()
     os.utime(left, (now, now - 2 * 86400))
+    os.utime(photos, (now, now - 99 * 86400))
     os.utime(old / "about.json", (now, now - 29 * 86400))
     other = Source(path=str(tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chats(3, seed=7))))
     load(other)
@@ -231,6 +236,7 @@ def test_what_nobody_asks_for_goes_after_a_month(source: Source, tmp_path: Path,
     os.utime(old / "about.json", (now, now - 31 * 86400))
     load(other, max_length=101)
     assert not old.exists()
+    assert (photos / "ledger.jsonl").read_text() == "mine"
 
 
 def test_when_no_folder_can_be_written(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
