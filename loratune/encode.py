@@ -106,6 +106,15 @@ class Encoder:
     # What follows is made with the first text: rows found in the cache need none of it.
 
     @cached_property
+    def _markers(self) -> tuple[str, ...]:
+        """The texts of the special tokens, that of BOS apart: it begins a text and ends none."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        kept = (index for index in self.special if index != bos or index == eos)
+        return tuple(
+            sorted((str(self.tokenizer.convert_ids_to_tokens(index)) for index in kept), key=len, reverse=True)
+        )
+
+    @cached_property
     def _backend(self) -> Any:
         """The tokenizer without its post-processor, which would trim white space off the offsets and add tokens."""
         from tokenizers import Tokenizer, processors
@@ -187,7 +196,7 @@ class Encoder:
 
     def _draft(self, example: Example) -> _Draft:
         if isinstance(example, Conversation):
-            text, spans = self.turns.spans(example)
+            text, spans = self.turns.ended(example, *self.turns.spans(example), self._markers)
             return _Draft(example, (text,), tuple(spans))
         texts = tuple(text for text, _ in example.segments)
         return _Draft(example, texts if self._divisible else ("".join(texts),))

@@ -2,8 +2,9 @@
 
 It is read off the model's own chat template: the render of the messages before a turn (with the generation prompt) must
 be a prefix of the render with the turn, and the turn is the difference. A template that marks the turns itself with
-`{% generation %}` is believed where that does not contradict it. Where no answer is certain the row is refused, never
-guessed.
+`{% generation %}` is believed where that does not contradict it. A prompt that opens a thought which the template then
+leaves out of the turn is not such a prefix: there the turn begins where both part. Where no answer is certain the row
+is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from loratune.formats import Conversation, RowError
 
 Span = tuple[int, int]  # characters: [start, end)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_TAGS = re.compile(r"<[^<>\s]*>(?:thought\b)?")  # what a prompt opens or closes a thought with
+_ASKS, _SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "c", "arguments": {"d": "e"}}}
+_CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_TOLD = {"role": "tool", "content": "f", "name": "c", "tool_call_id": "call00001"}
 
 
 def _placeholder(index: int) -> str:
@@ -174,26 +182,92 @@ class Turns:
                 raise RowError("messages[0]", "is the assistant's: there is nothing it answers")
             before = self._render(example.messages[:index], example.tools, prompt=True)
             after = self._render(example.messages[: index + 1], example.tools)
-            if not after.startswith(before):
+            start = len(before) if after.startswith(before) else self._parting(example, index, before, after)
+            if start is None:
                 raise RowError(
                     f"messages[{index}]",
                     "can't be masked: the chat template does not put it behind the prompt it writes for an answer",
                 )
-            _check_shown(example.messages[index], index, after[len(before) :])
+            _check_shown(example.messages[index], index, after[start:])
             if not text.startswith(after):
                 raise LaterTurnsChangeIt(
                     f"messages[{index}]", "can't be masked: the chat template renders it differently when others follow"
                 )
-            found.append((len(before), len(after)))
+            found.append((start, len(after)))
         return text, found
 
+    def _parting(self, example: Conversation, index: int, before: str, after: str) -> int | None:
+        """Return where a turn begins whose prompt opens a thought that the template leaves out of the turn, or None.
+
+        Both must go on from the messages before with the same header, and beside it the prompt may hold nothing but
+        tags of thoughts, nor the turn anything else before its words.
+        """
+        bare = self._render(example.messages[:index], example.tools)
+        common = _common(before, after)
+        start = len(common)
+        while start > len(bare) and not (common[start - 1].isspace() or common[start - 1] in ">]"):
+            start -= 1  # no tag is cut in two
+        if (
+            not common.startswith(bare)
+            or not common[len(bare) : start].strip()
+            or _TAGS.sub("", before[start:]).strip()
+        ):
+            return None
+        message = example.messages[index]
+        said = [message.get(name) for name in (*_THOUGHTS, "content")]
+        found = [after.find(words.strip(), start) for words in said if isinstance(words, str) and words.strip()]
+        found = [place for place in found if place >= 0]
+        if not found:  # a call alone: how it begins is the template's own
+            return start if message.get("tool_calls") else None
+        return None if _TAGS.sub("", after[start : min(found)]).strip() else start
+
+    def ended(
+        self, example: Conversation, text: str, spans: Sequence[Span], special: Iterable[str]
+    ) -> tuple[str, list[Span]]:
+        """Return a render and its spans, those without an end of their own up to and with the marker that follows.
+
+        Some templates write nothing behind a turn: it ends where the next role's marker begins, and a model must write
+        that marker to stop. The last turn of a row gets the one that the template writes before the next question (or
+        before the result of a call).
+
+        Args:
+            example: that was rendered.
+            text: its render.
+            spans: of the trained turns.
+            special: texts of the special tokens, the longest first.
+        """
+        markers, found = tuple(special), []
+        for start, end in spans:
+            if not text[start:end].rstrip().endswith(markers):
+                if end == len(text):
+                    text += self._next_marker(bool(example.messages[-1].get("tool_calls")), markers)
+                end += len(_first(text[end:], markers))
+            found.append((start, end))
+        return text, found
+
+    def _next_marker(self, called: bool, markers: Sequence[str]) -> str:
+        """Return the special token that the template writes directly behind a last turn when another follows, or ""."""
+        said, following = ((_ASKS, _CALLS), _TOLD) if called else ((_ASKS, _SAYS), _ASKS)
+        try:
+            short, long = self._render(said, None), self._render((*said, following), None)
+        except RowError:
+            return ""
+        return _first(long[len(short) :], markers) if long.startswith(short) else ""
+
     def _check_tools(self, example: Conversation, text: str) -> None:
-        if example.tools and text == self._render(example.messages, None):
+        if example.tools and text == self._render_or_none(example.messages):
             raise RowError("tools", "are not shown by the chat template: the model would never see them")
         for index, tool in enumerate(example.tools or ()):
             name = tool.get("function", tool).get("name")
             if isinstance(name, str) and name not in text:
                 raise RowError(f"tools[{index}]", f"`{name}` is not shown by the chat template")
+
+    def _render_or_none(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """Return messages rendered without tools; None where the template asks for some."""
+        try:
+            return self._render(messages, None)
+        except RowError:
+            return None
 
     def _marked(self, example: Conversation) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -209,27 +283,38 @@ class Turns:
         except Exception as error:  # a template is code from elsewhere: it can raise anything
             raise _refused(error) from None
         spans = [(start, end) for start, end in marks[0] if end > start]
-        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if len(spans) != len(turns):
-            raise RowError("", f"the chat template marks {len(spans)} turns as generated, the row has {len(turns)}")
         self._check_tools(example, texts[0])
-        marked = [(index, span) for index, span in zip(turns, spans, strict=True) if example.trained[index]]
-        self._cross_check(example, texts[0], marked)
-        for index, (start, end) in marked:
+        found = self._of_turns(example, texts[0], spans)
+        for index, (start, end) in found:
             _check_shown(example.messages[index], index, texts[0][start:end])
-        return texts[0], [span for _, span in marked]
+        return texts[0], [span for _, span in found]
 
-    def _cross_check(self, example: Conversation, text: str, marked: list[tuple[int, Span]]) -> None:
-        """Hold a template's own marks against the prefix difference, where that gives an answer."""
+    def _of_turns(self, example: Conversation, text: str, marked: list[Span]) -> list[tuple[int, Span]]:
+        """Return the trained messages with the spans a template marks in them, held against the prefix difference.
+
+        The marks of a turn may be several that follow each other directly, and may begin in the prompt; what stands in
+        the prompt is not trained. Without a prefix difference there must be one for each turn.
+        """
+        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
         try:
             _, derived = self._by_prefix(example)
         except LaterTurnsChangeIt:  # marked, but not as the model will have to write it
             raise
         except RowError:
-            return
-        for (index, (start, end)), (first, last) in zip(marked, derived, strict=True):
-            if text[first:start].strip() or not first <= start <= end <= last:
+            if len(marked) != len(turns):
+                told = f"the chat template marks {len(marked)} turns as generated, the row has {len(turns)}"
+                raise RowError("", told) from None
+            return [(index, span) for index, span in zip(turns, marked, strict=True) if example.trained[index]]
+        found = []
+        trained = [index for index, wanted in enumerate(example.trained) if wanted]
+        for index, (first, last) in zip(trained, derived, strict=True):
+            touching = [(start, end) for start, end in marked if start < last and end > first]
+            elsewhere = any(end > last and text[last:end].strip() for _, end in touching)
+            gaps = [text[one[1] : two[0]] for one, two in pairwise(touching)]
+            if not touching or elsewhere or any(gap.strip() for gap in gaps):
                 raise RowError(f"messages[{index}]", "is marked by the chat template elsewhere than it is rendered")
+            found.append((index, (max(first, touching[0][0]), min(last, touching[-1][1]))))
+        return found
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
@@ -273,13 +358,26 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
     content = message["content"]
     if content.strip() not in turn and _squeezed(content) not in _squeezed(turn):
         raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
-    for name in ("reasoning_content", "reasoning", "thinking"):
+    for name in _THOUGHTS:
         thought = message.get(name)
         if isinstance(thought, str) and _squeezed(thought) not in _squeezed(turn):
             raise RowError(f"messages[{index}].{name}", "is not shown by the chat template")
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     if hidden := [name for name, number in calls.items() if turn.count(name) < number]:
         raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
+
+
+def _common(one: str, two: str) -> str:
+    """Return what two texts begin with alike."""
+    length = next(
+        (index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
+    return one[:length]
+
+
+def _first(text: str, markers: Sequence[str]) -> str:
+    """Return the marker that a text begins with, or ""; the longest ones come first."""
+    return next((marker for marker in markers if marker and text.startswith(marker)), "")
 
 
 def _refused(error: Exception) -> RowError:

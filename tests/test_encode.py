@@ -119,41 +119,87 @@ def table() -> Iterator[list[str]]:
     )
 
 
-def test_answers_that_cant_stand_behind_their_prompt_are_refused() -> None:
-    """Templates that drop every thought, or put one into the prompt: nothing is trained but what will be written."""
-    r1 = templates.bytelevel(
-        templates.DEEPSEEK_R1, ("<｜Assistant｜>",), "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"
-    )
-    silent = templates.DEEPSEEK_R1.replace("<think>\n", "")
-    cases = {
-        "can't be masked: the chat template does not put it behind the prompt": r1,
-        "is not shown whole by the chat template": templates.bytelevel(
-            silent, ("<｜Assistant｜>",), "<｜end▁of▁sentence｜>"
-        ),
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_thoughts_that_every_turn_drops_are_refused_and_the_rest_is_trained(opened: str) -> None:
+    """As R1's distilled models do it, whose prompt opens a thought that no turn shows."""
+    template = templates.DEEPSEEK_R1.replace("<think>\n", opened)
+    encoder = Encoder(templates.bytelevel(template, ("<｜User｜>", "<｜Assistant｜>"), "<｜end▁of▁sentence｜>")())
+    refused = 0
+    for raw in templates.thoughtful(tools=False)(200, seed=7):
+        turns = [turn["content"] for turn in raw["messages"] if turn["role"] == "assistant"]
+        (found,) = encoder.batch([(Chat().read(raw), HERE)])
+        if isinstance(found, RowError):  # behind a thought none can tell where a blank turn begins
+            refused += 1
+            assert any(turn.startswith("<think>") or (opened and not turn.strip()) for turn in turns)
+        else:
+            assert not any(turn.startswith("<think>") for turn in turns)
+            runs = [run for row in found for run in trained_turns(encoder, row)]
+            assert runs == [turn + "<｜end▁of▁sentence｜>" for turn in turns]
+    assert 100 < refused < 200
+
+
+def test_a_prompt_that_says_more_than_tags_is_refused() -> None:
+    """What a server would put there isn't known to be the model's: it must not be trained, nor left out in silence."""
+    for said in ("Here is how I think:\n", "<think>hm"):
+        template = templates.DEEPSEEK_R1.replace("<think>\n", said)
+        assert "does not put it behind the prompt" in refused(template, *TURN)
+    header = templates.CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
+    header = header.replace("'<|im_start|>assistant\n'", "'<|im_start|>model\n'")
+    assert header != templates.CHATML
+    assert "does not put it behind the prompt" in refused(header, *TURN)
+
+
+GLM = (
+    "[gMASK]{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|observation|>\n' + m['content'] }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% for call in m['tool_calls'] %}"
+    "{{ '<call>' + call['function']['name'] }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_a_turn_without_an_end_of_its_own_ends_where_the_next_begins() -> None:
+    """As GLM-4 writes them: the model stops by writing the marker of who speaks next."""
+    special = ("[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>")
+    encoder = Encoder(templates.bytelevel(GLM, special, "<|endoftext|>")())
+    got = encode(encoder, {"messages": TURNS})
+    assert trained_turns(encoder, got) == [
+        f"{turn['content']}<|user|>" for turn in TURNS if turn["role"] == "assistant"
+    ]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {}}}],
     }
-    for message, make in cases.items():
-        encoder = Encoder(make())
-        refused = 0
-        told: set[str] = set()
-        for raw in templates.thoughtful(tools=False)(200, seed=7):
-            turns = [turn for turn in raw["messages"] if turn["role"] == "assistant"]
-            thinks = any(turn["content"].startswith("<think>") for turn in turns)
-            try:
-                rows = encoder.rows(Chat().read(raw), HERE)
-            except RowError as error:
-                refused += 1
-                told.add(str(error).split("` ")[1])
-                assert make is r1 or thinks
-            else:
-                assert make is not r1
-                assert not thinks
-                assert [run for row in rows for run in trained_turns(encoder, row)] == [
-                    turn["content"] + "<｜end▁of▁sentence｜>" for turn in turns
-                ]
-        assert len(told) == 1
-        assert message in told.pop()
-        print(f"\nrefused: {refused} of 200, `{message}`")
-        assert refused == 200 if make is r1 else 100 < refused < 200
+    got = encode(
+        encoder,
+        {"messages": [TURNS[0], call, {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "b"}]},
+    )
+    assert trained_turns(encoder, got) == ["<call>clock<|observation|>", "b<|user|>"]
+    got = encode(encoder, {"messages": [TURNS[0], call]})
+    assert trained_turns(encoder, got) == ["<call>clock<|observation|>"]
+
+
+def test_marks_of_a_turn_may_be_several_and_begin_in_the_prompt() -> None:
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ '\n' + m['content'] }}{% endgeneration %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ '\n' + m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoder = Encoder(tiny.tokenizer(marked))
+    got = encode(encoder, {"messages": TURNS})
+    assert trained_turns(encoder, got) == [f"{t['content']}<|im_end|>" for t in TURNS if t["role"] == "assistant"]
+    apart = marked.replace("{% endgeneration %}{% generation %}", "{% endgeneration %}!{% generation %}")
+    assert "is marked by the chat template elsewhere" in refused(apart, *TURN)
+
+
+def test_a_template_that_asks_for_tools_gets_them() -> None:
+    asking = "{% for tool in tools %}{{ tool['function']['name'] + '\n' }}{% endfor %}" + templates.CHATML
+    row = {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+    encoder = Encoder(tiny.tokenizer(asking.replace("tools %}", "tools.copy() %}", 1)))
+    assert trained_turns(encoder, encode(encoder, row)) == [
+        f"{t['content']}<|im_end|>" for t in TURNS if t["role"] == "assistant"
+    ]
 
 
 def test_a_call_the_template_leaves_out_is_refused() -> None:
@@ -288,19 +334,19 @@ def test_tools_and_calls_the_template_does_not_show_are_refused() -> None:
         encode(encoder, {"messages": turns})
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        templates.WITHOUT_END,
-        GENERATION_ALONE
-        := "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}",
-    ],
-    ids=["text", "generation"],
-)
-def test_an_answer_without_an_end_token_is_refused(template: str) -> None:
-    assert refused(template, *TURN) == (
+def test_an_answer_without_an_end_token_is_refused() -> None:
+    assert refused(templates.WITHOUT_END, *TURN) == (
         "the chat template ends the answer without a special token: the model would not learn to stop"
     )
+
+
+def test_an_end_token_behind_the_marks_of_a_template_is_trained() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    encoder = Encoder(tiny.tokenizer(template))
+    assert trained_turns(encoder, encode(encoder, {"messages": TURNS[:2]})) == [TURNS[1]["content"] + "<|im_end|>"]
 
 
 def test_what_the_template_raises_is_told() -> None:
@@ -339,6 +385,10 @@ def test_a_row_that_begins_with_an_answer_is_refused() -> None:
 
 def test_a_template_that_marks_fewer_turns_than_there_are_is_refused() -> None:
     template = templates.GENERATION.replace("== 'assistant' %}", "== 'assistant' and loop.last %}")
+    assert (
+        refused(template, *TURN, *TURN) == "`messages[1]` is marked by the chat template elsewhere than it is rendered"
+    )
+    template = template.replace("'<|im_start|>assistant\n'", "'said by the assistant: '")
     assert refused(template, *TURN, *TURN) == "the chat template marks 1 turns as generated, the row has 2"
 
 

@@ -287,7 +287,7 @@ def test_a_turn_that_ends_otherwise_where_others_follow() -> None:
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] + ('<|im_end|>' if loop.last else '<|next|>') }}{% endgeneration %}"
         "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nI think' }}{% endif %}"
     )
     encoder = Encoder(tiny.tokenizer(template, ("<|im_start|>", "<|im_end|>", "<|next|>"), eos=TEXT_END))
     names = encoder.tokenizer.convert_ids_to_tokens(list(stops.of_template(encoder)))
