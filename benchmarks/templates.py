@@ -110,9 +110,11 @@ def _encoder(template: str) -> Encoder:
 
 
 def _ends(encoder: Encoder, row: Any) -> bool:
-    """Whether the last trained token is special."""
-    trained = row.ids[row.trained].tolist()
-    return bool(trained) and trained[-1] in encoder.special
+    """Whether the last trained token is special, and not the header of yet another answer."""
+    ids, trained = row.ids.tolist(), row.ids[row.trained].tolist()
+    header = ids[int(row.trained.argmax()) - 1]
+    another = trained[-1] == header and trained[-2] in encoder.special
+    return trained[-1] in encoder.special and not another
 
 
 def _fault(text: str, messages: list[dict[str, Any]], encoder: Encoder) -> str | None:

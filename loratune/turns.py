@@ -235,9 +235,13 @@ class Turns:
             text: its render.
             spans: of the trained turns.
             special: texts of the special tokens, the longest first.
+
+        Raises:
+            RowError: when the template writes the prompt for another answer behind a turn, though nobody asked for it.
         """
-        markers, found = tuple(special), []
+        markers, found = tuple(special), list[Span]()
         for start, end in spans:
+            _check_no_prompt(text[:start], text[start:end], markers)
             if not text[start:end].rstrip().endswith(markers):
                 if end == len(text):
                     text += self._next_marker(bool(example.messages[-1].get("tool_calls")), markers)
@@ -365,6 +369,23 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     if hidden := [name for name, number in calls.items() if turn.count(name) < number]:
         raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
+
+
+def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
+    """Refuse a turn that ends like the prompt before it, header and all: what follows its end is not the model's.
+
+    A single token that ends both is an end of turn, of a template without headers, unless it stands behind another.
+    """
+    shared = _common(before[::-1], turn[::-1])[::-1]
+    alike, rest = 0, shared
+    while rest := rest.rstrip():
+        marker = next((one for one in markers if rest.endswith(one)), None)
+        if marker is None:
+            break
+        alike, rest = alike + 1, rest.removesuffix(marker)
+    left = turn.rstrip().removesuffix(shared.rstrip()).rstrip()
+    if alike > 1 or (alike == 1 and left.endswith(markers)):
+        raise RowError("", "can't be masked: the chat template writes the prompt for another answer behind this one")
 
 
 def _common(one: str, two: str) -> str:

@@ -179,6 +179,19 @@ def test_a_turn_without_an_end_of_its_own_ends_where_the_next_begins() -> None:
     assert trained_turns(encoder, got) == ["<call>clock<|observation|>"]
 
 
+@pytest.mark.parametrize("end", ["<|end|>", "<|said|><|end|>"])
+def test_a_prompt_that_nobody_asked_for_is_not_trained(end: str) -> None:
+    """As Command A writes it: the header of the next answer stands behind the last one in every render."""
+    template = (
+        "{% for m in messages %}{{ '<|start|><|' + m['role'] + '|>' + m['content'] + 'END' }}{% endfor %}"
+        "{{ '<|start|><|assistant|>' }}"
+    ).replace("END", end)
+    special = ("<|start|>", "<|user|>", "<|assistant|>", "<|end|>", "<|said|>")
+    encoder = Encoder(templates.bytelevel(template, special, "<|endoftext|>")())
+    with pytest.raises(RowError, match="writes the prompt for another answer behind this one"):
+        encoder.rows(Chat().read({"messages": TURNS[:2]}), HERE)
+
+
 def test_marks_of_a_turn_may_be_several_and_begin_in_the_prompt() -> None:
     marked = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
