@@ -372,20 +372,22 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
 
 
 def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
-    """Refuse a turn that ends like the prompt before it, header and all: what follows its end is not the model's.
+    """Refuse a turn that ends in a header as the prompt before it does: what follows its end is not the model's.
 
-    A single token that ends both is an end of turn, of a template without headers, unless it stands behind another.
+    A single token that ends both is an end of turn, of a template without headers.
     """
-    shared = _common(before[::-1], turn[::-1])[::-1]
-    alike, rest = 0, shared
-    while rest := rest.rstrip():
-        marker = next((one for one in markers if rest.endswith(one)), None)
-        if marker is None:
-            break
-        alike, rest = alike + 1, rest.removesuffix(marker)
-    left = turn.rstrip().removesuffix(shared.rstrip()).rstrip()
-    if alike > 1 or (alike == 1 and left.endswith(markers)):
+    closing, header = _closing(turn, markers), _closing(before, markers)
+    if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header)):
         raise RowError("", "can't be masked: the chat template writes the prompt for another answer behind this one")
+
+
+def _closing(text: str, markers: tuple[str, ...]) -> list[str]:
+    """Return the markers a text ends with, the last one first; white space between them counts for nothing."""
+    found: list[str] = []
+    while marker := next((one for one in markers if one and text.rstrip().endswith(one)), None):
+        found.append(marker)
+        text = text.rstrip().removesuffix(marker)
+    return found
 
 
 def _common(one: str, two: str) -> str:
