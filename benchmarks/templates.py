@@ -113,7 +113,7 @@ def _ends(encoder: Encoder, row: Any) -> bool:
     """Whether the last trained token is special, and not the header of yet another answer."""
     ids, trained = row.ids.tolist(), row.ids[row.trained].tolist()
     before = int(row.trained.argmax())
-    header = [tuple(ids[place - 2 : place]) for place in range(max(before - 3, 2), before + 1)]
+    header = [tuple(ids[place - 2 : place]) for place in range(max(before - 1, 2), before + 1)]
     another = tuple(trained[-2:]) in header and trained[-2] in encoder.special
     return trained[-1] in encoder.special and not another
 

@@ -377,7 +377,7 @@ def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
     A single token that ends both is an end of turn, of a template without headers.
     """
     closing, header = _closing(turn, markers), _closing(before, markers)
-    if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header)):
+    if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header[:3])):
         raise RowError("", "can't be masked: the chat template writes the prompt for another answer behind this one")
 
 
