@@ -132,6 +132,7 @@ def test_an_adapter_is_merged_into_what_the_stored_weights_stand_for(
     assert quantization.stored_as(plain.config) is None
     exact = adapted(stored[kind], trained.folder)
     quantization.compute_in(exact, torch.float32)  # its files say float16
+    quantization.mend_on_cpu(exact, has_bf16=False)  # the kernel for AVX512-BF16 rounds by 0.4 %
     error = (logits(plain, prompts) - logits(exact, prompts)).abs().max() / logits(exact, prompts).abs().max()
     assert float(error) < (1e-5 if kind == "nf4" else 0.05)  # LLM.int8() rounds what goes in, too
 
