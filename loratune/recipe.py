@@ -105,6 +105,17 @@ Sources = Annotated[
 ]
 
 
+class TurnMarks(Section):
+    """What stands around the assistant's turns, for a chat template that does not tell."""
+
+    assistant: str = Field(min_length=1, description="text the template writes before each answer")
+    end: str = Field(
+        min_length=1,
+        description="text that ends an answer, such as the next role's marker; it is trained and ends with a special "
+        "token",
+    )
+
+
 class Data(Section):
     """The rows, how they are read and how long they may be."""
 
@@ -124,6 +135,16 @@ class Data(Section):
         {},
         description="values of variables the chat template asks for, such as enable_thinking: false; written into the "
         "template that is saved with the adapter",
+    )
+    system: Literal["keep", "fold"] = Field(
+        "keep",
+        description="where a system text goes; fold: in front of the first user message, for a template without a "
+        "system role; written into the template that is saved with the adapter",
+    )
+    turns: TurnMarks | None = Field(
+        None,
+        description="what stands around the assistant's turns (`assistant` and `end`), where they can't be read off "
+        "the chat template; every row is checked against it",
     )
     max_length: int = Field(2048, ge=2, description="longest row in tokens")
     on_long: Literal["error", "drop", "truncate", "split"] = Field(

@@ -162,6 +162,8 @@ def _prepare(
     origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}
     ends = stops.joined(trained_ends, stops.of_template(encoder))
     loaded.notes += stops.notes(trained_ends, stops.of_model(loaded.model, tokenizer), tokenizer)
+    chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
+    loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
     set_seed(settings.seed)
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
@@ -196,7 +198,7 @@ def _prepare(
             "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
         },
         sources=telling.sources(recipe), turn_ends=origin["turn_ends"],
-        chat=bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"},
+        chat=chat,
         memory=fit.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
         compiled=compiled,
     )  # fmt: skip

@@ -7,14 +7,14 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from loratune import bases, child, files, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
-from loratune.recipe import Model, Recipe
+from loratune.recipe import Data, Model, Recipe
 from loratune.templates import TEMPLATES
+from loratune.turns import FOLD, marks_comment
 
 
 def of(recipe: Recipe, trust: bool = False) -> Any:
@@ -24,7 +24,7 @@ def of(recipe: Recipe, trust: bool = False) -> Any:
         ModelError: as `load` and `with_template`.
         SafetyError: as `load` and `with_template`.
     """
-    return with_template(load(recipe.model, trust=trust), recipe.data.chat_template, recipe.data.chat_template_kwargs)
+    return with_template(load(recipe.model, trust=trust), recipe.data)
 
 
 def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
@@ -92,28 +92,42 @@ def check_template(template: str, tokenizer: Any, source: str) -> None:
     templating.check(template, tokens, Place(source), bases.cache() / "templates")
 
 
-def with_template(tokenizer: Any, choice: str | None, arguments: Mapping[str, Any] | None = None) -> Any:
-    """Give a tokenizer the chat template a recipe names (None: it keeps its own); it is saved with the tokenizer.
+def with_template(tokenizer: Any, data: Data) -> Any:
+    """Give a tokenizer the chat template a recipe makes; it is saved with the tokenizer.
+
+    What a recipe says of the template is written into it, so that whoever serves the adapter renders what was trained,
+    and a row cache knows another template.
 
     Args:
         tokenizer: of the base model.
-        choice: one of `TEMPLATES`, or the path of a file.
-        arguments: values of variables the template asks for. They are written into it, so that whoever serves the
-            adapter renders what was trained.
+        data: its `chat_template` (one of `TEMPLATES`, or the path of a file; None: it keeps its own), the values of
+            variables that it asks for, `system` and `turns`.
 
     Raises:
         SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
-        ModelError: when the file can't be read, ChatML is asked of a tokenizer that has no token to end its turns, or
-            the template never asks for an argument.
+        ModelError: when the file can't be read, ChatML is asked of a tokenizer that has no token to end its turns,
+            the template never asks for an argument, there is none to change, or turns end without a special token.
     """
-    tokenizer = _chosen(tokenizer, choice)
-    if not arguments:
+    tokenizer = _chosen(tokenizer, data.chat_template)
+    arguments, marks = data.chat_template_kwargs, data.turns
+    if not arguments and data.system == "keep" and marks is None:
         return tokenizer
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     words = set(re.findall(r"\w+", template))
     if unused := [name for name in arguments if not name.isidentifier() or name not in words]:
         raise ModelError(f"`data.chat_template_kwargs`: the chat template does not know {listed(unused)}")
+    if not template:
+        key = "turns" if marks else "system"
+        raise ModelError(f"`data.{key}`: this model has no chat template", "name one under `data.chat_template`")
     given = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in arguments.items())
+    if data.system == "fold":
+        given = FOLD + given
+    if marks is not None:
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if not marks.end.rstrip().endswith(tuple(special)):
+            hint = f"it must end with one of {listed(sorted(special)[:12])}, or the model would not learn to stop"
+            raise ModelError(f"`data.turns.end`: `{marks.end}` ends with no special token of this tokenizer", hint)
+        given = marks_comment(marks.assistant, marks.end) + given
     tokenizer.chat_template = given + template
     return tokenizer
 

@@ -3,8 +3,8 @@
 It is read off the model's own chat template: the render of the messages before a turn (with the generation prompt) must
 be a prefix of the render with the turn, and the turn is the difference. A template that marks the turns itself with
 `{% generation %}` is believed where that does not contradict it. A prompt that opens a thought which the template then
-leaves out of the turn is not such a prefix: there the turn begins where both part. Where no answer is certain the row
-is refused, never guessed.
+leaves out of the turn is not such a prefix: there the turn begins where both part. Or a recipe names what stands around
+the turns. Where no answer is certain the row is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ _ASKS, _SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "c", "arguments": {"d": "e"}}}
 _CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _TOLD = {"role": "tool", "content": "f", "name": "c", "tool_call_id": "call00001"}
+
+_HINT = "`data.turns` can name what stands around answers"
+_MARKS = re.compile(r"\{#- turns: (\{.*?\}) -#\}")
+# puts a system text in front of the first user message, before a template that has no system role
+FOLD = (
+    "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer')"
+    " and messages[1]['role'] == 'user' -%}"
+    "{%- set messages = [dict(messages[1], content=messages[0]['content'] ~ '\\n\\n' ~ messages[1]['content'])]"
+    " + messages[2:] -%}{%- endif -%}"
+)
+
+
+def marks_comment(assistant: str, end: str) -> str:
+    """Return the comment of a chat template that names what stands around the assistant's turns."""
+    told = json.dumps({"assistant": assistant, "end": end}).replace("#", "\\u0023")  # a comment must not end in it
+    return f"{{#- turns: {told} -#}}"
 
 
 def _placeholder(index: int) -> str:
@@ -75,6 +91,8 @@ class Turns:
         if self.template is None and tokenizer.chat_template is not None:
             self.template = tokenizer.get_chat_template()
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
+        found = _MARKS.search(self.template or "")
+        self.marks: dict[str, str] | None = json.loads(found[1]) if found else None
         self._shapes: dict[tuple[str, ...], Shape | Literal[False]] = {}
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
 
@@ -88,9 +106,14 @@ class Turns:
         Raises:
             RowError: when the template refuses the messages or no prefix property holds.
         """
-        if not self.marks_turns and (found := self._by_shape(example)):
-            return found  # it holds every message, to the letter
-        found = self._marked(example) if self.marks_turns else self._by_prefix(example)
+        if self.marks:
+            found = self._between(example, self.marks["assistant"], self.marks["end"])
+        elif self.marks_turns:
+            found = self._marked(example)
+        elif by_shape := self._by_shape(example):
+            return by_shape  # it holds every message, to the letter
+        else:
+            found = self._by_prefix(example)
         _check_all_shown(example, found[0])
         return found
 
@@ -186,7 +209,8 @@ class Turns:
             if start is None:
                 raise RowError(
                     f"messages[{index}]",
-                    "can't be masked: the chat template does not put it behind the prompt it writes for an answer",
+                    "can't be masked: the chat template does not put it behind the prompt it writes for an answer; "
+                    + _HINT,
                 )
             _check_shown(example.messages[index], index, after[start:])
             if not text.startswith(after):
@@ -194,6 +218,39 @@ class Turns:
                     f"messages[{index}]", "can't be masked: the chat template renders it differently when others follow"
                 )
             found.append((start, len(after)))
+        return text, found
+
+    def _between(self, example: Conversation, begin: str, end: str) -> tuple[str, list[Span]]:
+        """Return a render and the spans between what a recipe says stands around a turn; the last may lack its end.
+
+        A turn holds its words and tags, nothing else; one with calls none of what others say.
+        """
+        text = self._render(example.messages, example.tools)
+        self._check_tools(example, text)
+        turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+        starts = [match.end() for match in re.finditer(re.escape(begin), text)]
+        if len(starts) > len(turns) and not text[starts[-1] :].strip():
+            del starts[-1]  # the prompt for another answer, which some templates always write
+        if len(starts) != len(turns):
+            told = (
+                f"`{begin}` (`data.turns.assistant`) stands {len(starts)} times in the render of {len(turns)} answers"
+            )
+            raise RowError("", told)
+        found = []
+        for index, start, limit in zip(turns, starts, [*starts[1:], None], strict=True):
+            if not example.trained[index]:
+                continue
+            stop = text.find(end, start, limit)
+            if stop < 0 and index == len(example.messages) - 1:
+                stop, text = len(text), text + end
+            if stop < 0:
+                raise RowError(f"messages[{index}]", f"is not ended by `{end}` (`data.turns.end`) in the render")
+            before = self._render(example.messages[:index], example.tools, prompt=True) if index else ""
+            if text.startswith(before) and start <= len(before) <= stop:
+                start = len(before)  # white space or a tag that the prompt gives already
+            _check_shown(example.messages[index], index, text[start:stop])
+            _check_only(example, index, text[start:stop])
+            found.append((start, stop + len(end)))
         return text, found
 
     def _parting(self, example: Conversation, index: int, before: str, after: str) -> int | None:
@@ -228,7 +285,8 @@ class Turns:
 
         Some templates write nothing behind a turn: it ends where the next role's marker begins, and a model must write
         that marker to stop. The last turn of a row gets the one that the template writes before the next question (or
-        before the result of a call).
+        before the result of a call). Where that is no special token either, words that end a render get the end of
+        text.
 
         Args:
             example: that was rendered.
@@ -237,6 +295,7 @@ class Turns:
             special: texts of the special tokens, the longest first.
 
         Raises:
+            LaterTurnsChangeIt: when the end of text would have to stand between two turns.
             RowError: when the template writes the prompt for another answer behind a turn, though nobody asked for it.
         """
         markers, found = tuple(special), list[Span]()
@@ -245,9 +304,33 @@ class Turns:
             if not text[start:end].rstrip().endswith(markers):
                 if end == len(text):
                     text += self._next_marker(bool(example.messages[-1].get("tool_calls")), markers)
-                end += len(_first(text[end:], markers))
+                marker = _first(text[end:], markers)
+                if not marker and self._is_bare(text[start:end], example.messages):
+                    if end < len(text):
+                        raise LaterTurnsChangeIt("", "no token ends its answers, so each needs a row of its own")
+                    marker, end = self.tokenizer.eos_token, len(text.rstrip())
+                    text = text[:end] + marker
+                end += len(marker)
             found.append((start, end))
         return text, found
+
+    def _is_bare(self, turn: str, messages: Sequence[dict[str, Any]]) -> bool:
+        """Return whether a turn ends with what an assistant says, and the tokenizer has an end of text to put there."""
+        said = (m["content"].strip() for m in messages if m["role"] == "assistant" and not m.get("tool_calls"))
+        return bool(self.tokenizer.eos_token) and turn.rstrip().endswith(tuple(words for words in said if words))
+
+    def note(self) -> str | None:
+        """Return what a person must know of the template's turns: that no token ends them."""
+        try:
+            text = self._render((_ASKS, _SAYS), None)
+        except RowError:
+            return None
+        if self.marks or not self._is_bare(text, (_SAYS,)):
+            return None
+        if self._next_marker(False, self.tokenizer.all_special_tokens):
+            return None
+        end = self.tokenizer.eos_token
+        return f"the chat template puts no token behind an answer: `{end}` is trained there, each answer in its own row"
 
     def _next_marker(self, called: bool, markers: Sequence[str]) -> str:
         """Return the special token that the template writes directly behind a last turn when another follows, or ""."""
@@ -285,7 +368,7 @@ class Turns:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # a template is code from elsewhere: it can raise anything
-            raise _refused(error) from None
+            raise _refused(error, example.messages if FOLD not in str(self.template) else ()) from None
         spans = [(start, end) for start, end in marks[0] if end > start]
         self._check_tools(example, texts[0])
         found = self._of_turns(example, texts[0], spans)
@@ -332,7 +415,7 @@ class Turns:
                 list(messages), tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # a template is code from elsewhere: it can raise anything
-            raise _refused(error) from None
+            raise _refused(error, () if prompt or FOLD in self.template else messages) from None
         return str(text)
 
 
@@ -349,7 +432,11 @@ def _check_all_shown(example: Conversation, text: str) -> None:
         given = example.messages[index]
         as_json = (_squeezed(json.dumps(given["content"], ensure_ascii=ascii)[1:-1]) for ascii in (True, False))
         if sum(rendered.count(form) for form in {content, *as_json}) < sum(one.count(content) for one in said.values()):
-            hint = "; put its text into the first user message" if given["role"] in ("system", "developer") else ""
+            hint = (
+                "; `data.system: fold` puts it into the first user message"
+                if given["role"] in ("system", "developer")
+                else ""
+            )
             raise RowError(f"messages[{index}]", f"({given['role']}) is not shown whole by the chat template{hint}")
 
 
@@ -371,6 +458,17 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
         raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
 
 
+def _check_only(example: Conversation, index: int, turn: str) -> None:
+    """Refuse a turn that holds more than a message says: its end is not where a recipe says it is."""
+    message, rest = example.messages[index], _squeezed(turn)
+    for words in (message["content"], *(message.get(name) for name in _THOUGHTS)):
+        if isinstance(words, str):
+            rest = rest.replace(_squeezed(words), "", 1)
+    others = (_squeezed(other["content"]) for i, other in enumerate(example.messages) if i != index)
+    if any(one and one in rest for one in others) if message.get("tool_calls") else _TAGS.sub("", rest):
+        raise RowError(f"messages[{index}]", "is not all that stands between the marks of `data.turns` in the render")
+
+
 def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
     """Refuse a turn that ends in a header as the prompt before it does: what follows its end is not the model's.
 
@@ -378,7 +476,8 @@ def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
     """
     closing, header = _closing(turn, markers), _closing(before, markers)
     if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header[:3])):
-        raise RowError("", "can't be masked: the chat template writes the prompt for another answer behind this one")
+        told = "can't be masked: the chat template writes the prompt for another answer behind this one"
+        raise RowError("", f"{told}; {_HINT}")
 
 
 def _closing(text: str, markers: tuple[str, ...]) -> list[str]:
@@ -403,6 +502,8 @@ def _first(text: str, markers: Sequence[str]) -> str:
     return next((marker for marker in markers if marker and text.startswith(marker)), "")
 
 
-def _refused(error: Exception) -> RowError:
-    reason = str(error).strip() or type(error).__name__
-    return RowError("", f"the chat template refuses this row: {reason.splitlines()[0]}")
+def _refused(error: Exception, messages: Sequence[dict[str, Any]]) -> RowError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if messages and messages[0]["role"] in ("system", "developer") and re.search(r"(?i)system|developer|role", reason):
+        reason += "; `data.system: fold` puts the system text into the first user message"
+    return RowError("", f"the chat template refuses this row: {reason}")

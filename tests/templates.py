@@ -433,7 +433,7 @@ def unthinking(number: int, seed: int) -> list[dict[str, Any]]:
 
 def based(make: Callable[[], PreTrainedTokenizerFast], choice: str) -> Callable[[], PreTrainedTokenizerFast]:
     """Return a maker of a tokenizer without a template, given one by name."""
-    return lambda: with_template(make(), choice)
+    return lambda: with_template(make(), tiny.data(chat_template=choice))
 
 
 _THINK = (*_IM, "<|endoftext|>")

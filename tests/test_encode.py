@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -347,10 +348,32 @@ def test_tools_and_calls_the_template_does_not_show_are_refused() -> None:
         encode(encoder, {"messages": turns})
 
 
-def test_an_answer_without_an_end_token_is_refused() -> None:
-    assert refused(templates.WITHOUT_END, *TURN) == (
+def test_an_answer_that_ends_with_text_is_refused() -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '###' }}{% endfor %}"
+    assert refused(template + "{% if add_generation_prompt %}assistant: {% endif %}", *TURN) == (
         "the chat template ends the answer without a special token: the model would not learn to stop"
     )
+
+
+def test_the_end_of_text_ends_an_answer_that_no_token_ends() -> None:
+    """As Falcon and Solar write them; in the middle of a render no end can stand, so each answer is a row."""
+    template = (
+        "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+    )
+    encoder = Encoder(tiny.tokenizer(template, eos="<|endoftext|>"))
+    rows = encoder.rows(Chat().read({"messages": TURNS}), HERE)
+    answers = [index for index, turn in enumerate(TURNS) if turn["role"] == "assistant"]
+    assert len(rows) == len(answers) > 1
+    for index, row in zip(answers, rows, strict=True):
+        assert trained_turns(encoder, row) == [f"{TURNS[index]['content']}<|endoftext|>"]
+        assert (
+            decoded(encoder, row.ids) == encoder.turns.prompt(TURNS[:index]) + f"{TURNS[index]['content']}<|endoftext|>"
+        )
+    assert encoder.turns.note() == (
+        "the chat template puts no token behind an answer: `<|endoftext|>` is trained there, each answer in its own row"
+    )
+    assert Encoder(tiny.tokenizer()).turns.note() is None
 
 
 def test_an_end_token_behind_the_marks_of_a_template_is_trained() -> None:
@@ -369,7 +392,8 @@ def test_what_the_template_raises_is_told() -> None:
         == "the chat template refuses this row: Conversation roles must alternate user/assistant/user/assistant/..."
     )
     message = refused(templates.GEMMA_NO_SYSTEM, ("system", "s"), *TURN)
-    assert message == "the chat template refuses this row: System role not supported"
+    told = "the chat template refuses this row: System role not supported"
+    assert message == f"{told}; `data.system: fold` puts the system text into the first user message"
 
 
 @pytest.mark.parametrize(
@@ -589,23 +613,27 @@ TURNS = [
 
 
 def test_a_named_template_serves_a_base_without_one() -> None:
-    tokens = with_template(tiny.tokenizer(None, special=(), bos="<s>", eos="</s>"), "alpaca")
+    tokens = with_template(tiny.tokenizer(None, special=(), bos="<s>", eos="</s>"), tiny.data(chat_template="alpaca"))
     encoder = Encoder(tokens)
     row = encode(encoder, {"messages": TURNS})
     assert trained_turns(encoder, row) == ["b</s>", "d</s>"]
     assert encoder.turns.prompt(TURNS[:1]) == "### Instruction:\na\n\n### Response:\n"
-    assert Encoder(with_template(tiny.tokenizer(None), "chatml")).turns.prompt(TURNS[:1]).endswith("assistant\n")
+    assert (
+        Encoder(with_template(tiny.tokenizer(None), tiny.data(chat_template="chatml")))
+        .turns.prompt(TURNS[:1])
+        .endswith("assistant\n")
+    )
 
 
 def test_chatml_needs_its_end_token() -> None:
     with pytest.raises(ModelError, match=r"this tokenizer has no token `<\|im_end\|>`"):
-        with_template(tiny.tokenizer(None, special=(), eos="</s>"), "chatml")
+        with_template(tiny.tokenizer(None, special=(), eos="</s>"), tiny.data(chat_template="chatml"))
 
 
 def test_a_template_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(tiny.CHATML.replace("user", "user"), encoding="utf-8")
-    tokens = with_template(tiny.tokenizer(None), str(file))
+    tokens = with_template(tiny.tokenizer(None), tiny.data(chat_template=str(file)))
     assert tokens.chat_template == tiny.CHATML
     tokens.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == tiny.CHATML
@@ -615,17 +643,19 @@ def test_arguments_are_written_into_the_template() -> None:
     """So that whoever serves the adapter renders what was trained."""
     (family,) = (family for family in FAMILIES if family.name == "qwen3")
     plain = Encoder(family.tokenizer()).turns.prompt(TURNS[:1])
-    tokens = with_template(family.tokenizer(), None, {"enable_thinking": False})
+    tokens = with_template(family.tokenizer(), tiny.data(chat_template_kwargs={"enable_thinking": False}))
     assert plain.endswith("<|im_start|>assistant\n")
     served = tokens.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
     assert served == Encoder(tokens).turns.prompt(TURNS[:1]) == plain + "<think>\n\n</think>\n\n"
     for wrong in ("enable_thinkin", "a b", "x %}{{ 1 }}{% set y"):
         with pytest.raises(ModelError, match="the chat template does not know"):
-            with_template(family.tokenizer(), None, {wrong: True})
+            with_template(family.tokenizer(), tiny.data(chat_template_kwargs={wrong: True}))
     with pytest.raises(ModelError, match="the chat template does not know"):
-        with_template(tiny.tokenizer(None), None, {"enable_thinking": True})
+        with_template(tiny.tokenizer(None), tiny.data(chat_template_kwargs={"enable_thinking": True}))
     odd = 'a "quoted" %} {{ x }}'
-    tokens = with_template(tiny.tokenizer("{{ remark }}" + tiny.CHATML), None, {"remark": odd})
+    tokens = with_template(
+        tiny.tokenizer("{{ remark }}" + tiny.CHATML), tiny.data(chat_template_kwargs={"remark": odd})
+    )
     assert Encoder(tokens).turns.prompt(TURNS[:1]).startswith(odd)
 
 
@@ -724,7 +754,7 @@ _CALLED = [
 @pytest.mark.parametrize(
     ("name", "messages", "told"),
     [
-        ("leaves out system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole by the chat template; put its text"),
+        ("leaves out system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole by the chat template; `data.system: fold` puts it"),
         ("leaves out system, marks", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
         ("leaves out system", [{"role": "system", "content": "cat"}, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
         ("cuts system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
@@ -747,3 +777,90 @@ def test_what_the_template_leaves_out_of_what_others_say_is_refused(
     (row,) = encoder.rows(example, PLACE)
     answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
     assert encoder.tokenizer.decode(row.ids[row.trained]) == "".join(answers)
+
+
+# ---------------------------------------------------------------- what a recipe says of a template
+
+_NO_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_system_text_is_folded_into_the_first_user_message() -> None:
+    """By the template itself, so that the prompt of a chat and the saved tokenizer do the same."""
+    plain = Encoder(tiny.tokenizer(_NO_SYSTEM, bos="<s>"))
+    example = Chat().read({"messages": [_SYSTEM, *TURNS]})
+    with pytest.raises(RowError, match=r"System role not supported; `data\.system: fold` puts the system text into"):
+        plain.rows(example, PLACE)
+    folded = Encoder(with_template(tiny.tokenizer(_NO_SYSTEM, bos="<s>"), tiny.data(system="fold")))
+    (row,) = folded.rows(example, PLACE)
+    assert trained_turns(folded, row) == [f"{t['content']}<|im_end|>" for t in TURNS if t["role"] == "assistant"]
+    first = f"<s><|im_start|>user\n{_SYSTEM['content']}\n\n{TURNS[0]['content']}<|im_end|>\n"
+    assert decoded(folded, row.ids).startswith(first)
+    assert folded.turns.prompt([_SYSTEM, TURNS[0]]) == first + "<|im_start|>assistant\n"
+    (same,) = folded.rows(Chat().read({"messages": TURNS}), PLACE)
+    (without,) = plain.rows(Chat().read({"messages": TURNS}), PLACE)
+    assert same.ids.tolist() == without.ids.tolist()
+
+
+_TOLD = {"assistant": "<|assistant|>", "end": "<|user|>"}
+
+
+def between(template: str, **marks: str) -> Encoder:
+    special = ("[gMASK]", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|end|>")
+    made = templates.bytelevel(template, special, "<|endoftext|>")()
+    return Encoder(with_template(made, tiny.data(turns=_TOLD | marks)))
+
+
+def test_turns_stand_between_the_marks_a_recipe_names() -> None:
+    derived = Encoder(templates.bytelevel(GLM, ("[gMASK]", "<|user|>", "<|assistant|>"), "<|endoftext|>")())
+    for messages in (TURNS, TURNS[:2]):
+        row, same = encode(between(GLM), {"messages": messages}), encode(derived, {"messages": messages})
+        assert trained_turns(between(GLM), row) == trained_turns(derived, same)
+        assert row.trained.tolist() == same.trained.tolist(), "without the white space of the prompt, as by itself"
+    again = Encoder(pickle.loads(pickle.dumps(between(GLM).tokenizer)))
+    assert again.turns.marks == _TOLD, "it is written into the template"
+
+
+def test_marks_find_turns_that_the_prompt_is_no_prefix_of() -> None:
+    """A prompt that says more than tags, and a header that is written behind every conversation."""
+    asks = "{% if add_generation_prompt %}<|assistant|>Here is my thought:{% endif %}"
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    for rest in (asks, "<|assistant|>"):
+        encoder = between(template + rest, end="<|end|>")
+        row = encode(encoder, {"messages": TURNS})
+        assert trained_turns(encoder, row) == [f"{t['content']}<|end|>" for t in TURNS if t["role"] == "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "said", "told"),
+    [
+        ({}, "say <|assistant|>", r"`<\|assistant\|>` \(`data.turns.assistant`\) stands 3 times in the render of 2"),
+        ({"assistant": "<|gpt|>"}, "a", "stands 0 times in the render of 2 answers"),
+        ({"end": "<|observation|>"}, "a", r"`messages\[1\]` is not ended by `<\|observation\|>` \(`data.turns.end`\)"),
+    ],
+)
+def test_marks_are_held_against_every_render(marks: dict[str, str], said: str, told: str) -> None:
+    asked = {"role": "user", "content": said}
+    with pytest.raises(RowError, match=told):
+        encode(between(GLM, **marks), {"messages": [asked, TURNS[1], TURNS[0], TURNS[1]]})
+
+
+def test_an_end_that_comes_too_late_trains_nothing_of_others() -> None:
+    """Two users in a row: the mark that ends the turn stands behind what the second says."""
+    template = (
+        "{% for m in messages %}{{ ('<|assistant|>' if m['role'] == 'assistant' else '<|user|>') + m['content'] }}"
+        "{{ '<|end|>' if m['role'] == 'user' else '' }}{% endfor %}"
+    )
+    with pytest.raises(RowError, match=r"`messages\[1\]` is not all that stands between the marks of `data.turns`"):
+        encode(between(template, end="<|end|>"), {"messages": [*TURNS[:2], TURNS[0], TURNS[1]]})
+
+
+def test_a_turn_ends_with_a_special_token() -> None:
+    with pytest.raises(ModelError, match=r"`data.turns.end`: `###` ends with no special token of this tokenizer"):
+        between(GLM, end="###")
+    for fields in ({"system": "fold"}, {"turns": _TOLD}):
+        with pytest.raises(ModelError, match="this model has no chat template"):
+            with_template(tiny.tokenizer(None), tiny.data(**fields))

@@ -121,7 +121,7 @@ def test_there_are_enough_of_them() -> None:
 def test_a_template_file_of_a_recipe_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(BOMBS["a string of 10^10"])
     with pytest.raises(SafetyError, match="512 MiB"):
-        tokenizing.with_template(tiny.tokenizer(), str(tmp_path / "template.jinja"))
+        tokenizing.with_template(tiny.tokenizer(), tiny.data(chat_template=str(tmp_path / "template.jinja")))
 
 
 def test_every_template_of_a_tokenizer_is_checked(base: Path, tmp_path: Path) -> None:

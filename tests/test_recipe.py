@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
         "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "max_rows": None, "weight": 1.0}],
         "eval": None, "eval_fraction": None, "format": {"type": "auto"}, "chat_template": None,
         "chat_template_kwargs": {},
+        "system": "keep",
+        "turns": None,
         "max_length": 2048, "on_long": "error", "packing": "auto", "prefix_sharing": "auto", "on_bad_row": "error", "max_lost": 0.01, "duplicates": "keep",
         "overlap": "error",
     },

@@ -12,10 +12,17 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loratune.recipe import Data
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def data(**fields: Any) -> Data:
+    """Return the section `data` of a recipe."""
+    return Data.model_validate({"train": "rows.jsonl", **fields})
 
 
 def tokenizer(
