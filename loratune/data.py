@@ -40,6 +40,7 @@ class Rows:
         cached: whether they were found, not read.
         damaged: whether they were found damaged, and read anew.
         unkept: why they could not be kept for the next time, or nothing.
+        left_out: what is told of files in their folders that were not read.
     """
 
     store: Store
@@ -48,6 +49,7 @@ class Rows:
     cached: bool = False
     damaged: bool = False
     unkept: str = ""
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -89,10 +91,11 @@ class Rows:
         found: dict[str, int] = self.store.about.get("unread", {})
         return found
 
-    def told_unread(self, held_out: Rows | None) -> list[str]:
-        """Return what is to be told of that, of held-out rows too where they were read from another place."""
-        other = held_out.unread if held_out is not None and held_out.store is not self.store else {}
-        return list(unread.lines(self.unread, other))
+    def told_unread(self, held_out: Rows | None = None) -> list[str]:
+        """Return what is to be told of files and columns not read, of held-out rows too where read apart."""
+        other = held_out if held_out is not None and held_out.store is not self.store else None
+        told = dict.fromkeys((*self.left_out, *(other.left_out if other else ())))
+        return [*told, *unread.lines(self.unread, other.unread if other else {})]
 
     def take(self, indices: np.ndarray) -> Rows:
         """Return some of the rows as a set of its own."""
@@ -123,14 +126,14 @@ def load(
         data: format, longest row, and what happens to rows that are too long, bad or said twice.
         encoder: of the base model's tokenizer.
         progress: called now and then with the number of rows read so far and the part (0-1) of the data that is.
-        name: of the set, for the ledger.
+        name: of the set, for the ledger and the choice among the splits of a folder.
 
     Raises:
         DataError: naming the first rows that can't be used, or when more are lost than `max_lost` allows, or when there
             are no rows at all.
         StorageError: when neither the cache nor the folder for temporary files can be written.
     """
-    given = [inputs.of(source) for source in sources]
+    given = [inputs.of(source, name) for source in sources]
     key = inputs.key(sources, given, data, encoder, name)
     folder = bases.cache() / "rows"
     damaged = False
@@ -149,7 +152,9 @@ def load(
             found = _read(sources, data, encoder, progress, name, writer, None, given)
     counts = Counts(**found.about["counts"])
     _check_losses(counts, _Refused(), data)
-    return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged, unkept)
+    local = [Path(source.path) for source in sources if Path(source.path).is_absolute()]
+    left_out = tuple(f"data: {line}" for path in local for line in rows.chosen(path, name).told)
+    return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged, unkept, left_out)
 
 
 def _read(
@@ -160,7 +165,7 @@ def _read(
     try:
         account = _Account(Ledger(name, writer.ledger), writer, data)
         size = sum(one.size for some in given for one in some)
-        blocks = (block for source in sources for block in rows.blocks(source))
+        blocks = (block for source in sources for block in rows.blocks(source, name))
         done = 0
         for block, prepared in workers.prepared(blocks, data, encoder, workers.number(size)):
             with store.writing(writer.folder):

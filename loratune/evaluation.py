@@ -32,7 +32,7 @@ from loratune import (
     subject,
 )
 from loratune.batches import AUTO_TOKENS, in_length_order
-from loratune.data import Rows
+from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place, Problem, RecipeError, UsageError
 from loratune.objectives import Sft, head
@@ -137,6 +137,8 @@ def evaluate(
     tokenizer = subject.tokenizer(what)
     encoder = Encoder(tokenizer)
     rows = _rows(what, data, format, encoder, limit)
+    for line in _about(rows):
+        tell.problem(line)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
     ends = stops.of_folder(what.folder, encoder) if questions else ()
@@ -220,8 +222,15 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
             section = decode.decode(Data, nodes.parse(json.dumps(fields), "--data"))
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
-        held_out = data.load([Source(path=section.train[0].path)], section, encoder)
+        held_out = data.load([Source(path=section.train[0].path)], section, encoder, name="eval")
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
+
+
+def _about(rows: Rows) -> Iterator[str]:
+    """Yield what a person must know of the rows, as `train` tells it."""
+    if rows.damaged:
+        yield DAMAGED
+    yield from rows.told_unread()
 
 
 def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.Loaded]]:

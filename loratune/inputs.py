@@ -22,6 +22,7 @@ from loratune.recipe import Data, Source
 _MODULES = (
     "files",
     "rows",
+    "splits",
     "formats",
     "section",
     "templates",
@@ -47,15 +48,19 @@ class Input:
     digest: str
 
 
-def of(source: Source) -> list[Input]:
+def of(source: Source, name: str = "train") -> list[Input]:
     """Return the files of a source, every byte of them read; of a hub data set, those in the cache of `datasets`.
+
+    Args:
+        source: of rows.
+        name: of the set of rows; see `rows.chosen`.
 
     Raises:
         DataError: when there are none, or one can't be read.
     """
     path = Path(source.path)
     if path.is_absolute():
-        return [_input(str(file)) for file in rows.files(path)]
+        return [_input(str(file)) for file in rows.chosen(path, name).files]
     return [_input(file["filename"]) for file in rows.hub(source).cache_files]
 
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune import files as opening
+from loratune import splits
 from loratune.errors import DataError, Place, Problem, listed, shorten
 from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
+from loratune.splits import Choice
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,18 @@ def read(source: Source) -> Iterator[RawRow]:
         yield from block.rows()
 
 
-def blocks(source: Source) -> Iterator[Block]:
+def blocks(source: Source, name: str = "train") -> Iterator[Block]:
     """Yield a source in blocks, in the order of its files' names and lines; no more than `max_rows` rows.
+
+    Args:
+        source: of the rows.
+        name: of the set of rows; see `chosen`.
 
     Raises:
         DataError: when a file can't be read at all, or a hub data set can't be had.
     """
     left = source.max_rows
-    for block in _blocks(source):
+    for block in _blocks(source, name):
         if left is not None:
             block, found = block.head(left)
             left -= found
@@ -98,12 +105,12 @@ def blocks(source: Source) -> Iterator[Block]:
             return
 
 
-def _blocks(source: Source) -> Iterator[Block]:
+def _blocks(source: Source, name: str) -> Iterator[Block]:
     path = Path(source.path)
     if not path.is_absolute():
         yield from _ready(_hub(source))
         return
-    for file in files(path):
+    for file in chosen(path, name).files:
         try:
             yield from _file(file)
         except (OSError, EOFError, zlib.error) as error:
@@ -120,7 +127,16 @@ def _ready(rows: Iterable[RawRow], size: int = 0) -> Iterator[Block]:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the data files a path, folder or glob stands for, sorted by name.
+    """Return the files with rows to train on that a path, folder or glob stands for; see `chosen`."""
+    return list(chosen(path).files)
+
+
+def chosen(path: Path, name: str = "train") -> Choice:
+    """Return the data files a path, folder or glob stands for, sorted by name, and what is left out of a folder.
+
+    Args:
+        path: absolute.
+        name: of the set of rows: `train`, or another for rows that are held out; of a folder, its split is read.
 
     Raises:
         DataError: when there are none.
@@ -131,21 +147,26 @@ def files(path: Path) -> list[Path]:
         hint = "rows are read more than once: write them to a file first"
         raise DataError(Problem(f"is {kind}, not a file", Place(str(path)), hint))
     try:
-        return _files(path)
+        return _of_folder(path, name) if path.is_dir() else Choice(tuple(_files(path)))
     except OSError as error:
         place = Place(str(error.filename or path))
         raise DataError(Problem(f"can't be read: {error.strerror or error}", place)) from None
 
 
+def _of_folder(folder: Path, name: str) -> Choice:
+    seen = sorted(file for file in opening.below(folder) if _suffix(file) in SUFFIXES)
+    hidden = {file for file in seen if any(part.startswith(".") for part in file.relative_to(folder).parts)}
+    found = [file for file in seen if file not in hidden and _is_file(file)]
+    if not found:
+        raise DataError(
+            Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(folder)))
+        )
+    papers = _papers(found)
+    choice = splits.choose(folder, [file for file in found if file not in papers], name)
+    return replace(choice, told=(*choice.told, *splits.no_rows(folder, sorted(hidden), sorted(papers))))
+
+
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        seen = (f for f in opening.below(path) if not any(part.startswith(".") for part in f.relative_to(path).parts))
-        found = _without_papers(sorted(f for f in seen if _suffix(f) in SUFFIXES and _is_file(f)))
-        if not found:
-            raise DataError(
-                Problem(f"no data in this folder; files end in {listed(SUFFIXES)} (also .gz)", Place(str(path)))
-            )
-        return found
     if _is_file(path):
         if _suffix(path) not in SUFFIXES:
             raise DataError(
@@ -158,12 +179,12 @@ def _files(path: Path) -> list[Path]:
     return [f for match in found for f in _files(match)]
 
 
-def _without_papers(found: list[Path]) -> list[Path]:
-    """Return the files of a folder without the texts that come with a data set, where it has files of rows, too."""
+def _papers(found: list[Path]) -> set[Path]:
+    """Return the texts that come with a data set and are no rows, where a folder has files of rows, too."""
     texts = {file for file in found if _suffix(file) == ".txt"}
     if len(texts) == len(found):
-        return found
-    return [file for file in found if file not in texts or file.stem.lower() not in _PAPERS]
+        return set()
+    return {file for file in texts if file.stem.lower() in _PAPERS}
 
 
 def _is_file(path: Path) -> bool:
@@ -351,7 +372,7 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     number = 0
     try:
         table = pq.ParquetFile(file)
-        _check_columns(table.schema_arrow.names, Place(name))
+        _check_names(table.schema_arrow, Place(name))
         for batch in table.iter_batches(batch_size=READY):
             values = enumerate(_values(batch), number + 1)
             ready = tuple(RawRow(Place(f"{name} row {row}"), _as_written(value)) for row, value in values)
@@ -382,11 +403,25 @@ def _values(batch: Any) -> list[dict[str, Any]]:
     return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _check_columns(names: list[str], place: Place) -> None:
+def _check_names(schema: Any, place: Place) -> None:
+    """Check the names of columns and of the keys of objects in them, of any depth, as `_check_columns` does."""
+    import pyarrow as pa
+
+    _check_columns(schema.names, place)
+    left = [(field.name, field.type) for field in schema]
+    while left:
+        column, kind = left.pop()
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        if pa.types.is_struct(kind):
+            _check_columns([field.name for field in fields], place, f"keys of `{shorten(column)}`")
+        left += [(column, field.type) for field in fields]
+
+
+def _check_columns(names: list[str], place: Place, what: str = "columns") -> None:
     """Check that no two columns have one name: the last would win in silence."""
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice is not None:
-        raise DataError(Problem(f"two columns are named `{shorten(twice)}`", place, "rename one of them"))
+        raise DataError(Problem(f"two {what} are named `{shorten(twice)}`", place, "rename one of them"))
 
 
 def _hub(source: Source) -> Iterator[RawRow]:

@@ -21,7 +21,7 @@ from loratune.apart import Packing
 from loratune.data import DAMAGED, Rows
 from loratune.recipe import Recipe
 from loratune.report import Report, size
-from loratune.rows import files
+from loratune.rows import chosen
 from loratune.schedules import warmup_steps
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
@@ -60,9 +60,13 @@ def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
 
 def sources(recipe: Recipe) -> list[dict[str, Any]]:
     """Return path, bytes and time of every local data file, to name one that has changed."""
-    named = [*recipe.data.train, *(recipe.data.eval or ())]
+    named = [
+        *((one.path, "train") for one in recipe.data.train),
+        *((one.path, "eval") for one in recipe.data.eval or ()),
+    ]
+    local = [(Path(path), name) for path, name in named if Path(path).is_absolute()]
     found = []
-    for path in dict.fromkeys(file for one in named if Path(one.path).is_absolute() for file in files(Path(one.path))):
+    for path in dict.fromkeys(file for folder, name in local for file in chosen(folder, name).files):
         about = path.stat()
         found.append({"path": str(path), "bytes": about.st_size, "time": about.st_mtime})
     return found

@@ -35,6 +35,7 @@ LEVELS = (
         "prepare",
         "store",
         "unread",
+        "splits",
         "ledger",
         "encode",
         "turns",
