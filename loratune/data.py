@@ -61,6 +61,12 @@ class Rows:
         """Return where a row came from."""
         return self.store.place(int(self.chosen[index]))
 
+    def first_beyond(self, limit: int) -> int | None:
+        """Return the first row with a token id of `limit` or more, or None."""
+        if self.store.largest < limit:
+            return None
+        return next((i for i in range(len(self)) if self[i].ids.max() >= limit), None)
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Length of each row in tokens, shape (rows,)."""

@@ -26,6 +26,7 @@ from loratune import (
     model,
     nodes,
     outputs,
+    reach,
     report,
     stops,
     storage,
@@ -34,7 +35,7 @@ from loratune import (
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
-from loratune.errors import DataError, Place, Problem, RecipeError, UsageError
+from loratune.errors import DataError, RecipeError, UsageError
 from loratune.objectives import Sft, head
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.subject import Subject
@@ -267,17 +268,11 @@ def _with_room(
     Raises:
         DataError: when a row can't be run through the model.
     """
+    if told := reach.check(loaded.model, rows, "leave them out, or shorten them"):
+        tell.problem(told)
     limit = generate.positions(loaded.model)
     if limit is None:
         return questions
-    long = np.flatnonzero(rows.lengths > limit)
-    if len(long):
-        told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
-        if generate.has_learned_positions(loaded.model):
-            first = int(long[0])
-            told = f"{told}; this one has {int(rows.lengths[first]):,} tokens"
-            raise DataError(Problem(told, Place(str(rows.place(first))), "leave them out, or shorten them"))
-        tell.problem(told)
     left = {index: question for index, question in questions.items() if len(question[0]) < limit}
     if len(left) < len(questions):
         tell.problem(f"{len(questions) - len(left):,} of {len(questions):,} prompts leave no position: not answered")

@@ -29,12 +29,14 @@ from loratune import (
     fit,
     footprint,
     garbage,
+    generate,
     keeping,
     launcher,
     loop,
     model,
     plot,
     quantization,
+    reach,
     readers,
     signals,
     states,
@@ -157,6 +159,9 @@ def _prepare(
     section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = model.load(section, full, where, trust, tokenizer)
     quantization.check(recipe, loaded.quantization)
+    remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
+    reached = [reach.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
+    loaded.notes += dict.fromkeys(note for note in reached if note)
     loaded.notes += model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
     trained_ends = stops.of_rows(train_rows, encoder)
     origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}

@@ -163,6 +163,11 @@ class Store:
         batch, index = self._where(number)
         return batch.place(index)
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max((batch.largest for batch in self._batches), default=0)
+
     def tails(self, width: int) -> dict[tuple[int, ...], int]:
         """Return the last `width` trained tokens of the rows, each with the number of rows that end so.
 
@@ -213,6 +218,10 @@ class _Batch:
         inside = (back >= begin[:, None]) & trained[np.maximum(back - first, 0)]
         inside = np.logical_and.accumulate(inside[:, ::-1], axis=1)[:, ::-1]
         return np.where(inside, self._ids[np.maximum(back, 0)], -1)
+
+    @property
+    def largest(self) -> int:
+        return int(self._ids.max(initial=0))
 
     def place(self, index: int) -> Place:
         return Place(self._source[index].as_py(), self._line[index].as_py())

@@ -36,6 +36,7 @@ LEVELS = (
         "store",
         "unread",
         "splits",
+        "reach",
         "ledger",
         "encode",
         "turns",

@@ -1,0 +1,39 @@
+"""Whether rows are within a model's reach: its embedding knows their tokens, its positions are enough for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from loratune import generate
+from loratune.data import Rows
+from loratune.errors import DataError, Place, Problem
+
+
+def check(net: Any, rows: Rows, remedy: str) -> str | None:
+    """Check that rows can be run through a model; return what is to be told of those longer than its positions.
+
+    Args:
+        net: the model.
+        rows: to train on or to evaluate on.
+        remedy: what can be done about a row that is too long.
+
+    Raises:
+        DataError: when a token has no row in the embedding, or a row is longer than a table of positions.
+    """
+    known = net.get_input_embeddings().weight.shape[0]
+    if (first := rows.first_beyond(known)) is not None:
+        told = f"token {int(rows[first].ids.max()):,} is none of the {known:,} the model has an embedding for"
+        hint = "the tokenizer is larger than the model: does it belong to another one?"
+        raise DataError(Problem(told, Place(str(rows.place(first))), hint))
+    limit = generate.positions(net)
+    long = np.flatnonzero(rows.lengths > limit) if limit is not None else ()
+    if not len(long):
+        return None
+    told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
+    if generate.has_learned_positions(net):
+        first = int(long[0])
+        told = f"{told}; this one has {int(rows.lengths[first]):,} tokens"
+        raise DataError(Problem(told, Place(str(rows.place(first))), remedy))
+    return told
