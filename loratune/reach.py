@@ -28,7 +28,9 @@ def check(net: Any, rows: Rows, remedy: str) -> str | None:
         hint = "the tokenizer is larger than the model: does it belong to another one?"
         raise DataError(Problem(told, Place(str(rows.place(first))), hint))
     limit = generate.positions(net)
-    long = np.flatnonzero(rows.lengths > limit) if limit is not None else ()
+    if limit is None:
+        return None
+    long = np.flatnonzero(rows.lengths > limit)
     if not len(long):
         return None
     told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
