@@ -163,9 +163,11 @@ def evaluate(
                     loaded, questions, max_new_tokens, batch_size, temperature, progress, ends
                 )  # fmt: skip
         answers = answered.get(system, {})
-        matches = (
-            dict(zip(answers, matching.found(regex, list(answers.values())), strict=True)) if regex and wanted else {}
-        )
+        matches = _matches(regex, answers, tell) if regex and wanted else {}
+        if not matches:  # none of this system, none of another: they would be compared
+            wanted = {}
+            for row in (row for rows_of in per_row.values() for row in rows_of):
+                row.pop("regex", None)
         for index, answer in answers.items():
             reference = questions[index][1]
             match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None
@@ -225,6 +227,15 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = data.load([Source(path=section.train[0].path)], section, encoder, name="eval")
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
+
+
+def _matches(regex: str, answers: dict[int, str], tell: report.Report) -> dict[int, str | None]:
+    """Return what the pattern finds in each answer; nothing, and told, where it takes too long: the rest is kept."""
+    try:
+        return dict(zip(answers, matching.found(regex, list(answers.values())), strict=True))
+    except UsageError as error:
+        tell.problem(f"{error.problems[0].message}: measured without it")
+        return {}
 
 
 def _about(rows: Rows) -> Iterator[str]:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import evaluation, fit, generate, merging, metrics, model, recipe
+from loratune import evaluation, fit, generate, matching, merging, metrics, model, recipe
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.evaluation import evaluate
@@ -288,3 +288,26 @@ def test_tokens_scored_at_once_go_by_the_free_memory(base: Path, monkeypatch: py
     for free, plain, tokens in ((None, True, 4096), (1 << 34, True, 4096), (1 << 24, True, 1024), (1 << 10, True, 128)):
         monkeypatch.setattr(fit, "free_memory", lambda where, left=free: left)
         assert fit.scoring_tokens(loaded, 200, 4096, plain) == tokens
+
+
+def test_a_pattern_that_takes_too_long_on_answers_loses_nothing_else(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second system's answers are too much for it: the first one's measure goes, too, as nothing stands beside it."""
+    asked: list[int] = []
+    found = matching.found
+
+    def tired(pattern: str, texts: list[str]) -> list[str | None]:
+        asked.append(len(texts))
+        return found(pattern, texts, 1e-6 if len(asked) == 3 else matching.PATIENCE)
+
+    monkeypatch.setattr(matching, "found", tired)
+    monkeypatch.setattr(matching, "check", lambda pattern: None)
+    result = evaluate(run, max_new_tokens=4, regex=r"\w+", out=tmp_path / "out.jsonl")
+    assert len(asked) == 3
+    assert list(result.scores) == ["base", "adapter"]
+    for scores in result.scores.values():
+        assert "regex" not in scores
+        assert "exact match" in scores
+    assert (tmp_path / "out.jsonl").exists()
+    assert r"--regex `\w+` takes more than 1e-06 s" in capsys.readouterr().err

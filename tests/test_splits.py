@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from loratune import data, rows, splits, telling
+from loratune import bases, data, rows, splits, telling
 from loratune.cli import app
 from loratune.encode import Encoder
+from loratune.errors import DataError
 from loratune.nodes import parse
 from loratune.recipe import Data, Source, from_tree
 from tests import tiny
@@ -125,7 +126,7 @@ def test_eval_tells_what_it_does_not_read(tmp_path: Path) -> None:
         assert f"data: {folder}: train.jsonl is left out: named for another split, train" in done.output
         assert "not read, though something stands there: `score` (1 rows)" in done.output
         assert (data.DAMAGED in done.output) == (cache == "damaged")
-        for file in (data.bases.cache() / "rows").rglob("*.arrow"):
+        for file in (bases.cache() / "rows").rglob("*.arrow"):
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)
@@ -151,12 +152,12 @@ def test_a_column_that_is_no_text_and_needed_is_named(tmp_path: Path, column: st
     pq.write_table(pa.table({column: value}), tmp_path / "a.parquet")
     source = Source(path=str(tmp_path / "a.parquet"))
     section = Data.model_validate({"train": source, "format": {"type": "text", "text": column}})
-    with pytest.raises(data.DataError, match=f"`{column}`"):
+    with pytest.raises(DataError, match=f"`{column}`"):
         data.load([source], section, Encoder(tiny.tokenizer()))
 
 
 def test_keys_of_one_name_within_a_column_are_refused(tmp_path: Path) -> None:
     inner = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
     pq.write_table(pa.table({"text": ["a"], "about": inner}), tmp_path / "a.parquet")
-    with pytest.raises(data.DataError, match="two keys of `about` are named `x`"):
+    with pytest.raises(DataError, match="two keys of `about` are named `x`"):
         list(rows.read(Source(path=str(tmp_path / "a.parquet"))))
