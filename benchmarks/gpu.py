@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "lora-1x8192": (1, 8192, {}),
     "lora-16xvaried": (16, (64, 2048), {}),
     "qlora-2x4096": (2, 4096, NF4),
+    "qlora-8x1024": (8, 1024, NF4),
     "qlora-1x2048": (1, 2048, NF4),
     "qlora-1x8192": (1, 8192, NF4),
     "qlora-16xvaried": (16, (64, 2048), NF4),
@@ -82,9 +84,9 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
     torch.cuda.empty_cache()
 
 
-def write_rows(path: Path, number: int, length: int | tuple[int, int], vocabulary: int) -> None:
+def write_rows(path: Path, number: int, length: int | tuple[int, int], vocabulary: int, seed: int = 0) -> None:
     """Write rows of random words; with the end token each has exactly its length."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as stream:
         for _ in range(number):
             tokens = length if isinstance(length, int) else round(draw.uniform(*length))
@@ -104,35 +106,70 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=4, help="first steps whose time is not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--shrink", type=int, default=1, help="divide the lengths, to try this on a CPU")
+    parser.add_argument("--model", type=Path, help="folder for the weights, which are taken from there the next time")
+    parser.add_argument("--limit", type=float, help="seconds for everything: an arm not done by then is given up")
+    parser.add_argument("--in-turn", action="store_true", help="an arm over all cases before the next arm")
+    parser.add_argument("--profile", type=Path, help="file for a profile of the last step of the first case")
     parser.add_argument("--peer-python", default=sys.executable, help="Python of the environment that holds the peers")
     parser.add_argument("--out", type=Path, default=train.HERE / "results")
     given = parser.parse_args()
     if not torch.cuda.is_available() and given.shape != "tiny":
         sys.exit("no GPU is in reach: on a CPU `--shape tiny --shrink 64` tries whether this runs")
+    until = None if given.limit is None else time.monotonic() + given.limit
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine.processor()
     shape = SHAPES[given.shape]
     with tempfile.TemporaryDirectory() as place:
-        base = Path(place) / "model"
-        print(f"{device}: writing random weights of {given.shape}", file=sys.stderr, flush=True)
-        write_model(base, shape)
-        for name in given.cases:
-            rows, length, sections = CASES[name]
-            folder = Path(place) / name
-            folder.mkdir()
-            length = length // given.shrink if isinstance(length, int) else tuple(n // given.shrink for n in length)
-            longest = length if isinstance(length, int) else length[1]
-            case = {
-                "model": str(base), "dtype": training.precision(), "steps": given.steps, "warm": given.warm,
-                "batch_size": rows, "rows_at_once": rows,
-                "sections": {**sections, "data": {"format": "text", "max_length": longest}},
-            }  # fmt: skip
-            write_rows(folder / "rows.jsonl", rows * given.steps, length, shape["vocab_size"])
-            training.prepare(folder, case)
-            arms = [*given.arms, *(["loratune-padded"] if isinstance(CASES[name][1], tuple) else [])]
-            median, everything = train.compare(folder, arms, given.rounds, given.peer_python)
-            about = {"device": device, "shape": given.shape, "case": name, "median": median, **everything}
-            print(f"\n{name} on {device}")
-            report.keep(given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, median)
+        base = given.model or Path(place) / "model"
+        if not (base / "config.json").exists():
+            print(f"{device}: writing random weights of {given.shape}", file=sys.stderr, flush=True)
+            write_model(base, shape)
+        folders = {name: Path(place) / name for name in given.cases}
+        for name, folder in folders.items():
+            profile = given.profile if name == given.cases[0] else None
+            prepare(folder, name, base, shape, given, profile)
+        found: dict[str, dict[str, Any]] = {name: {} for name in folders}
+        everything: dict[str, dict[str, Any]] = {name: {"rounds": {}, "failed": {}} for name in folders}
+        for arms in [[arm] for arm in given.arms] if given.in_turn else [given.arms]:
+            for name, folder in folders.items():
+                padded = ["loratune-padded"] if isinstance(CASES[name][1], tuple) and "loratune" in arms else []
+                median, parts = train.compare(folder, [*arms, *padded], given.rounds, given.peer_python, until=until)
+                found[name] |= median
+                for key, part in parts.items():
+                    everything[name][key] |= part
+                for arm, one in median.items():
+                    planned = f", {one['planned'] / 2**30:.1f} planned" if "planned" in one else ""
+                    told = f"{one['tokens_per_second']:.0f} tokens/s, {one['peak_memory'] / 2**30:.1f} GiB{planned}"
+                    print(f"= {name} {arm}: {told}", flush=True)
+                if found[name]:
+                    about = {
+                        "device": device,
+                        "shape": given.shape,
+                        "case": name,
+                        "median": found[name],
+                        **everything[name],
+                    }
+                    report.keep(
+                        given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, found[name]
+                    )
+    if not any(found.values()):
+        sys.exit("no arm came through")
+
+
+def prepare(
+    folder: Path, name: str, base: Path, shape: dict[str, Any], given: argparse.Namespace, profile: Path | None
+) -> None:
+    """Write recipe, rows and tokens of a case into its folder."""
+    rows, length, sections = CASES[name]
+    folder.mkdir()
+    length = length // given.shrink if isinstance(length, int) else tuple(n // given.shrink for n in length)
+    longest = length if isinstance(length, int) else length[1]
+    case = {
+        "model": str(base), "dtype": training.precision(), "steps": given.steps, "warm": given.warm,
+        "batch_size": rows, "rows_at_once": rows, "profile": str(profile) if profile else "",
+        "sections": {**sections, "data": {"format": "text", "max_length": longest}},
+    }  # fmt: skip
+    write_rows(folder / "rows.jsonl", rows * given.steps, length, shape["vocab_size"])
+    training.prepare(folder, case)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "loratune-unshared": ["data.prefix_sharing=off"], "loratune-padded": ["data.packing=off"],
         "loratune-compiled": ["train.compile=on"],
     }.get(name, [])  # fmt: skip
+    if case.get("profile") and name == "loratune":
+        profile_last_step(case["steps"], Path(case["profile"]))
     train(load_recipe(folder / "recipe.yaml", changes), overwrite=True)
+    facts = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     counted = ends[case["warm"] - 1] if case["warm"] else 0.0
@@ -57,7 +60,31 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "rates": rates,
         "losses": [step["loss"] for step in steps],
         "computed": [step["computed"] for step in steps],
+        "planned": facts["memory"]["weights"] + (facts["activations"] or {}).get("needed", 0),
     }
+
+
+def profile_last_step(number: int, path: Path) -> None:
+    """Let the last of so many steps be profiled, and write what took how long."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from loratune import loop
+
+    steps, cuda = loop.steps, torch.cuda.is_available()
+
+    def profiled(*given: Any, **named: Any) -> Any:
+        made = steps(*given, **named)
+        for _ in range(number - 1):
+            yield next(made)
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+            last = next(made)
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
+        path.write_text(found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
+        yield last
+        yield from made
+
+    loop.steps = profiled
 
 
 def watched_steps(config: dict[str, Any], precision: str) -> tuple[list[float], list[float]]:
@@ -125,6 +152,7 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     def share(of: int) -> float:
         return float(4 * (weights * of + of_head * trained) / possible)
 
+    planned = {"planned": found["planned"]} if "planned" in found else {}
     apart = {"without_attention": tokens / (seconds - found["attention"])} if case.get("attention_apart") else {}
     return {
         "tokens_per_second": tokens / seconds, "trained_tokens_per_second": trained / seconds,
@@ -133,18 +161,29 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
         "share_with_all_tokens": share(tokens),
         "start_seconds": found["started"] - begun, "first_step_done": found["started"] - begun + found["seconds"][0],
         "losses": found["losses"], "seconds": found["seconds"],
-        **apart,
+        **apart, **planned,
     }  # fmt: skip
 
 
-def measured(name: str, folder: Path, peer_python: str, threads: int | None = None) -> dict[str, Any]:
-    """Run an arm as a process and return what it says on its last line, or under `failed` why there is nothing."""
+def measured(
+    name: str, folder: Path, peer_python: str, threads: int | None = None, until: float | None = None
+) -> dict[str, Any]:
+    """Run an arm as a process and return what it says on its last line, or under `failed` why there is nothing.
+
+    It is given up at `until` (of the monotonic clock, in seconds).
+    """
     python = sys.executable if name.startswith("loratune") else peer_python
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [python, "-W", "ignore", __file__, "--arm", name, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
+    left = None if until is None else until - time.monotonic()
+    if left is not None and left <= 0:
+        return {"failed": "no time is left", "stderr": "no time is left"}
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment, text=True, check=False, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"failed": "no time is left", "stderr": "out of time"}
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         return {"failed": last[-1][:300], "stderr": done.stderr[-3000:]}
@@ -153,7 +192,12 @@ def measured(name: str, folder: Path, peer_python: str, threads: int | None = No
 
 
 def compare(
-    folder: Path, names: Sequence[str], rounds: int, peer_python: str, threads: int | None = None
+    folder: Path,
+    names: Sequence[str],
+    rounds: int,
+    peer_python: str,
+    threads: int | None = None,
+    until: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run arms round by round on a prepared case; return the median of each and all that was measured.
 
@@ -163,7 +207,7 @@ def compare(
     failed: dict[str, str] = {}
     for number in range(rounds):
         for name in [name for name in names if name not in failed]:
-            one = measured(name, folder, peer_python, threads)
+            one = measured(name, folder, peer_python, threads, until)
             if "failed" in one:
                 failed[name] = one["failed"]
                 print(f"{name} failed:\n{one['stderr']}", file=sys.stderr, flush=True)

@@ -41,6 +41,32 @@ def test_gpu_with_a_tiny_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_session_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
+    """All steps of the visit to a GPU machine, with tiny shapes on a CPU; its tests are skipped there."""
+    environment = {
+        **os.environ, "SESSION_DRY": "1", "SESSION_PEERS": "", "SESSION_LIMIT": "900", "SESSION_RUN": "600",
+        "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "TMPDIR": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(FOLDER / "gpu_session.sh")], cwd=FOLDER.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "out" / "table.txt").read_text()
+    for step in (
+        "[1] machine: exit code 0",
+        "[2] run: exit code 0",
+        "[3] tests: exit code 0",
+        "[4] speed: exit code 0",
+    ):
+        assert step in table, table
+    for kind in ("bf16", "nf4-paged", "checkpointed"):
+        assert f"{kind} on " in table
+    assert table.count("losses the same to the bit, adapter 0.0e+00 apart") == 3
+    assert table.count(" tokens/s, ") == 8
+    assert (tmp_path / "out" / "profile.txt").read_text()
+
+
+@pytest.mark.slow
 def test_data_with_a_tiny_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("chitchat_dataset")
     base = tiny.save(tmp_path / "base")
