@@ -6,8 +6,7 @@ already. Which layers that are changes no bit of the result: dropout draws the s
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +19,9 @@ from loratune.recipe import Recipe
 from loratune.report import size
 
 # tokens of a micro-batch of `auto`, best first: more keep a GPU busy, less than the last are slow
-BUDGETS = {"cpu": (4096, 2048, 1024), "cuda": (65536, 32768, 16384, 8192, 4096)}
+BUDGETS = {"cpu": (4096, 2048, 1024), "cuda": (16384, 8192, 4096, 2048)}
 USABLE = 0.9  # part (0-1) of the free memory that is planned with
+LIGHTER = 0.75  # part (0-1) of a plan's memory that is tried where the plan did not fit
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def choose(
         packing: how they are put together.
         device: `cpu` or `cuda`.
         free: bytes for this process; None where that can't be known: everything is kept.
-        fixed: bytes of gradients, optimizer states and the head's chunk, which are not there yet.
+        fixed: bytes that are not there yet and don't grow with the tokens: see `fit.fixed_bytes`.
         world: number of processes.
         begun: what was chosen when the run was begun: the budget stays, as it decides the order of sums; no fewer
             layers are computed again.
@@ -99,14 +99,35 @@ def choose(
             f"use {layers} or fewer, or `all`",
         )
     usable = None if free is None else int(free * USABLE) - fixed
+    plans = _plans(recipe, cost, rows, packing, device, free, world, begun)
+    for plan in plans:
+        if usable is None or plan.needed <= usable:
+            return plan
+    return replace(plan, short=True)
+
+
+def lighter(
+    recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, plan: Plan,
+    world: int = 1, begun: Mapping[str, int] | None = None,
+) -> Plan | None:  # fmt: skip
+    """Return the next plan that takes clearly less memory than `plan`, which did not fit; None where there is none.
+
+    The other arguments are those of `choose`.
+    """
+    plans = _plans(recipe, cost, rows, packing, device, plan.free, world, begun)
+    less = [other for other in plans if other.needed < plan.needed]
+    return next((other for other in less if other.needed <= LIGHTER * plan.needed), less[-1] if less else None)
+
+
+def _plans(
+    recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, free: int | None, world: int,
+    begun: Mapping[str, int] | None,
+) -> Iterator[Plan]:  # fmt: skip
+    """Yield what a recipe leaves to choose from, best first; the arguments are those of `choose`."""
+    settings, layers = recipe.train, len(cost.layers)
+    wish = settings.gradient_checkpointing
     capacity = recipe.data.max_length if packing.packed else None
     alone = packing.by == "mask"  # then one pack is a micro-batch
-
-    def planned(budget: int, again: int) -> Plan:
-        micro = 1 if alone and settings.micro_batch_size == "auto" else settings.micro_batch_size
-        largest = batches.largest(rows.lengths, rows.weights, settings.batch_size, micro, budget, capacity, world)
-        return Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
-
     budgets = (begun["tokens"],) if begun else BUDGETS[device]
     if settings.micro_batch_size != "auto":
         budgets = budgets[:1]
@@ -116,10 +137,10 @@ def choose(
     else:
         again = wish if isinstance(wish, int) else layers if wish == "all" else 0
         wishes = [(budget, min(again, layers)) for budget in budgets]
-    for plan in itertools.starmap(planned, wishes):
-        if usable is None or plan.needed <= usable:
-            return plan
-    return replace(planned(*wishes[-1]), short=True)
+    for budget, again in wishes:
+        micro = 1 if alone and settings.micro_batch_size == "auto" else settings.micro_batch_size
+        largest = batches.largest(rows.lengths, rows.weights, settings.batch_size, micro, budget, capacity, world)
+        yield Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
 
 
 def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int) -> Plan:

@@ -6,6 +6,7 @@ Weights and optimizer states are known from shapes to a few percent, activations
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from loratune import cgroup
+from loratune import cgroup, quantization
 from loratune.activations import Plan
 from loratune.data import Rows
 from loratune.footprint import Cost
@@ -25,6 +26,7 @@ from loratune.report import size
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
 _LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32
 _NF4 = 0.52  # bytes per weight, scales included
+_WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's own (64 MiB on Hopper), and what lies between tensors
 _PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
 
 
@@ -42,9 +44,11 @@ def expand_segments() -> None:
     """Let torch's allocator grow its segments; to be called before a GPU is first used.
 
     Nearly every step has another number of tokens, so each activation another size: in segments of fixed sizes up to
-    half a gigabyte of an 8B model's training would lie in pieces too small for the next.
+    half a gigabyte of an 8B model's training would lie in pieces too small for the next. Not on Windows and with ROCm,
+    where torch has them in part or not at all, and warns.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    able = sys.platform != "win32" and torch.version.hip is None
+    if able and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
@@ -74,10 +78,16 @@ def least(free: int | None) -> int | None:
 
 
 def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
-    """Return the bytes a step needs beside activations that are not there yet: gradients, states, a chunk of logits."""
+    """Return the bytes a step needs beside activations that are not there yet, however many tokens it has.
+
+    Gradients, optimizer states, a chunk of logits, one layer's weight out of its few bits, and on a GPU working space.
+    """
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
-    return gradients + _states(recipe, net) + head.ROWS[loaded.device.type] * words * _LOGITS
+    logits = head.ROWS[loaded.device.type] * words * _LOGITS
+    working = _WORKSPACE if loaded.device.type == "cuda" else 0
+    dequantized = quantization.largest_dequantized(net, loaded.dtype)
+    return gradients + _states(recipe, net) + logits + dequantized + working
 
 
 def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:

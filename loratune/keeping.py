@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from loratune import (
+    activations,
     bases,
     checkpoint,
     configs,
     drift,
     fingerprint,
+    fit,
     lock,
     model,
     modelfolder,
@@ -32,6 +35,7 @@ from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
 from loratune.errors import Place, Problem, RunFolderError
+from loratune.footprint import Cost
 from loratune.recipe import Recipe
 from loratune.report import Report
 from loratune.states import Randomness
@@ -86,6 +90,8 @@ class Job:
     train_rows: Rows
     eval_rows: Rows | None
     packing: Packing
+    cost: Cost
+    layers: list[Any]  # that can be computed again
     plan: Plan
     per_epoch: int
     steps: int
@@ -149,6 +155,25 @@ def open_folder(job: Job, progress: Progress, resume: bool) -> None:
     elif resume:
         job.report.go_on_from(progress.step, evaluated=not progress.pending)
     job.accelerator.wait_for_everyone()
+
+
+def lighter(job: Job, resumed: bool) -> Plan | None:
+    """Return a plan for a run whose own did not fit; the micro-batches of a resumed one stay."""
+    plan = job.plan
+    begun = {"tokens": plan.tokens, "again": plan.again} if resumed else None
+    device, world = job.accelerator.device.type, job.accelerator.num_processes
+    return activations.lighter(job.recipe, job.cost, job.train_rows, job.packing, device, plan, world, begun)
+
+
+def take(job: Job, plan: Plan) -> None:
+    """Go on with a lighter plan where one did not fit: as if nothing had been tried, but for random numbers."""
+    job.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    job.report.problem(f"out of memory: once more with {plan.told()}")
+    job.plan = activations.switch(job.loaded.model, job.layers, plan, job.recipe.train.gradient_checkpointing)
+    memory = fit.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
+    job.facts.update(memory=memory, activations=plan.as_json())
 
 
 def save(job: Job, progress: Progress, random: Randomness) -> Progress:

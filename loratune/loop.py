@@ -15,9 +15,14 @@ import torch
 from loratune.batches import Batch
 from loratune.encode import Row
 from loratune.errors import TrainingError
+from loratune.model import is_out_of_memory
 from loratune.sharing import Layout
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """Memory ran out on the way to a gradient: weights and optimizer are as before, random numbers were drawn."""
 
 
 class Objective(Protocol):
@@ -76,6 +81,7 @@ def steps(
         poll: called before each micro-batch; what it raises gives the step up before the optimizer has stepped.
 
     Raises:
+        OutOfMemory: in a forward or backward pass.
         TrainingError: when loss or gradient are not finite (in float16: in `SKIPPED` steps in a row), or the first step
             shows that something would never be trained; the optimizer has not stepped then.
     """
@@ -104,7 +110,7 @@ def steps(
         for index, part in enumerate(micro):
             poll()
             last = index == len(micro) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with _whole(), contextlib.nullcontext() if last else accelerator.no_sync(model):
                 loss = objective.total(model, on(device, part))
                 accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
             total += loss.detach()
@@ -134,6 +140,17 @@ def steps(
             number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
             batch.rows, tokens, count, computed, time.perf_counter() - began,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Tell memory that runs out where nothing is half done from memory that runs out in the optimizer's step."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from None
 
 
 def measure(

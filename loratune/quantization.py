@@ -154,6 +154,16 @@ def note(model: Any, kind: str, wanted: str) -> list[str]:
     return told
 
 
+def largest_dequantized(model: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of the largest weight that has to leave its few bits for a product in `dtype`, or 0."""
+    layers = (
+        module
+        for module in model.modules()
+        if is_of_bitsandbytes(module, "Linear4bit") or is_of_bitsandbytes(module, "Linear8bitLt")
+    )
+    return max((module.in_features * module.out_features for module in layers), default=0) * dtype.itemsize
+
+
 def dequantized(model: Any) -> Any:
     """Return a model with the matrices that its quantized layers stand for, as if it had never been quantized."""
     plain = model.dequantize()

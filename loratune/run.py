@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -209,7 +210,7 @@ def _prepare(
     )  # fmt: skip
     return Job(
         recipe, folder, accelerator, report, facts, origin, ends, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, packing, plan, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
+        train_rows, eval_rows, packing, cost, layers, plan, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
@@ -232,17 +233,21 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     try:
         if progress.pending:
             progress = saved = keeping.save(job, _evaluate(job, net, progress, poll)[1], random)
-        order = batches.batches(
-            job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
-            progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-            job.plan.tokens, accelerator.process_index, accelerator.num_processes,
-            recipe.data.max_length, job.packing.layout,
-        )  # fmt: skip
-        with report.training(progress.step, steps, log_every):
-            for step in loop.steps(
+
+        def begin() -> Iterator[loop.Step]:
+            order = batches.batches(
+                job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
+                progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
+                job.plan.tokens, accelerator.process_index, accelerator.num_processes,
+                recipe.data.max_length, job.packing.layout,
+            )  # fmt: skip
+            return loop.steps(
                 net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
                 accelerator, settings.max_grad_norm, progress.step, poll,
-            ):  # fmt: skip
+            )  # fmt: skip
+
+        with report.training(progress.step, steps, log_every):
+            for step in _or_lighter(job, begin, resumed=progress.step > 0):
                 report.step(step)
                 end, better = step.number == steps, False
                 due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
@@ -263,6 +268,23 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
             keeping.save(job, progress, random)
         raise signals.interrupted(asked.number, progress.step) from None
     return progress
+
+
+def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: bool) -> Iterator[loop.Step]:
+    """Yield the steps of a training; where memory runs out in the first, begin once more with a lighter plan."""
+    random, plan, steps = states.randomness(), None, begin()
+    try:
+        yield from itertools.islice(steps, 1)
+    except loop.OutOfMemory:
+        if job.accelerator.num_processes == 1:  # several would have to agree, and wait for this one's gradients
+            plan = keeping.lighter(job, resumed)
+        if plan is None:
+            raise
+    if plan is not None:  # here, as the error holds on to all that was in memory
+        keeping.take(job, plan)
+        states.set_random_state(random.as_json())
+        steps = begin()
+    yield from steps
 
 
 def _finish(job: Job, progress: Progress) -> Run:

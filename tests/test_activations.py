@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, batches, fit, footprint, keeping, recipe, tiles
+from loratune import activations, batches, footprint, keeping, quantization, recipe, tiles
+from loratune import fit as fits
 from loratune.activations import BUDGETS, Plan
 from loratune.apart import Packing
-from loratune.errors import ModelError
+from loratune.errors import ModelError, SetupError
 from loratune.footprint import Cost
 from loratune.objectives import Sft
 from loratune.sharing import Layout
@@ -200,7 +202,8 @@ def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_pa
     plans = [chosen(tmp_path, base, int(free * GB)) for free in (200, 100, 60, 30, 15, 12, 8, 5, 3, 0.1)]
     assert [plan.tokens for plan in plans] == sorted((plan.tokens for plan in plans), reverse=True)
     assert [plan.again for plan in plans] == sorted(plan.again for plan in plans)
-    assert plans[0].largest == 16 * 2048, "the whole batch at once"
+    assert plans[0].largest == BUDGETS["cuda"][0] == 16384, "no more, whatever is free: nothing gets faster"
+    assert BUDGETS["cuda"][-1] == 2048
     assert plans[0].again == 0
     assert plans[-1].again == LAYERS
     assert plans[-1].short
@@ -295,8 +298,8 @@ def test_what_is_told() -> None:
 
 
 def test_free_memory_of_this_machine() -> None:
-    free = fit.free_memory(torch.device("cpu"))
-    shared = fit.free_memory(torch.device("cpu"), 4)
+    free = fits.free_memory(torch.device("cpu"))
+    shared = fits.free_memory(torch.device("cpu"), 4)
     if free is None:
         pytest.skip("no /proc/meminfo here")
     assert shared is not None
@@ -312,3 +315,119 @@ def test_the_seal_holds_what_was_chosen(fit: Fit) -> None:
     assert found.seal["activations"] == facts["activations"]
     assert facts["activations"]["tokens"] in BUDGETS["cpu"]
     assert facts["activations"]["layers"] == 2
+
+
+# ---------------------------------------------------------------- memory that runs out in the first step
+
+
+class Full:
+    """An objective's `total` that runs out of memory at its calls of some numbers, after random numbers were drawn."""
+
+    def __init__(self, *calls: int) -> None:
+        self.calls, self.seen = calls, 0
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = Sft.total
+
+        def total(objective: Sft, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+            found = whole(objective, model, batch)
+            if model.training and torch.is_grad_enabled():
+                self.seen += 1
+                if self.seen in self.calls:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        monkeypatch.setattr(Sft, "total", total)
+
+
+# the first call measures, then come two micro-batches of a step
+DRAWING = {
+    "method": {"type": "lora", "r": 4, "lora_dropout": 0.1}, "objective": {"type": "sft", "neftune": 5},
+    "data": {"packing": "off"}, "optimizer": {"lr": 1e-2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tokens", "layers"])
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, call: int
+) -> None:
+    """All is as in a run that had the second plan from the start: losses, norms, weights, the seal of a checkpoint."""
+    train = {"epochs": 2} if kind == "tokens" else {"epochs": 2, "micro_batch_size": 4}
+    budgets = (500, 200) if kind == "tokens" else (500,)
+    with monkeypatch.context() as patch:
+        patch.setitem(activations.BUDGETS, "cpu", budgets)
+        Full(call).put_in(patch)
+        tried = fit("tried", **DRAWING, train=train)
+    again = tried.facts()["activations"]["again"]
+    assert again == (0 if kind == "tokens" else 1)
+    told = capsys.readouterr().err
+    assert (
+        f"out of memory: once more with activations of {'all 2' if kind == 'tokens' else '1 of 2'} layers kept" in told
+    )
+    monkeypatch.setitem(activations.BUDGETS, "cpu", budgets[-1:])
+    straight = fit("straight", **DRAWING, train=train if kind == "tokens" else {**train, "gradient_checkpointing": 1})
+    for name in ("loss", "grad_norm"):
+        assert tried.column(name) == straight.column(name)
+    one, other = (load_file(done.folder / "adapter_model.safetensors") for done in (tried, straight))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    same = ("activations", "memory")
+    known = {name: {k: v for k, v in tried.facts()[name].items() if k != "free"} for name in same}
+    assert known == {name: {k: v for k, v in straight.facts()[name].items() if k != "free"} for name in same}
+    found = keeping.checkpoint.newest(tried.folder)
+    assert found is not None
+    assert found.seal["activations"] == tried.facts()["activations"]
+
+
+def test_what_does_not_fit_twice_or_later_is_an_error_with_advice(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"micro_batch_size": 4}
+    for name, calls in (("twice", (2, 3)), ("later", (4,))):
+        with monkeypatch.context() as patch:
+            Full(*calls).put_in(patch)
+            with pytest.raises(SetupError, match=r"out of memory on CPU.*\n  cheapest first, estimated: train"):
+                fit(name, **DRAWING, train=train)
+    with monkeypatch.context() as patch:  # nothing is left to choose
+        Full(2).put_in(patch)
+        with pytest.raises(SetupError, match="out of memory on CPU"):
+            fit("all", **DRAWING, train={**train, "gradient_checkpointing": "all"})
+
+
+def test_an_optimizer_that_runs_out_of_memory_is_not_asked_again(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def step(self: Any, closure: Any = None) -> None:
+        asked.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(SetupError, match="out of memory"):
+        fit("a", **DRAWING)
+    assert len(asked) == 1
+
+
+def test_a_lighter_plan_takes_clearly_less(tmp_path: Path, base: Path) -> None:
+    path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16}, data={"max_length": 2048})
+    given = (recipe.load(path), COST, ROWS, PACKED, "cuda")
+    plan: Plan | None = activations.choose(*given, 300 * GB, 0)
+    seen = []
+    while plan is not None:
+        seen.append(plan)
+        plan = activations.lighter(*given, plan)
+    assert [plan.tokens for plan in seen[:4]] == list(BUDGETS["cuda"])
+    assert [plan.again for plan in seen[:5]][-2:] == [0, 8]
+    assert seen[-1].again == LAYERS
+    assert all(after.needed <= 0.75 * before.needed for before, after in itertools.pairwise(seen[:-1]))
+    resumed = activations.lighter(*given, seen[0], 1, {"tokens": 16384, "again": 0})
+    assert resumed is not None
+    assert (resumed.tokens, resumed.again) == (16384, 8)
+
+
+def test_what_leaves_its_few_bits_is_planned_for(fit: Fit) -> None:
+    """One weight of 64 x 128 in float32, the largest of the tiny model, as it is dequantized for its product."""
+    done = fit("a", model={"quantization": "nf4"})
+    loaded: Any = SimpleNamespace(model=done.net, device=torch.device("cpu"), dtype=torch.float32)
+    assert quantization.largest_dequantized(done.net, torch.float32) == 64 * 128 * 4
+    plain = fit("b").net
+    assert quantization.largest_dequantized(plain, torch.float32) == 0
+    with_it = fits.fixed_bytes(done.recipe, loaded, done.net)
+    assert with_it - fits.fixed_bytes(done.recipe, loaded, plain) == 64 * 128 * 4

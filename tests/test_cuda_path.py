@@ -223,3 +223,15 @@ def test_segments_grow_unless_the_user_says_otherwise(
         monkeypatch.setenv(name, value)
     fit.expand_segments()
     assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == wanted
+
+
+@pytest.mark.parametrize("where", ["windows", "rocm"])
+def test_segments_do_not_grow_where_torch_can_not(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    if where == "windows":
+        monkeypatch.setattr(fit.sys, "platform", "win32")
+    else:
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    fit.expand_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ

@@ -110,6 +110,7 @@ def modules() -> dict[Any, Any]:
                 if ctx.needs_input_grad[0]:
                     weight = ctx.weights[index]()
                     of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+                    del weight  # one that was in 4 bits, before the next is made
             if of_x is not None:
                 of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
             return of_x, None, None, None, *found
