@@ -25,6 +25,7 @@ from loratune.report import size
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
 _LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32
+_SUM = 6  # bytes per weight of a trained head: its gradient in float32, and a part of it in 16 bit
 _NF4 = 0.52  # bytes per weight, scales included
 _WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's own (64 MiB on Hopper), and what lies between tensors
 _PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
@@ -84,7 +85,7 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     """
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
-    logits = head.ROWS[loaded.device.type] * words * _LOGITS
+    logits = head.ROWS[loaded.device.type] * words * _LOGITS + _of_trained_head(loaded, net, words)
     working = _WORKSPACE if loaded.device.type == "cuda" else 0
     dequantized = quantization.largest_dequantized(net, loaded.dtype)
     return gradients + _states(recipe, net) + logits + dequantized + working
@@ -167,6 +168,14 @@ def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     remedies.append((f"data.max_length: {max(known['longest'] // 2, 2)}", tokens / 2 * per_token))
     told = ", ".join(f"{what} (about {size(saved)} less)" for what, saved in remedies if saved > 0)
     return f"cheapest first, estimated: {told}"
+
+
+def _of_trained_head(loaded: Loaded, net: Any, words: int) -> int:
+    """Return what a head takes more where it is trained: larger chunks, in 16 bit its gradient's sum and summand."""
+    trained = [p.numel() for p in net.get_output_embeddings().parameters() if p.requires_grad]
+    half = loaded.device.type == "cuda" or loaded.dtype is not torch.float32
+    more = (head.TRAINED - 1) * head.ROWS[loaded.device.type] * words * _LOGITS
+    return more + half * _SUM * sum(trained) if trained else 0
 
 
 def _states(recipe: Recipe, net: Any) -> int:

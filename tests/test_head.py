@@ -50,6 +50,88 @@ def test_float32_loss_and_gradient(tokens: int, bias: bool, smoothing: float) ->
         )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2 * head.TRAINED * CHUNK + 3])
+def test_float32_gradients_of_a_trained_head(tokens: int, bias: bool, smoothing: float) -> None:
+    torch.manual_seed(tokens)
+    given = [torch.randn(tokens, 64), torch.randn(301, 64), *([torch.randn(301)] if bias else [])]
+    parts = [one.requires_grad_() for one in given]
+    hidden, weight, shift = (*parts, None)[:3]
+    targets = torch.randint(0, 301, (tokens,))
+    plain = cross_entropy(linear(hidden, weight, shift), targets, reduction="sum", label_smoothing=smoothing) * 0.37
+    wanted = torch.autograd.grad(plain, parts)
+    fused = head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
+    got = torch.autograd.grad(fused, parts)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).norm() < 2e-6 * other.norm()
+    with torch.no_grad():
+        assert not head.summed_cross_entropy(hidden, weight, shift, targets, smoothing).requires_grad
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cross_entropy_of_logits_by_chunks(dtype: torch.dtype, smoothing: float) -> None:
+    """With a gradient that is scaled before it is rounded: of a scale so large that float16 needs it."""
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(2 * CHUNK + 3, 301)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 301, (len(logits),))
+    plain = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+    (wanted,) = torch.autograd.grad(plain * 4096, logits)
+    chunked = head.cross_entropy_of_logits(logits, targets, smoothing)
+    (got,) = torch.autograd.grad(chunked * 4096, logits)
+    assert (chunked.dtype, got.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, wanted, rtol=1e-5 if dtype is torch.float32 else 8e-3, atol=1e-4)
+    (small,) = torch.autograd.grad(head.cross_entropy_of_logits(logits, targets) * 2.0**-20, logits)
+    (as_small,) = torch.autograd.grad(cross_entropy(logits.float(), targets, reduction="sum") * 2.0**-20, logits)
+    torch.testing.assert_close(small, as_small, rtol=1e-2, atol=2.0**-24)
+
+
+TRAINED = {
+    "all": lambda tied: llama(tie_word_embeddings=tied),
+    "beside an adapter": lambda tied: adapted(llama(tie_word_embeddings=tied), modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("half", ["no", "autocast", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_trained_head_and_what_is_before_it(
+    name: str, tied: bool, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and every gradient are those of plain cross entropy, in 16 bit as near to the truth as those."""
+    objective, batch = Sft(), Sft().collate(ROWS)
+
+    def gradients(net: Any, fused: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast" and net.dtype is torch.float32)
+        net.train().zero_grad()
+        with cast:
+            assert not fused or head.is_fusible(net, batch["input_ids"])
+            total = objective.total(net, batch) if fused else plain(monkeypatch, net, objective, batch)
+        (total / 7).backward()
+        return total.item(), {n: p.grad.double().clone() for n, p in net.named_parameters() if p.grad is not None}
+
+    net = TRAINED[name](tied)
+    net = net.bfloat16() if half == "bfloat16" else net
+    (fused, got), (before, wanted) = gradients(net, True), gradients(net, False)
+    assert got.keys() == wanted.keys()
+    assert any("embed_tokens" in key if tied and name == "all" else "lm_head" in key for key in got)
+    assert fused == pytest.approx(before, rel=1e-6 if half == "no" else 1e-4)
+    if half == "no":
+        for key, gradient in wanted.items():
+            assert (got[key] - gradient).norm() < 1e-5 * gradient.norm(), key
+        return
+    _, truth = gradients(net.double(), False)
+    # each matrix in its own size; one alone is nearer now by this way and now by that
+    off = [sum(((one[k] - t).norm() / t.norm()) ** 2 for k, t in truth.items()) for one in (got, wanted)]
+    assert off[0] < 1.2**2 * off[1]
+    key = next(key for key in truth if ("embed_tokens" in key if tied and name == "all" else "lm_head" in key))
+    assert (got[key] - truth[key]).norm() < 1.1 * (wanted[key] - truth[key]).norm(), "what is new here"
+
+
 def test_bfloat16_is_as_near_to_the_truth_as_the_plain_path() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 64).bfloat16().requires_grad_(), torch.randn(2000, 64).bfloat16() / 4
@@ -102,8 +184,6 @@ def test_logits_are_never_there_in_full() -> None:
 
 CASES = {
     "capped": lambda: frozen(gemma2()),
-    "trained": llama,
-    "trained beside an adapter": lambda: adapted(llama(), modules_to_save=["lm_head"]),
     "adapted": lambda: get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])),
     "float16": lambda: frozen(llama()).half(),
 }
@@ -212,10 +292,20 @@ def test_what_may_change_is_looked_at_each_time() -> None:
     assert head.is_fusible(net.train(), ids)
     assert head.is_fusible(net.eval().bfloat16(), ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.is_fusible(net, ids)
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not head.is_fusible(net, ids)
     assert not head.is_fusible(net.half(), ids)
     net.float().get_input_embeddings().weight.requires_grad_(True)
-    assert not head.is_fusible(net, ids), "the head is the embedding"
+    assert head.is_fusible(net, ids), "trained, too"
+
+
+def test_a_head_that_computes_in_float16_within_the_model_only() -> None:
+    """As accelerate prepares a model: what is outside of its forward pass knows no autocast."""
+    net, ids = frozen(llama()), torch.tensor([[1, 2, 3]])
+    net.forward = torch.autocast("cpu", dtype=torch.float16)(net.forward)
+    assert not head.is_fusible(net, ids)
+    assert head.is_plain(net, ids)
 
 
 def test_finding_out_draws_no_random_numbers() -> None:

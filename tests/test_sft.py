@@ -153,6 +153,28 @@ def test_scores_never_hold_all_logits_in_float32(capped: bool, dtype: torch.dtyp
         assert seen.numbers[torch.float32] < logits / 3
 
 
+@pytest.mark.parametrize("case", ["float32", "autocast", "bfloat16", "beside an adapter", "capped", "capped bfloat16"])
+def test_training_a_head_never_holds_all_logits_in_float32(case: str) -> None:
+    """Forward and backward, whatever is trained; of a head that is nothing but one, no logits in any precision."""
+    words = 4000
+    net: Any = gemma2(words) if case.startswith("capped") else llama(vocab_size=words)
+    if case == "beside an adapter":
+        net = get_peft_model(net, LoraConfig(task_type="CAUSAL_LM", r=4, modules_to_save=["lm_head"]))
+    net = net.bfloat16() if case.endswith("bfloat16") else net
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast")
+    objective, batch = Sft(), Sft().collate(rows([60, 59, 3, 50] * 60, seed=3))
+    with cast:
+        objective.total(net, objective.collate(ROWS))  # here it is found out whether the head is plain
+        with Largest() as seen:
+            objective.total(net.train(), batch).backward()
+    logits = objective.count(batch) * words
+    assert logits > 8 * head.ROWS["cpu"] * head.TRAINED * words
+    if not case.startswith("capped"):
+        assert max(seen.numbers.values()) < logits / 3
+    elif case == "capped bfloat16":  # but the cap of transformers' own is float32 nowhere else than in its tanh
+        assert seen.numbers[torch.float32] < logits / 3
+
+
 def test_the_cap_of_gemma2_matters_here() -> None:
     """Else the tests above would pass with the head alone."""
     net = gemma2()
@@ -197,9 +219,12 @@ def test_the_head_sees_trained_positions_only(name: str) -> None:
     seen: list[tuple[int, ...]] = []
     net.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
     batch = objective.collate(ROWS)
+    objective.total(net, batch)  # here it is found out whether the head is plain
+    seen.clear()
     objective.total(net, batch)
     objective.scores(net, batch)
-    assert seen == [(objective.count(batch), len(TOKENS))] * 2
+    every = (objective.count(batch), len(TOKENS))
+    assert seen == [every if name == "gemma2" else (1, len(TOKENS)), every]
     net(input_ids=torch.tensor([[1, 2, 3]]))  # and nothing of it stays behind
     assert seen[-1] == (1, 3, len(TOKENS))
 
@@ -259,6 +284,7 @@ def embedded(net: Any, objective: Sft, batch: dict[str, torch.Tensor]) -> torch.
 def test_neftune_is_noise_within_its_bound_while_training() -> None:
     net = llama()
     batch = Sft().collate(ROWS)
+    Sft().total(net, batch)  # here it is found out whether the head is plain
     clean = net.get_input_embeddings()(batch["input_ids"]).detach()
     noisy = Sft(neftune=5.0)
     assert torch.equal(embedded(net, noisy, batch), clean)  # evaluation mode
@@ -327,6 +353,7 @@ def test_packed_rows_count_the_same_tokens(layout: Layout) -> None:
 def test_neftune_is_as_wide_for_a_packed_row_as_for_a_padded_one() -> None:
     net = llama().train()
     batch = Sft().collate(ROWS, "packed")
+    Sft().total(net, batch)  # here it is found out whether the head is plain
     clean = net.get_input_embeddings()(batch["input_ids"]).detach()
     torch.manual_seed(1)
     noise = (embedded(net, Sft(neftune=5.0), batch) - clean)[0]

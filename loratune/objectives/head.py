@@ -1,4 +1,4 @@
-"""The loss of a frozen head without its logits: linear and cross entropy in one, the gradient taken on the way."""
+"""The loss of a head without its logits: linear and cross entropy in one, the gradient taken on the way."""
 
 from __future__ import annotations
 
@@ -12,18 +12,33 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once, at most
+TRAINED = 4  # times as many where the head is trained: each part adds a product of the whole weight's size
 _LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
 
-_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by head module
+_plain: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by layer: the precision it computes in, None: not plain
+
+
+def layer_of(model: Any) -> Any:
+    """Return the layer that gives a model's logits: its head, or the copy of it that PEFT trains in its place."""
+    head = model.get_output_embeddings()
+    if type(head).__name__ != "ModulesToSaveWrapper":
+        return head
+    names = head.active_adapters
+    return head.modules_to_save[names[0]] if names and not head.disable_adapters else head.original_module
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """Return how many tokens' logits are in memory at once, at most."""
+    return ROWS[weight.device.type] * (TRAINED if weight.requires_grad else 1)
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Return the sum of the cross entropies of a linear layer that is not trained, in nats, float32, shape ().
+    """Return the sum of the cross entropies of a linear layer, in nats, float32, shape ().
 
-    The gradient of a sum with respect to the hidden states is (softmax - target) W: it is known as soon as the logits
-    are, so it is taken there and then, chunk by chunk. Two matrix products, and no tensor of (tokens, vocabulary).
+    The gradient of a sum with respect to the logits is softmax - target: it is known as soon as they are, so what
+    comes of it for hidden states and weight is taken there and then, chunk by chunk. No tensor of (tokens, vocabulary).
 
     Args:
         hidden: what the head gets, (tokens, width).
@@ -32,7 +47,23 @@ def summed_cross_entropy(
         targets: (tokens,).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
     """
-    total: torch.Tensor = _function().apply(hidden, weight, bias, targets, smoothing)
+    import torch
+
+    if not torch.is_grad_enabled():  # a function of autograd's can't tell
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    total: torch.Tensor = _functions()[0].apply(hidden, weight, bias, targets, smoothing)
+    return total
+
+
+def cross_entropy_of_logits(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Return the sum of cross entropies, in nats, float32, shape (); float32 copies are made of few logits at once.
+
+    Args:
+        logits: (tokens, vocabulary), in any precision.
+        targets: (tokens,).
+        smoothing: part (0-1) of each target spread over the whole vocabulary.
+    """
+    total: torch.Tensor = _functions()[1].apply(logits, targets, smoothing)
     return total
 
 
@@ -59,7 +90,7 @@ def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> 
 
 
 def is_fusible(model: Any, ids: torch.Tensor) -> bool:
-    """Return whether `summed_cross_entropy` gives a model's loss: its head is plain and frozen.
+    """Return whether `summed_cross_entropy` gives a model's loss: its head is plain.
 
     Not in float16, where the gradient must be scaled before it is rounded.
 
@@ -69,33 +100,33 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     """
     import torch
 
-    head = model.get_output_embeddings()
-    if any(p.requires_grad or p.dtype is torch.float16 for p in head.parameters()):
-        return False
-    return is_plain(model, ids)
+    layer = layer_of(model)
+    return is_plain(model, ids) and torch.float16 not in (_precision(layer), _plain[layer])
 
 
 def is_plain(model: Any, ids: torch.Tensor) -> bool:
-    """Return whether a model's logits are what a linear head gives, and nothing else; see `is_fusible`.
-
-    Not under autocast.
-    """
+    """Return whether a model's logits are what a linear head gives, and nothing else; see `is_fusible`."""
     import torch
 
-    head = model.get_output_embeddings()
-    if (
-        type(head) is not torch.nn.Linear
-        or head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or torch.is_autocast_enabled(head.weight.device.type)
-    ):
+    layer = layer_of(model)
+    half = (torch.bfloat16, torch.float16)
+    if type(layer) is not torch.nn.Linear or layer.weight.dtype not in (torch.float32, *half):
         return False
-    if head not in _plain:
-        _plain[head] = _is_all(model, head, ids[:1, :_LOOKED_AT])
-    return _plain[head]
+    if layer not in _plain:
+        _plain[layer] = _is_all(model, layer, ids[:1, :_LOOKED_AT])
+    return _plain[layer] is not None
 
 
-def _is_all(model: Any, head: Any, ids: torch.Tensor) -> bool:
-    """Return whether a model gives away what its head gives, and gives its head one hidden state for each token.
+def _precision(layer: Any) -> torch.dtype:
+    """Return the precision a linear layer computes in here and now: its own, or that of autocast."""
+    import torch
+
+    kind = layer.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+
+
+def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
+    """Return the precision of a head whose logits a model gives away as they are, one for each token; None otherwise.
 
     Tried once for each head, with logits put in the place of the head's own: from a hundred thousandth to ten thousand
     in size, so that a cap shows at the large ones and whatever is added at the small ones. The model's own may lie
@@ -103,13 +134,16 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> bool:
     """
     import torch
 
-    seen: list[bool] = []
+    seen: list[torch.dtype | None] = []
     words = head.out_features
     given = torch.logspace(-5, 4, words, device=head.weight.device, dtype=torch.float32)
     given[::2] *= -1
 
     def instead(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        seen.append(inputs[0].shape[:-1] == ids.shape and inputs[0].dtype == output.dtype == head.weight.dtype)
+        precision = _precision(head)
+        cast = torch.is_autocast_enabled(head.weight.device.type)  # then whatever it is given
+        known = output.dtype == precision and (cast or inputs[0].dtype == precision)
+        seen.append(precision if known and inputs[0].shape[:-1] == ids.shape else None)
         return given.to(output.dtype).expand_as(output).clone()
 
     hook = head.register_forward_hook(instead)
@@ -119,8 +153,10 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> bool:
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
-    wanted = given.to(head.weight.dtype).float().expand(*ids.shape, words)
-    return seen == [True] and torch.equal(logits.float(), wanted)
+    if len(seen) != 1 or seen[0] is None:
+        return None
+    wanted = given.to(seen[0]).float().expand(*ids.shape, words)
+    return seen[0] if torch.equal(logits.float(), wanted) else None
 
 
 def at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -129,29 +165,48 @@ def at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def caught(head: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Catch the head's input at `positions` (see `at`), and let it run for one of them only.
+def caught(layer: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Catch a plain head's input at `positions` (see `at`), and let it run for one of them only.
 
-    Yields a list that will hold the input, (positions, width).
+    Yields a list that will hold the input in the precision the head computes in, (positions, width).
     """
     found: list[torch.Tensor] = []
 
     def before(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        found.append(at(inputs[0], positions))
+        found.append(at(inputs[0], positions).to(_precision(layer)))
         return (found[0][:1].detach(),)
 
-    hook = head.register_forward_pre_hook(before)
+    hook = layer.register_forward_pre_hook(before)
     try:
         yield found
     finally:
         hook.remove()
 
 
-@cache
-def _function() -> Any:
+def _scores_to_gradient(scores: torch.Tensor, ones: torch.Tensor, target: torch.Tensor, smoothing: float) -> None:
+    """Turn exponentials of logits into softmax - target in place, (rows, vocabulary) in float32.
+
+    Args:
+        scores: exponentials of logits, each row less some number.
+        ones: their sums, (rows, 1).
+        target: (rows, 1).
+        smoothing: part (0-1) of each target spread over the whole vocabulary.
+    """
     import torch
 
-    class FrozenHead(torch.autograd.Function):
+    scores.div_(ones)
+    if smoothing:
+        scores.sub_(smoothing / scores.shape[1])
+    scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
+
+
+@cache
+def _functions() -> tuple[Any, Any]:
+    import torch
+
+    class Head(torch.autograd.Function):
+        """Linear and cross entropy; the gradient of the weight is summed in float32."""
+
         @staticmethod
         def forward(
             ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
@@ -159,8 +214,14 @@ def _function() -> Any:
         ) -> torch.Tensor:  # fmt: skip
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            parts = -(-len(hidden) // ROWS[hidden.device.type])
+            of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            of_bias = (
+                None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
+            )
+            parts = -(-len(hidden) // rows_at_once(weight))
             rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
+            ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # under autocast
             # once for all parts: memory that is new has to be found page by page
             made = hidden.new_empty(rows, len(weight))
             wide = torch.empty_like(made, dtype=torch.float32) if made.dtype is not torch.float32 else made
@@ -176,21 +237,61 @@ def _function() -> Any:
                 of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
                 ones = scores.exp_().sum(dim=-1, keepdim=True)
                 total += (ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
+                if not any(ctx.needs_input_grad):
+                    continue
+                _scores_to_gradient(scores, ones, target, smoothing)
+                if of_bias is not None:
+                    of_bias += scores.sum(dim=0)
+                logits.copy_(scores)
                 if gradient is not None:
-                    scores.div_(ones)
-                    if smoothing:
-                        scores.sub_(smoothing / scores.shape[1])
-                    scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
-                    torch.mm(logits.copy_(scores), weight, out=gradient[begin : begin + rows])
+                    torch.mm(logits, weight, out=gradient[begin : begin + rows])
+                if of_weight is not None and part.dtype is torch.float32:
+                    of_weight.addmm_(logits.t(), part)
+                elif of_weight is not None:
+                    of_weight += logits.t() @ part
             ctx.save_for_backward(gradient)
+            ctx.summed = (of_weight, of_bias)
             return total
 
         @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             (gradient,) = ctx.saved_tensors
-            if gradient is None:
-                return None, None, None, None, None
-            # in float32: one over the count, rounded to bfloat16, would scale all gradients alike
-            return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None
+            if gradient is not None:  # in float32: one over the count, rounded to bfloat16, would scale all alike
+                gradient = (gradient.float() * outer[0]).to(gradient.dtype)
+            summed = [
+                None if one is None else one.mul_(outer[0]).to(dtype)
+                for one, dtype in zip(ctx.summed, ctx.dtypes, strict=True)
+            ]
+            ctx.summed = None  # scaled in place, as large as the head: once only
+            return gradient, *summed, None, None
 
-    return FrozenHead
+    class OfLogits(torch.autograd.Function):
+        """Cross entropy alone; the gradient is scaled in float32 before it is rounded, as float16 needs."""
+
+        @staticmethod
+        def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+            size = ROWS[logits.device.type]
+            total = torch.zeros((), dtype=torch.float32, device=logits.device)
+            sums = []
+            for part, target in zip(torch.split(logits, size), torch.split(targets[:, None], size), strict=True):
+                scores = part.float()  # (size, vocabulary)
+                sums.append(scores.logsumexp(dim=-1, keepdim=True))
+                of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
+                total += (sums[-1] - (1 - smoothing) * of_target - smoothing * mean).sum()
+            ctx.save_for_backward(logits, targets, *sums)
+            ctx.smoothing = smoothing
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            logits, targets, *sums = ctx.saved_tensors
+            size = ROWS[logits.device.type]
+            gradient = torch.empty_like(logits)
+            parts = zip(*(torch.split(one, size) for one in (logits, targets[:, None], gradient)), sums, strict=True)
+            for part, target, into, ones in parts:
+                scores = (part.float() - ones).exp_()
+                _scores_to_gradient(scores, torch.ones_like(ones), target, ctx.smoothing)
+                into.copy_(scores.mul_(outer[0]))
+            return gradient, None, None
+
+    return Head, OfLogits

@@ -78,17 +78,15 @@ class Sft(Section):
         Smoothing and noise apply only while the model is in training mode, so that an evaluation measures the plain
         cross entropy.
         """
-        from torch.nn.functional import cross_entropy
-
         smoothing = self.label_smoothing if model.training else 0.0
         inner = _inner(model)
         if head.is_fusible(inner, batch["input_ids"]):
-            layer = inner.get_output_embeddings()
+            layer = head.layer_of(inner)
             with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
                 model(**inputs(batch), use_cache=False)
             return head.summed_cross_entropy(found[0], layer.weight, layer.bias, batch["targets"], smoothing)
         logits, targets = self._predictions(model, batch)
-        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        return head.cross_entropy_of_logits(logits, targets, smoothing)
 
     def scores(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return sums per row of a padded micro-batch, each of shape (rows,), for an evaluation.
@@ -103,7 +101,7 @@ class Sft(Section):
         inner = _inner(model)
         # gradients of chunks would keep all of their logits
         if not torch.is_grad_enabled() and head.is_plain(inner, batch["input_ids"]):
-            layer = inner.get_output_embeddings()
+            layer = head.layer_of(inner)
             with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
                 model(**inputs(batch), use_cache=False)
             losses, right = head.losses_and_hits(found[0], layer, batch["targets"])
