@@ -26,6 +26,7 @@ from loratune import (
     tokenizing,
 )  # fmt: skip
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
+from loratune.methods import lowrank
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
 
@@ -179,7 +180,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         SafetyError: when it is a pickle, or its config would run or fetch code.
     """
     with compiler.later():
-        from peft import PeftModel
+        from peft import LoraConfig, PeftConfig, PeftModel
 
     adapter.check(folder)
     known = isinstance(net, PeftModel)
@@ -189,7 +190,11 @@ def attach(net: Any, folder: Path, name: str) -> Any:
             if known:
                 net.load_adapter(str(folder), adapter_name=name)
             else:
-                net = PeftModel.from_pretrained(net, str(folder), adapter_name=name)
+                config = PeftConfig.from_pretrained(str(folder))
+                if isinstance(config, LoraConfig) and not lowrank.misfits(net):
+                    config._register_custom_module(lowrank.modules())
+                net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
+                lowrank.join(net)
         adapter.check_complete(net, folder, name)
     except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
         _detach(net, name, known)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
+from loratune import loop, subject
+from loratune.encode import Row
+from loratune.errors import Place
 from loratune.methods import Lora, lowrank
+from tests.conftest import Fit, logits
 from tests.test_sft import llama
 
 
@@ -112,6 +118,18 @@ def test_switched_off_and_merged(kind: str | None) -> None:
     torch.testing.assert_close(ours(x), plain)
 
 
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_an_evaluation_in_bfloat16_has_the_numbers_of_a_training(kind: str | None) -> None:
+    ours, theirs = both(torch.bfloat16, True, kind)
+    x = torch.randn(40, 64).bfloat16()
+    trained = ours.train()(x)
+    with torch.no_grad():
+        found, other = ours.eval()(x), theirs.eval()(x)
+    assert torch.equal(found, trained)
+    assert not torch.equal(found, other), "PEFT's layer rounds otherwise, or nothing is tested here"
+    assert (found - other).float().norm() < 2**-7 * other.float().norm()
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [({}, None), ({"dora": True}, "dora"), ({"lora_dropout": 0.1}, "lora_dropout"), ({"bias": "all"}, "bias: all")],
@@ -184,3 +202,32 @@ def test_layers_of_a_model_are_computed_together() -> None:
         kinds[type(node).__name__] = kinds.get(type(node).__name__, 0) + 1
         waiting += [before for before, _ in node.next_functions]
     assert kinds["LowRankBackward"] == 4 * net.config.num_hidden_layers  # qkv, o, gate and up, down
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_that_is_loaded_goes_the_same_way(fit: Fit, prompts: list[torch.Tensor], dtype: str) -> None:
+    """For `eval` and `chat`: the logits of the model in memory to the bit, by few passes where those are in bfloat16."""
+    done = fit(model={"dtype": dtype}, method={"type": "lora", "r": 4}, optimizer={"lr": 1e-2})
+    with torch.no_grad():  # as the file holds them
+        for parameter in done.net.parameters():
+            parameter.copy_(parameter.bfloat16() if parameter.requires_grad and dtype == "bfloat16" else parameter)
+    wanted = logits(done.net, prompts)
+    again = subject.load(subject.open_subject(str(done.folder)))
+    assert again.dtype is getattr(torch, dtype)
+    assert {type(m).__name__ for m in again.model.modules() if hasattr(m, "lora_A")} == {"FewPasses"}
+    assert torch.equal(logits(again.model, prompts), wanted)
+    with again.model.disable_adapter():
+        assert not torch.equal(logits(again.model, prompts), wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "fits", lambda layer: False)  # PEFT's way
+        assert torch.equal(logits(again.model, prompts), wanted) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_eval_loss_is_that_of_the_training_step(fit: Fit, dtype: str) -> None:
+    """The same rows, measured and trained on: to the bit in bfloat16, to rounding in float32."""
+    done = fit(model={"dtype": dtype}, data={"packing": "off"}, optimizer={"lr": 1e-2})
+    rows = [Row(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 0, Place("made", 1)) for n in (40, 37, 12)]
+    measured, count = loop.measure(done.net, done.recipe.objective, [rows], Accelerator(cpu=True))
+    total = done.recipe.objective.total(done.net.train(), done.recipe.objective.collate(rows))
+    assert measured == pytest.approx(total.item() / count, rel=0 if dtype == "bfloat16" else 1e-6, abs=0)

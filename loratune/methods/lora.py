@@ -150,14 +150,8 @@ class Lora(Section):
             return "`method.lora_dropout`"
         if self.bias != "none":
             return f"`method.bias: {self.bias}`"
-        import torch
-
-        others = {
-            "float16" if type(m).__name__ == "Linear" else type(m).__name__
-            for m in model.modules()
-            if isinstance(m, torch.nn.Linear) and not lowrank.fits(m)
-        }
-        return f"the base has layers in {listed(sorted(others))}" if others else None
+        others = lowrank.misfits(model)
+        return f"the base has layers in {listed(others)}" if others else None
 
     def state(
         self, model: PeftModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})

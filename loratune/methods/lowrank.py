@@ -26,6 +26,14 @@ def fits(layer: Any) -> bool:
     return (plain or _in_4_bits(layer)) and recompute.precision(layer) in (torch.float32, torch.bfloat16)
 
 
+def misfits(model: Any) -> list[str]:
+    """Return what linear layers of a model are of for which nothing here can stand: float16, or the name of a class."""
+    import torch
+
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and not fits(module))
+    return sorted({"float16" if type(m).__name__ == "Linear" else type(m).__name__ for m in linear})
+
+
 def is_of_bitsandbytes(layer: Any, name: str) -> bool:
     """Return whether a layer is bitsandbytes' of a name, without importing bitsandbytes for models that have none."""
     kind = type(layer)
@@ -116,7 +124,11 @@ def modules() -> dict[Any, Any]:
             return of_x, None, None, None, *found
 
     class Ours(torch.nn.Module):
-        """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA in training goes PEFT's way."""
+        """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA goes PEFT's way.
+
+        So does an evaluation in float32, and with it what a merge is held against. In bfloat16 it is the training's
+        forward pass: PEFT's would make a float32 copy of each layer's input.
+        """
 
         together: tuple[Any, ...] = ()  # itself and others, which are given the same
         base_layer: Any
@@ -165,7 +177,7 @@ def modules() -> dict[Any, Any]:
         def _plain(self, x: torch.Tensor) -> bool:
             base, names = self.base_layer, self.active_adapters
             return (
-                self.training  # an evaluation is PEFT's to the bit
+                (self.training or x.dtype is torch.bfloat16)  # in float32 an evaluation is PEFT's to the bit
                 and not (self.disable_adapters or self.merged)
                 and len(names) == 1
                 and names[0] in self.lora_A
