@@ -1,9 +1,10 @@
-"""torch's Adafactor."""
+"""Adafactor as torch computes it, without waiting for the GPU."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -32,13 +33,12 @@ class Adafactor(Section):
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:
         """Return the optimizer over (name, parameter) pairs."""
-        import torch
-
         least = 1e-3 if self.relative else 1.0  # scale of a matrix, at least; the paper's epsilon 2
-        return torch.optim.Adafactor(
+        made: torch.optim.Optimizer = _never_waiting()(
             groups(params, self.lr, self.weight_decay),
             lr=self.lr, beta2_decay=self.beta2_decay, eps=(None, least), d=self.clip,
         )  # fmt: skip
+        return made
 
     def note(self, device: str) -> str | None:
         """Return what a person must know about this optimizer on `device`."""
@@ -47,3 +47,62 @@ class Adafactor(Section):
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of state of a parameter: a mean per row and per column of a matrix."""
         return 4 * (sum(shape) if len(shape) == 2 else math.prod(shape))
+
+
+@cache
+def _never_waiting() -> Any:
+    """Return torch's Adafactor with a step of ours: same options, same state, but norms stay where they are.
+
+    torch's own, one by one or all at once, asks for two norms of each matrix as Python numbers: some 900 waits a step.
+    """
+    import torch
+
+    class NeverWaiting(torch.optim.Adafactor):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            """Do one step with the gradients that are there."""
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        _move(parameter, parameter.grad, self.state[parameter], group)
+
+    return NeverWaiting
+
+
+def _move(x: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Move one parameter by its gradient, both (..., rows, columns) or a vector. Source: arXiv:1804.04235, alg. 4, 5.
+
+    Args:
+        x: the parameter.
+        g: its gradient.
+        state: its state, by torch's names; empty before the first step.
+        group: torch's options: `lr`, `beta2_decay`, `eps`, `d`, `weight_decay`.
+    """
+    import torch
+    from torch.linalg import vector_norm
+
+    if not state:
+        state["step"] = torch.tensor(0.0)  # on the CPU: it is read as a number
+        if g.dim() > 1:
+            state["row_var"] = g.new_zeros(*g.shape[:-1], 1)
+            state["col_var"] = g.new_zeros(*g.shape[:-2], 1, g.shape[-1])
+        else:
+            state["variance"] = torch.zeros_like(g)
+    state["step"] += 1
+    step, root = float(state["step"]), math.sqrt(x.numel())
+    new, (least_square, least_scale) = step ** group["beta2_decay"], group["eps"]
+    if least_square is None:
+        least_square = torch.finfo(x.dtype).eps
+    scale = vector_norm(x, dtype=torch.float32).div_(root).clamp_(min=least_scale)  # ()
+    if group["weight_decay"]:
+        x.mul_(1 - group["lr"] * group["weight_decay"])
+    if g.dim() > 1:
+        rows, columns = state["row_var"], state["col_var"]
+        rows.lerp_(vector_norm(g, dim=-1, keepdim=True).square_().div_(g.shape[-1]), new)
+        columns.lerp_(vector_norm(g, dim=-2, keepdim=True).square_().div_(g.shape[-2]), new)
+        squares = (rows @ columns).div_(rows.mean(dim=-2, keepdim=True).clamp_(min=least_square))
+    else:
+        squares = state["variance"].lerp_(g.square(), new).clone()
+    update = squares.clamp_(min=least_square**2).rsqrt_().mul_(g).float()
+    rate = scale.mul_(min(group["lr"], step**-0.5))
+    x.sub_(update.mul_(rate / vector_norm(update).div_(root * group["d"]).clamp_(min=1)))

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class AdamW8bit(AdamFields):
-    """AdamW with 8-bit states: 2 bytes per trainable parameter. Source: Dettmers et al. 2022, arXiv:2110.02861."""
+    """AdamW with 8-bit states: 2 bytes per trainable parameter. For want of memory: on a GPU it waits for each tensor.
+
+    `adamw` steps all of them in one kernel. Source: Dettmers et al. 2022, arXiv:2110.02861.
+    """
 
     type: Literal["adamw_8bit"] = "adamw_8bit"
 
