@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune import words
+from loratune import longtext, words
 from loratune.errors import ModelError, Place
 from loratune.formats import Conversation, Example, Plain, RowError
 from loratune.turns import LaterTurnsChangeIt, Span, Turns
@@ -65,7 +65,10 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row before it is tokenized: texts that are tokenized apart, and the trained spans of the first (characters)."""
+    """A row before it is tokenized: texts that are tokenized apart, and the trained spans of the first (characters).
+
+    There are none where plain text is too long to be tokenized at once.
+    """
 
     example: Example
     texts: tuple[str, ...]
@@ -199,6 +202,13 @@ class Encoder:
             text, spans = self.turns.ended(example, *self.turns.spans(example), self._markers)
             return _Draft(example, (text,), tuple(spans))
         texts = tuple(text for text, _ in example.segments)
+        if (length := sum(map(len, texts))) > longtext.LONG:
+            if not self._divisible and len(texts) > 1:
+                told = f"prompt and completion of {length:,} characters; at most {longtext.LONG:,} are tokenized"
+                raise RowError(
+                    "", f"{told}, as this tokenizer puts a space before every text; cut the row into several"
+                )
+            return _Draft(example, ())
         return _Draft(example, texts if self._divisible else ("".join(texts),))
 
     def _tokenized(self, texts: Sequence[str]) -> Iterator[Tokens | _Encoding | RowError]:
@@ -303,21 +313,37 @@ class Encoder:
         One BOS where the tokenizer adds one, EOS at the end.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self._divisible:
-            ids: list[int] = [token for piece in pieces for token in piece.ids]
-            flags = zip(example.segments, pieces, strict=True)
-            trained = [learn for (_, learn), piece in flags for _ in range(len(piece.ids))]
+        learned = np.array([learn for _, learn in example.segments])
+        if not pieces or self._divisible:
+            parts = [_ids(piece) for piece in pieces] or [self._of_long(text) for text, _ in example.segments]
+            ids, trained = np.concatenate(parts), np.repeat(learned, [len(part) for part in parts])
         else:
             cuts = list(accumulate(len(text) for text, _ in example.segments))
-            tokens, offsets = self._tokens("".join(text for text, _ in example.segments), cuts[:-1])
+            ids, offsets = self._tokens("".join(text for text, _ in example.segments), cuts[:-1])
             segment = np.searchsorted(cuts[:-1], offsets[:, 0], side="right")  # the one each token begins in
-            ids = tokens.tolist()
-            trained = np.array([learn for _, learn in example.segments])[segment].tolist()
-        if self.adds_bos and ids[:1] != [bos]:
-            ids, trained = [bos, *ids], [False, *trained]
-        if eos is not None and ids[-1:] != [eos]:
-            ids, trained = [*ids, eos], [*trained, True]
-        return Row(np.array(ids, dtype=np.int32), np.array(trained, dtype=bool), place)
+            trained = learned[segment]
+        if self.adds_bos and ids[:1].tolist() != [bos]:
+            ids, trained = np.insert(ids, 0, bos), np.insert(trained, 0, False)
+        if eos is not None and ids[-1:].tolist() != [eos]:
+            ids, trained = np.append(ids, np.int32(eos)), np.append(trained, True)
+        return Row(ids, trained, place)
+
+    def _of_long(self, text: str) -> np.ndarray:
+        """Return the token ids of a text of any length, int32, shape (tokens,); see `longtext`."""
+
+        def ids(part: str) -> Sequence[int]:
+            (found,) = self._tokenized([part])
+            if isinstance(found, RowError):
+                raise found
+            return found.ids
+
+        return np.concatenate(
+            [np.array(ids(part), dtype=np.int32) for part in longtext.pieces(text, ids, not self._divisible)]
+        )
+
+
+def _ids(piece: Tokens | _Encoding) -> np.ndarray:
+    return np.array(piece.ids, dtype=np.int32)
 
 
 def _result(function: Any, argument: Any) -> Any:

@@ -22,6 +22,9 @@ from loratune.recipe import Data, Source
 _MODULES = (
     "files",
     "rows",
+    "pages",
+    "tables",
+    "longtext",
     "splits",
     "formats",
     "section",

@@ -15,9 +15,10 @@ from loratune.errors import Place
 from loratune.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
 from loratune.ledger import Fate
 from loratune.recipe import Data
-from loratune.rows import Block, RawRow
+from loratune.rows import Block, RawRow, bytes_of
 
-LONGEST = 4 << 20  # characters of a conversation: a million tokens, which take a gigabyte of memory to mask
+LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which take up to a gigabyte of memory to mask
+MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it
 
 
 Reader = Chat | Instruction | Completion | Text
@@ -73,8 +74,13 @@ def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
         raise RowError("", raw.problem)
     chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
     example = chosen.read(raw.value)
-    if isinstance(example, Conversation) and (length := _characters(example)) > LONGEST:
-        raise RowError("", f"a conversation of {length:,} characters; at most {LONGEST:,} are rendered")
+    if isinstance(example, Conversation):
+        if (number := len(example.messages)) > MESSAGES:
+            told = f"a conversation of {number:,} messages; at most {MESSAGES:,} are rendered"
+            raise RowError("", f"{told}: cut it into several rows")
+        if (length := bytes_of((example.messages, example.tools))) > LONGEST:
+            told = f"a conversation of {length:,} bytes; at most {LONGEST:,} are rendered"
+            raise RowError("", f"{told}: cut it into several rows")
     return example, chosen
 
 
@@ -83,11 +89,6 @@ def _type(example: Example, chosen: Reader) -> str:
     if isinstance(example, Conversation) and isinstance(chosen, Completion):
         return Chat().type
     return chosen.type
-
-
-def _characters(example: Conversation) -> int:
-    """Return how many characters the messages of a conversation have, roughly."""
-    return sum(len(value) for message in example.messages for value in message.values() if isinstance(value, str))
 
 
 def _unusable(place: Place, error: RowError, data: Data, format: str = "") -> Prepared:

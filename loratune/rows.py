@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune import files as opening
-from loratune import splits
+from loratune import pages, splits, tables
 from loratune.errors import DataError, Place, Problem, listed, shorten
 from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
@@ -41,6 +42,7 @@ class Block:
         ready: rows that are read already, of the other kinds of files.
         size: bytes of the file that this is (packed ones of a .gz file).
         weight: of the source.
+        large: whether a row of it may be so long that it is not to be read beside others.
     """
 
     lines: bytes = b""
@@ -48,6 +50,7 @@ class Block:
     ready: tuple[RawRow, ...] = ()
     size: int = 0
     weight: float = 1.0
+    large: bool = False
 
     def rows(self) -> Iterator[RawRow]:
         """Yield the rows, in order."""
@@ -73,8 +76,10 @@ class Block:
 
 BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work can be shared out
 READY = 256  # rows of a block of the other kinds
+LARGE = 1 << 20  # bytes of a block: more only where one row is
 LONGEST = 16 << 20  # bytes of a line, which is a row: reading and tokenizing it takes a hundred times as much memory
 TEXT = 64 << 20  # bytes of a .txt file, which is one row, too, and has no lists and objects in it
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _PAPERS = ("readme", "license", "licence", "notice", "copying", "requirements", "changelog")  # .txt that are no rows
 WHOLE = 1 << 30  # bytes, unpacked, of a file that is read whole before its first row is known
 
@@ -118,12 +123,41 @@ def _blocks(source: Source, name: str) -> Iterator[Block]:
             raise DataError(Problem(f"can't be read: {reason}", Place(str(file)))) from None
 
 
-def _ready(rows: Iterable[RawRow], size: int = 0) -> Iterator[Block]:
-    """Yield rows in blocks; the first stands for the whole file, as it was read whole."""
-    left = iter(rows)
-    while ready := tuple(islice(left, READY)):
-        yield Block(ready=ready, size=size)
-        size = 0
+def _ready(rows: Iterable[RawRow], size: int = 0, each: float = 0.0) -> Iterator[Block]:
+    """Yield rows in blocks, a long row in one of its own.
+
+    Args:
+        rows: that are read.
+        size: bytes of the file that the first block stands for, as it was read whole.
+        each: bytes of the file that a row stands for.
+    """
+    ready: list[RawRow] = []
+    length = 0
+    for row in rows:
+        more = bytes_of(row.value)
+        if ready and (len(ready) == READY or length + more > LARGE):
+            yield Block(ready=tuple(ready), size=size + round(each * len(ready)), large=length > LARGE)
+            ready, length, size = [], 0, 0
+        ready.append(row)
+        length += more
+    if ready:
+        yield Block(ready=tuple(ready), size=size + round(each * len(ready)), large=length > LARGE)
+
+
+def bytes_of(value: object) -> int:
+    """Return how many bytes the texts in a value take as UTF-8, whatever they stand in; what is no text takes eight."""
+    size, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            size += len(one) if one.isascii() else len(one.encode("utf-8", "surrogatepass"))
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+        else:
+            size += len(one) if isinstance(one, bytes) else 8
+    return size
 
 
 def files(path: Path) -> list[Path]:
@@ -212,7 +246,7 @@ def _file(path: Path) -> Iterator[Block]:
         elif kind == ".parquet":
             yield from _parquet(raw if stream is raw else io.BytesIO(_whole(stream, name)), name, size)
         elif kind == ".json":
-            yield from _ready(_json(_whole(stream, name, "a .jsonl file is read line by line"), name), size)
+            yield from _ready(_json(stream, path), size)
         elif kind == ".csv":
             yield from _ready(_csv(stream, path), size)
         else:
@@ -236,7 +270,8 @@ def _jsonl(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, name: str) -> Iterat
         if not lines.endswith(b"\n") and len(lines) >= LONGEST:
             raise _too_long(name, line + lines.count(b"\n"))
         at = raw.tell()
-        yield Block(lines.removeprefix(b"\xef\xbb\xbf") if line == 1 else lines, Place(name, line), size=at - done)
+        whole = lines.removeprefix(b"\xef\xbb\xbf") if line == 1 else lines
+        yield Block(whole, Place(name, line), size=at - done, large=len(whole) > LARGE)
         line, done = line + lines.count(b"\n"), at
 
 
@@ -302,19 +337,96 @@ def _object(value: Any, place: Place, keys: _Keys) -> RawRow:
     return RawRow(place, value)
 
 
-def _json(raw: bytes, name: str) -> Iterator[RawRow]:
-    text = _utf8(raw, name)
-    keys = _Keys()
+def _json(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
+    """Yield the objects of a list, which is read as far as the next one needs."""
+    name, number = str(path), 0
     try:
-        values = json.loads(text, object_pairs_hook=keys)
-    except (ValueError, RecursionError) as error:
-        place = Place(name, error.lineno if isinstance(error, json.JSONDecodeError) else 0)
-        hint = "a file with one JSON object per line ends in .jsonl"
-        raise DataError(Problem(f"no JSON: {why_no_json(error)}", place, hint)) from None
-    if not isinstance(values, list):
-        raise DataError(Problem("a .json file must hold a list of objects", Place(name)))
-    for number, value in enumerate(values, 1):
-        yield _object(value, Place(f"{name} row {number}"), keys)
+        for value, keys in _Listed(stream):
+            number += 1
+            yield _object(value, Place(f"{name} row {number}"), keys)
+    except UnicodeDecodeError:
+        raise _no_utf8(name, _first_not_utf8(path)) from None
+    except _NoList as error:
+        hint = "a file with one JSON object per line ends in .jsonl" if str(error).startswith("no JSON") else None
+        raise DataError(Problem(str(error), Place(name, error.line), hint)) from None
+
+
+class _NoList(Exception):
+    """What is wrong with a list, and the line, if it is known."""
+
+    def __init__(self, told: str, line: int = 0):
+        super().__init__(told)
+        self.line = line
+
+
+class _Listed:
+    """Yields each value of the JSON list in a file, with its keys."""
+
+    def __init__(self, stream: BinaryIO | gzip.GzipFile):
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._at = "", 0
+        self._lines = 1  # lines up to where `_text` begins
+        self._ended = False
+
+    def __iter__(self) -> Iterator[tuple[Any, _Keys]]:
+        if self._next() != "[":
+            self._value()  # an error, if there is one
+            if self._next():
+                raise self._wrong("Extra data", self._at)
+            raise _NoList("a .json file must hold a list of objects")
+        self._at += 1
+        if self._next() != "]":
+            while True:
+                yield self._value()
+                if self._next() != ",":
+                    break
+                self._at += 1
+        if self._next() != "]":
+            raise self._wrong("Expecting ',' delimiter", self._at)
+        self._at += 1
+        if self._next():
+            raise self._wrong("Extra data", self._at)
+
+    def _next(self) -> str:
+        """Return the next character that is no white space, and stand there; nothing at the end."""
+        while True:
+            self._at = _JSON_SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def _value(self) -> tuple[Any, _Keys]:
+        self._next()
+        while True:
+            keys = _Keys()
+            try:
+                value, end = json.JSONDecoder(object_pairs_hook=keys).raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self._text) - 64 or error.msg.startswith("Unterminated")
+                wrong = self._wrong(error.msg, error.pos)
+                if not (cut and self._more()):
+                    raise wrong from None
+            except (ValueError, RecursionError) as error:
+                raise _NoList(f"no JSON: {why_no_json(error)}") from None
+            else:
+                length = end - self._at
+                if end < len(self._text) or not self._more():  # a number may go on
+                    self._at += length
+                    return value, keys
+
+    def _more(self) -> bool:
+        """Read as much again as is left, and return whether there was more."""
+        self._lines += self._text.count("\n", 0, self._at)
+        self._text, self._at = self._text[self._at :], 0
+        if len(self._text) > LONGEST:
+            raise _NoList(f"a value of more than {LONGEST:,} characters: cut it into several", self._lines)
+        if not self._ended:
+            more = self._stream.read(min(max(BLOCK, len(self._text)), LONGEST + 1 - len(self._text)))
+            self._ended = not more
+            self._text += self._decoder.decode(more, final=self._ended)
+        return not self._ended
+
+    def _wrong(self, what: str, at: int) -> _NoList:
+        return _NoList(f"no JSON: {what}", self._lines + self._text.count("\n", 0, at))
 
 
 def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
@@ -338,8 +450,7 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
                 else:
                     yield RawRow(place, dict(zip(columns, cells, strict=True)))
     except UnicodeDecodeError:
-        with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as again:
-            raise _no_utf8(name, _first_not_utf8(again)) from None
+        raise _no_utf8(name, _first_not_utf8(path)) from None
     except csv.Error as error:
         raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
 
@@ -354,14 +465,18 @@ def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
         yield line
 
 
-def _first_not_utf8(stream: Iterable[bytes]) -> int:
+def _first_not_utf8(path: Path) -> int:
     """Return the number of the first line that is not UTF-8: decoding runs ahead of reading rows."""
-    number = 0
-    for number, line in enumerate(stream, 1):  # noqa: B007 - the last line where none is wrong alone
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            break
+    number = 1
+    with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
+        while part := stream.readline(BLOCK):
+            try:
+                part.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if error.end < len(part) or error.reason != "unexpected end of data":
+                    break
+                stream.seek(error.start - len(part), io.SEEK_CUR)  # a character that the part cuts
+            number += part.endswith(b"\n")
     return number
 
 
@@ -369,38 +484,26 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(file, buffer_size=BLOCK)  # without a buffer it reads a column of a row group whole
         _check_names(table.schema_arrow, Place(name))
-        for batch in table.iter_batches(batch_size=READY):
-            values = enumerate(_values(batch), number + 1)
-            ready = tuple(RawRow(Place(f"{name} row {row}"), _as_written(value)) for row, value in values)
-            number += len(ready)
-            yield Block(ready=ready, size=size * len(ready) // table.metadata.num_rows)
-    except UnicodeDecodeError:
-        raise DataError(Problem("not UTF-8", Place(f"{name} row {number + 1} or later"))) from None
+        at_once = pages.rows_at_once(table.metadata, file, name, READY)
+        batches = table.iter_batches(batch_size=at_once, use_threads=False)
+        yield from _ready(_of_batches(batches, name), each=size / max(table.metadata.num_rows, 1))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip() or type(error).__name__
         raise DataError(Problem(f"no parquet: {reason.splitlines()[0]}", Place(name))) from None
 
 
-def _values(batch: Any) -> list[dict[str, Any]]:
-    """Return the rows of an Arrow batch; dates that Python has no value for are bytes, which are no text."""
-    import pyarrow as pa
-
-    columns = []
-    for column in batch.columns:
+def _of_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
         try:
-            columns.append(column.to_pylist())
-        except (ValueError, OverflowError, pa.ArrowException):
-            if not pa.types.is_temporal(column.type):
-                raise
-            stand_in = str(column.type).encode()
-            columns.append([stand_in if there else None for there in column.is_valid().to_pylist()])
-    if not columns:
-        return [{} for _ in range(batch.num_rows)]
-    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+            for value, problem in tables.values(batch, LONGEST):
+                number += 1
+                yield RawRow(Place(f"{name} row {number}"), None if value is None else _as_written(value), problem)
+        except UnicodeDecodeError:
+            raise DataError(Problem("not UTF-8", Place(f"{name} row {number + 1} or later"))) from None
 
 
 def _check_names(schema: Any, place: Place) -> None:

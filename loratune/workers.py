@@ -13,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,10 +52,22 @@ def prepared(
         yield from _by_processes(blocks, data, encoder, processes)
         return
     threads = ThreadPoolExecutor(cgroup.cores() + 1)  # one more: while the others tokenize it renders
+    one_by_one = _one_by_one(lambda block: prepare(block, data, encoder))
     try:
-        yield from _windowed(blocks, lambda block: threads.submit(prepare, block, data, encoder), cgroup.cores() + 2)
+        yield from _windowed(blocks, lambda block: threads.submit(one_by_one, block), cgroup.cores() + 2)
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+def _one_by_one(work: Callable[[Block], list[Prepared]]) -> Callable[[Block], list[Prepared]]:
+    """Return a function that does the same, but large blocks one after the other, as each takes much memory."""
+    lock = threading.Lock()
+
+    def done(block: Block) -> list[Prepared]:
+        with lock if block.large else contextlib.nullcontext():
+            return work(block)
+
+    return done
 
 
 def _by_processes(
@@ -66,6 +79,7 @@ def _by_processes(
     for worker in workers:
         free.put(worker)
 
+    @_one_by_one
     def ask(block: Block) -> list[Prepared]:
         worker = free.get()
         try:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -299,7 +300,7 @@ def test_a_long_line_is_still_a_row(tmp_path: Path) -> None:
     assert [row.value for row in rows.read(Source(path=str(path)))] == [{"text": text}, {"text": "b"}]
 
 
-@pytest.mark.parametrize("name", ["a.json.gz", "a.txt.gz", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.parquet.gz"])
 def test_a_packed_file_that_grows_without_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "WHOLE", 1 << 20)
     monkeypatch.setattr(rows._whole, "__defaults__", (None, 1 << 20))
@@ -308,6 +309,25 @@ def test_a_packed_file_that_grows_without_end(tmp_path: Path, name: str, monkeyp
     path.write_bytes(gzip.compress(b" " * (2 << 20)))
     with pytest.raises(DataError, match="is longer than 1,048,576 bytes"):
         list(rows.read(Source(path=str(path))))
+
+
+def test_a_list_is_read_object_by_object(tmp_path: Path) -> None:
+    """As large as it may be, no more of it is in memory than one row needs; an object without an end is told."""
+    path = tmp_path / "a.json.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(b"[\n")
+        for _ in range(150):
+            stream.write(b'{"text": "' + b"a" * (1 << 20) + b'", "n": 12},\n')
+        stream.write(b'{"text": "' + b"a" * (20 << 20) + b'"}]')
+    assert path.stat().st_size < 1 << 20
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = rows.read(Source(path=str(path)))
+    for row in islice(found, 149):
+        assert row.value == {"text": "a" * (1 << 20), "n": 12}
+    with pytest.raises(DataError) as caught:
+        next(found)
+    assert str(caught.value) == f"{path}:152: a value of more than 16,777,216 characters: cut it into several"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 150_000  # KiB
 
 
 def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
@@ -319,8 +339,15 @@ def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
     (found,) = prepare.prepare(block, Data(train=(source,)), Encoder(tiny.tokenizer()))
     assert (found.fate, found.reason) == (
         "refused",
-        "a conversation of 5,242,894 characters; at most 4,194,304 are rendered",
+        "a conversation of 5,242,902 bytes; at most 4,194,304 are rendered: cut it into several rows",
     )
+    said = ({"role": role, "content": "ä"} for role in ("user", "assistant") * 1025)
+    path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"messages": list(said)}])
+    (found,) = prepare.prepare(
+        next(rows.blocks(Source(path=str(path)))), Data(train=(source,)), Encoder(tiny.tokenizer())
+    )
+    told = "a conversation of 2,050 messages; at most 2,048 are rendered: cut it into several rows"
+    assert (found.fate, found.reason) == ("refused", told)
 
 
 def test_configs_that_are_nested_without_end(tmp_path: Path) -> None:

@@ -203,6 +203,30 @@ def test_bad_json_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 64])
+def test_a_list_read_in_small_parts_is_the_same(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a part ends: in a character, a number, a word, white space, an escape."""
+    values = [{"a": "ä😀\n\u1234 \\", "b": [1234567, -1.5e-3, True, None]}, {}, {"long": "x" * 300}, {"c": {"d": []}}]
+    text = json.dumps(values[:2], ensure_ascii=False)[:-1] + " ,\r\n\t" + json.dumps(values[2:], indent=3)[1:] + " \n"
+    wanted = [f"a.json row {number}: {json.dumps(one, ensure_ascii=False)}" for number, one in enumerate(values, 1)]
+    broken = {
+        "[]": [], "[\n]": [], "[1": ["Expecting ',' delimiter:1"], "[1,": ["Expecting value:1"], "[{},\n{}\n{}]":
+        ["Expecting ',' delimiter:3"], '[\n\n{"a": tru}]': ["Expecting value:3"], "[1]\n\nx": ["Extra data:3"], "": ["Expecting value:1"],
+        '[{"a": "b}]\n': ["Invalid control character at:1"], '\n[{"a": "b': ["Unterminated string starting at:2"],
+    }  # fmt: skip
+    monkeypatch.setattr(rows, "BLOCK", step)
+    assert told(tmp_path, "a.json", b"\xef\xbb\xbf" + text.encode()) == wanted
+    for content, ends in broken.items():
+        found = [one for one in told(tmp_path, "a.json", content) if one.startswith("file")]
+        hint = "\n  a file with one JSON object per line ends in .jsonl"
+        said = [
+            f"file: a.json:{line}: no JSON: {what}{hint}" for what, _, line in (one.rpartition(":") for one in ends)
+        ]
+        assert found == said, content
+    with pytest.raises(DataError, match=r"a.json:2: not UTF-8"):
+        read(write(tmp_path, "a.json", b'["a",\n"\xff"]'))
+
+
 def test_ragged_and_long_csv(tmp_path: Path) -> None:
     text = 'a,"b\nb"\n"1\n\n1",2\n3\n4,5,6\n7,8\n'
     assert told(tmp_path, "a.csv", text) == [

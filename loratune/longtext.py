@@ -1,0 +1,58 @@
+"""A long text in pieces that are tokenized one after the other, so that memory does not grow with it.
+
+While a text is tokenized each of its bytes takes up to 170 bytes of memory: the tokens' names, offsets and alignments.
+A text is cut between two words, where the tokenizer gives the same tokens for what stands around the cut as without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from loratune.formats import RowError
+
+LONG = 1 << 20  # characters that are tokenized at once
+_AROUND = 64  # characters on each side of a cut that are looked at
+_TRIES = 256  # places that are tried for a cut
+_WINDOW = 1 << 12  # characters that are searched for such places at once
+
+_BETWEEN = re.compile(r"(?<=\n)(?=\S)|(?<=\w)(?= \w)|(?<=\w)(?=[^\w\s])")
+_SPACE = re.compile(r"(?<=\w) (?=\w)")  # a tokenizer that puts a space before every text puts it there
+
+
+def pieces(text: str, ids: Callable[[str], Sequence[int]], puts_space: bool) -> Iterator[str]:
+    """Yield a text in pieces of at most `LONG` characters.
+
+    Args:
+        text: of any length.
+        ids: returns a text's token ids.
+        puts_space: whether the tokenizer puts a space before every text: then a space between two pieces is left out.
+
+    Raises:
+        RowError: when it can't be cut, as one word is as long as that.
+    """
+    places, start = _SPACE if puts_space else _BETWEEN, 0
+    while len(text) - start > LONG:
+        end, following = _cut(text, start, ids, places)
+        yield text[start:end]
+        start = following
+    yield text[start:]
+
+
+def _cut(text: str, start: int, ids: Callable[[str], Sequence[int]], places: re.Pattern[str]) -> tuple[int, int]:
+    """Return where the next piece ends, and where the one after it starts: as late as may be."""
+    tries = 0
+    for last in range(start + LONG, start, -_WINDOW):
+        found = list(places.finditer(text, max(last - _WINDOW, start + 1), last))
+        for place in reversed(found):
+            before = text[max(start, place.start() - _AROUND) : place.start()]
+            after = text[place.end() : place.end() + _AROUND]
+            if [*ids(before), *ids(after)] == list(ids(before + place[0] + after)):
+                return place.start(), place.end()
+            tries += 1
+            if tries == _TRIES:
+                break
+        if tries == _TRIES:
+            break
+    told = f"a text that can't be cut: no end of a word within {LONG:,} characters from character {start + 1:,} on"
+    raise RowError("", f"{told}; cut it into several rows, or take out what is no text")

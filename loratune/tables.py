@@ -1,0 +1,91 @@
+"""Arrow tables to rows, some megabytes at a time: what takes a byte there may take a hundred as values of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loratune.errors import shorten
+
+Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be had
+
+
+def values(batch: Any, most: int) -> Iterator[Value]:
+    """Yield the rows of an Arrow batch.
+
+    Bytes that are too long, and dates that Python has no value for, are the name of their type, as bytes: nobody reads
+    them as text.
+
+    Args:
+        batch: of any types.
+        most: bytes of a row; a longer one is None, with what is too long in it.
+
+    Raises:
+        UnicodeDecodeError: when a text is not UTF-8.
+    """
+    for part in _parts(_decoded(batch), most):
+        if part.nbytes > most:
+            yield _long(part, most)
+        else:
+            yield from ((value, "") for value in _rows(part))
+
+
+def _parts(batch: Any, most: int) -> Iterator[Any]:
+    """Yield a batch in parts of at most so many bytes, or of one row."""
+    if batch.num_rows <= 1 or batch.nbytes <= most:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(batch.slice(0, half), most)
+    yield from _parts(batch.slice(half), most)
+
+
+def _decoded(batch: Any) -> Any:
+    """Return a batch with values in the place of numbers into a dictionary, which is whole in every part."""
+    import pyarrow as pa
+
+    if not any(pa.types.is_dictionary(kind) for kind in batch.schema.types):
+        return batch
+    columns = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
+    return pa.record_batch(columns, names=batch.schema.names)
+
+
+def _long(row: Any, most: int) -> Value:
+    """Return a row that is too long without its pictures and the like, if that makes it short enough."""
+    import pyarrow as pa
+
+    columns = list(row.columns)
+    for index, column in enumerate(columns):
+        if _holds_bytes(column.type):
+            columns[index] = pa.array([str(column.type).encode()])
+    row = pa.record_batch(columns, names=row.schema.names)
+    if row.nbytes <= most:
+        return _rows(row)[0], ""
+    name, longest = max(zip(row.schema.names, columns, strict=True), key=lambda one: one[1].nbytes)
+    told = f"`{shorten(name)}` holds {longest.nbytes:,} bytes, of at most {most:,} in a row"
+    return None, f"{told}: cut it into several rows"
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Return whether there are bytes, not text, in a column of this type."""
+    import pyarrow as pa
+
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return is_bytes or any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    import pyarrow as pa
+
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.to_pylist())
+        except (ValueError, OverflowError, pa.ArrowException):
+            if not pa.types.is_temporal(column.type):
+                raise
+            stand_in = str(column.type).encode()
+            columns.append([stand_in if there else None for there in column.is_valid().to_pylist()])
+    if not columns:
+        return [{} for _ in range(batch.num_rows)]
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
