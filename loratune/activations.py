@@ -143,7 +143,7 @@ def _plans(
         yield Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
 
 
-def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int) -> Plan:
+def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bool = True) -> Plan:
     """Have the first layers computed a second time as planned; return the plan with what a person must know.
 
     A model whose layers can't be switched one by one is switched as a whole, where that was asked for or memory is
@@ -154,6 +154,7 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int) -> Plan:
         layers: its layers that can be switched.
         plan: from `choose`.
         wish: the recipe's.
+        draws: whether a forward pass draws random numbers; else their state need not be kept for each layer.
 
     Raises:
         ModelError: when it was asked for and the model has nothing of the kind.
@@ -162,7 +163,9 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int) -> Plan:
     if not (plan.again or whole):
         return plan
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws}
+        )
     except ValueError:  # transformers' word for it
         if wish == "auto":
             return replace(plan, note="this model can't compute activations a second time: they are kept")

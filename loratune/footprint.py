@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import loop, tiles
+from loratune import loop, states, tiles
 from loratune.apart import Packing
 from loratune.data import Rows
 from loratune.encode import Row
@@ -34,11 +34,13 @@ class Cost:
         layers: of each decoder layer that can be computed again, first to last.
         inputs: of the same, where only what a layer is given is kept.
         outside: of embedding, head and loss, and of layers that can't be computed again.
+        draws: whether a forward pass draws random numbers, which a second one must draw again.
     """
 
     layers: tuple[float, ...]
     inputs: tuple[float, ...]
     outside: float
+    draws: bool = True
 
     def per_token(self, again: int) -> float:
         """Return bytes per token with the first `again` layers computed a second time."""
@@ -65,6 +67,7 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
     given: dict[int, int] = {}
     saved = [0.0] * (len(layers) + 1)  # the last is outside
     by_tiles = _growth_by_tiles(batch, rows) if packing.by == "rows" else 1.0
+    before = states.drawn()
     for index, tensor in _saved(net, layers, given, lambda: recipe.objective.total(net, batch), accelerator.autocast):
         grown = 1.0
         if tensor.shape[-2:] == (width, width):  # scores that the model writes out
@@ -73,7 +76,8 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
             grown = by_tiles
         saved[index] += tensor.untyped_storage().nbytes() / tokens * grown
     ran = sorted(given)
-    cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1])
+    draws = before != states.drawn()
+    cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1], draws)
     return cost, [layers[i] for i in ran]
 
 

@@ -171,7 +171,8 @@ def take(job: Job, plan: Plan) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     job.report.problem(f"out of memory: once more with {plan.told()}")
-    job.plan = activations.switch(job.loaded.model, job.layers, plan, job.recipe.train.gradient_checkpointing)
+    wish = job.recipe.train.gradient_checkpointing
+    job.plan = activations.switch(job.loaded.model, job.layers, plan, wish, job.cost.draws)
     memory = fit.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
     job.facts.update(memory=memory, activations=plan.as_json())
 

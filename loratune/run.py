@@ -180,7 +180,7 @@ def _prepare(
         recipe, cost, train_rows, packing, where.type, free, fit.fixed_bytes(recipe, loaded, net),
         accelerator.num_processes, found.seal.get("activations") if found else None,
     )  # fmt: skip
-    plan = activations.switch(loaded.model, layers, plan, settings.gradient_checkpointing)
+    plan = activations.switch(loaded.model, layers, plan, settings.gradient_checkpointing, cost.draws)
     on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)

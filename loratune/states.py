@@ -121,6 +121,12 @@ def randomness() -> Randomness:
     return Randomness(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
 
+def drawn() -> tuple[bytes, ...]:
+    """Return the states of torch's generators alone: they stay while nothing is drawn on CPU and GPU."""
+    now = randomness()
+    return tuple(one.numpy().tobytes() for one in (now.cpu, now.cuda) if one is not None)
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Put every random generator back to a state of `Randomness.as_json`."""
     version, words, gauss = state["python"]

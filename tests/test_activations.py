@@ -136,6 +136,26 @@ def test_no_bit_depends_on_how_many_layers_are_computed_again(fit: Fit, method: 
             assert all(torch.equal(t, wanted[n]) for n, t in load_file(runs[choice].folder / file.name).items())
 
 
+@pytest.mark.parametrize(
+    ("drawing", "keeps"),
+    [({}, False), ({"method": {"type": "lora", "r": 4, "lora_dropout": 0.1}}, True), ({"objective": {"type": "sft", "neftune": 5}}, True)],
+    ids=["nothing drawn", "dropout", "noise"],
+)  # fmt: skip
+def test_random_states_are_kept_for_layers_only_where_something_is_drawn(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, drawing: dict[str, Any], keeps: bool
+) -> None:
+    taken: list[bool] = []
+    whole = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+    def spy(fn: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any) -> Any:
+        taken.append(preserve_rng_state)
+        return whole(fn, preserve_rng_state, *args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", spy)
+    fit("a", **drawing, train={"gradient_checkpointing": "all"})
+    assert set(taken) == {keeps}
+
+
 def test_more_layers_than_there_are(fit: Fit) -> None:
     with pytest.raises(ModelError) as caught:
         fit("a", train={"gradient_checkpointing": 3})

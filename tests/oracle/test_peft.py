@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loratune import model, subject, tokenizing
 from loratune.errors import ModelError
 from loratune.methods import Lora, saved
+from loratune.methods.lora import _best_of_rank
 from loratune.recipe import Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, Trained, logits
@@ -193,6 +194,29 @@ def test_the_starts_are_different_starts(fit: Fit):
         done = fit(init, method={"type": "lora", "r": 4, "init": init}, train={**FULL, "epochs": 2})
         seen[init] = done.column("loss")[1]
     assert len(set(seen.values())) == 5, seen
+
+
+@pytest.mark.parametrize("r", [4, 16])
+def test_what_rounding_took_is_fitted_nearly_as_by_a_whole_decomposition(r: int):
+    """Of the error of nf4, which is nearly noise: less than 1 % more is left, at least 95 % of the best is fitted."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    weight = torch.randn(640, 1536) * 0.02
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    lost = weight - bnb.functional.dequantize_4bit(packed, state).float()
+    up, down = _best_of_rank(lost, r)
+    assert (up.shape, down.shape) == ((640, r), (r, 1536))
+    assert up.norm() == pytest.approx(down.norm().item(), rel=1e-4)
+    sigma = torch.linalg.svdvals(lost).square()
+    left, least, whole = float((lost - up @ down).square().sum()), float(sigma[r:].sum()), float(sigma.sum())
+    assert least < left < 1.01**2 * least
+    assert whole - left > 0.95 * (whole - least)
+    small = lost[:64, :128]
+    up, down = _best_of_rank(small, r)
+    assert float((small - up @ down).square().sum()) == pytest.approx(
+        float(torch.linalg.svdvals(small)[r:].square().sum()), rel=1e-4
+    )
 
 
 def test_loftq_starts_nearer_to_the_full_base_than_plain_nf4(fit: Fit, base: Path, prompts: list[torch.Tensor]):
