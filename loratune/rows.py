@@ -498,12 +498,9 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
 def _of_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
-        try:
-            for value, problem in tables.values(batch, LONGEST):
-                number += 1
-                yield RawRow(Place(f"{name} row {number}"), None if value is None else _as_written(value), problem)
-        except UnicodeDecodeError:
-            raise DataError(Problem("not UTF-8", Place(f"{name} row {number + 1} or later"))) from None
+        for value, problem in tables.values(batch, LONGEST):
+            number += 1
+            yield RawRow(Place(f"{name} row {number}"), None if value is None else _as_written(value), problem)
 
 
 def _check_names(schema: Any, place: Place) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratune.errors import shorten
+from loratune.formats.base import Unreadable
 
 Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be had
 
@@ -13,15 +14,12 @@ Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be 
 def values(batch: Any, most: int) -> Iterator[Value]:
     """Yield the rows of an Arrow batch.
 
-    Bytes that are too long, and dates that Python has no value for, are the name of their type, as bytes: nobody reads
-    them as text.
+    Bytes that are too long, dates that Python has no value for and text that is not UTF-8 are `Unreadable`: whoever
+    needs that column refuses the row.
 
     Args:
         batch: of any types.
         most: bytes of a row; a longer one is None, with what is too long in it.
-
-    Raises:
-        UnicodeDecodeError: when a text is not UTF-8.
     """
     for part in _parts(_decoded(batch), most):
         if part.nbytes > most:
@@ -54,13 +52,14 @@ def _long(row: Any, most: int) -> Value:
     """Return a row that is too long without its pictures and the like, if that makes it short enough."""
     import pyarrow as pa
 
-    columns = list(row.columns)
+    columns, held = list(row.columns), dict[str, Any]()
     for index, column in enumerate(columns):
         if _holds_bytes(column.type):
-            columns[index] = pa.array([str(column.type).encode()])
+            columns[index] = pa.nulls(1)
+            held[row.schema.names[index]] = Unreadable(f"{column.nbytes:,} bytes")
     row = pa.record_batch(columns, names=row.schema.names)
     if row.nbytes <= most:
-        return _rows(row)[0], ""
+        return {**_rows(row)[0], **held}, ""
     name, longest = max(zip(row.schema.names, columns, strict=True), key=lambda one: one[1].nbytes)
     told = f"`{shorten(name)}` holds {longest.nbytes:,} bytes, of at most {most:,} in a row"
     return None, f"{told}: cut it into several rows"
@@ -75,17 +74,24 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _rows(batch: Any) -> list[dict[str, Any]]:
-    import pyarrow as pa
-
-    columns = []
-    for column in batch.columns:
-        try:
-            columns.append(column.to_pylist())
-        except (ValueError, OverflowError, pa.ArrowException):
-            if not pa.types.is_temporal(column.type):
-                raise
-            stand_in = str(column.type).encode()
-            columns.append([stand_in if there else None for there in column.is_valid().to_pylist()])
+    columns = [_of_column(column) for column in batch.columns]
     if not columns:
         return [{} for _ in range(batch.num_rows)]
     return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _of_column(column: Any) -> list[Any]:
+    try:
+        found: list[Any] = column.to_pylist()
+        return found
+    except Exception:  # a time zone that nobody knows is another kind of error for every library of them
+        return [_of_value(value) for value in column]
+
+
+def _of_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("not UTF-8")
+    except Exception as error:
+        return Unreadable(f"{value.type}: {shorten(str(error))}")

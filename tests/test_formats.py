@@ -177,7 +177,11 @@ WRONG = [
     (Text(), {"body": "a"}, "`text` is missing; the row's columns: `body`"),
     (Text(), {"text": {"a": 1}}, "`text` must be text, given an object"),
     (Text(), {"text": "\n"}, "`text` is empty: there is nothing to learn"),
-    (Text(), {"text": b"raw"}, "`text` must be text, given bytes"),
+    (
+        Text(),
+        {"text": b"raw"},
+        "`text` must be text, given bytes: write that column as text, or name another in `data.format`",
+    ),
 ]
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from loratune import rows
 from loratune.errors import DataError
-from loratune.formats import Chat, RowError
+from loratune.formats import Chat, RowError, Text
+from loratune.formats.base import Unreadable
 from loratune.recipe import Source
 
 ROWS = [{"prompt": "ä 😀", "completion": "one\ntwo"}, {"prompt": "b", "completion": 'say "x", then y'}]
@@ -272,7 +273,10 @@ def test_broken_archives_and_tables(tmp_path: Path) -> None:
     wrong = pa.array([b"\xff\xfe"], pa.binary()).cast(pa.binary()).view(pa.string())
     stream = io.BytesIO()
     pq.write_table(pa.table({"text": wrong}), stream)
-    assert told(tmp_path, "b.parquet", stream.getvalue()) == ["file: b.parquet row 1 or later: not UTF-8"]
+    (row,) = read(write(tmp_path, "b.parquet", stream.getvalue()))
+    assert row.value == {"text": Unreadable("not UTF-8")}
+    with pytest.raises(RowError, match=r"`text` must be text, given what can't be read .not UTF-8.: write that column"):
+        Text().read(row.value)
 
 
 def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,5 +423,5 @@ def test_a_column_of_dates_does_not_refuse_a_table(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     found = [row.value or {} for row in rows.read(Source(path=str(tmp_path / "a.parquet")))]
     assert [value["text"] for value in found] == ["a", "b"]
-    assert isinstance(found[0]["far"], bytes)
+    assert found[0]["far"] == Unreadable("timestamp[us]: date value out of range")
     assert found[1]["far"] is None

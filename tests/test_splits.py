@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -132,28 +134,54 @@ def test_eval_tells_what_it_does_not_read(tmp_path: Path) -> None:
             file.write_bytes(content)
 
 
-def test_columns_that_nobody_asked_for_refuse_no_table(tmp_path: Path) -> None:
-    from decimal import Decimal
+FAR = pa.array([1 << 62], pa.timestamp("us"))
+COLUMNS = {
+    "price": (pa.array([Decimal("1.50")]), "Decimal"),
+    "wide": (pa.array([Decimal("1.50")], pa.decimal256(50, 9)), "Decimal"),
+    "picture": (pa.array([b"\xff\x00"]), "bytes"),
+    "hash": (pa.array([b"ab"], pa.binary(2)), "bytes"),
+    "when": (pa.array([1], pa.timestamp("ns", tz="Europe/Berlin")), "Timestamp|datetime"),
+    "nowhere": (pa.array([1], pa.timestamp("us", tz="Nowhere/At")), "what can't be read .timestamp.us, tz=Nowhere/At"),
+    "far": (FAR, "what can't be read .timestamp.us.: date value out of range"),
+    "fars": (pa.ListArray.from_arrays([0, 1], FAR), "what can't be read .list<.*date value out of range"),
+    "about": (pa.StructArray.from_arrays([FAR], names=["far"]), "what can't be read .struct<far: timestamp"),
+    "day": (pa.array([date(2026, 1, 1)]), "date"),
+    "hour": (pa.array([1], pa.time64("us")), "time"),
+    "length": (pa.array([1], pa.duration("us")), "timedelta"),
+    "deep": (pa.array([{"a": {"b": [Decimal("1")], "c": datetime(2026, 1, 1)}}]), "an object"),
+    "map": (pa.array([[("k", b"v")]], pa.map_(pa.string(), pa.binary())), "a list"),
+    "code": (pa.array([7]).dictionary_encode(), "a number"),
+    "nothing": (pa.nulls(1), "null"),
+}
 
-    table = pa.table({"text": ["a"], "price": pa.array([Decimal("1.50")]), "picture": pa.array([b"\xff\x00"])})
-    pq.write_table(table, tmp_path / "a.parquet")
-    source = Source(path=str(tmp_path / "a.parquet"))
-    encoder = Encoder(tiny.tokenizer())
+
+def table_of(folder: Path, name: str) -> Source:
+    pq.write_table(pa.table({"text": ["a"], name: COLUMNS[name][0]}), folder / "a.parquet")
+    return Source(path=str(folder / "a.parquet"))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_nobody_asked_for_refuse_no_table(tmp_path: Path, name: str) -> None:
+    source, encoder = table_of(tmp_path, name), Encoder(tiny.tokenizer())
     found = data.load([source], Data(train=(source,)), encoder)
     assert encoder.tokenizer.decode(found[0].ids, skip_special_tokens=True) == "a"
-    assert list(found.unread) == ["price", "picture"]
+    assert found.unread == ({} if name == "nothing" else {name: 1})
 
 
-@pytest.mark.parametrize("column", ["price", "picture"])
-def test_a_column_that_is_no_text_and_needed_is_named(tmp_path: Path, column: str) -> None:
-    from decimal import Decimal
-
-    value = {"price": pa.array([Decimal("1.50")]), "picture": pa.array([b"\xff\x00"])}[column]
-    pq.write_table(pa.table({column: value}), tmp_path / "a.parquet")
-    source = Source(path=str(tmp_path / "a.parquet"))
-    section = Data.model_validate({"train": source, "format": {"type": "text", "text": column}})
-    with pytest.raises(DataError, match=f"`{column}`"):
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_that_is_no_text_and_needed_is_named(tmp_path: Path, name: str) -> None:
+    source = table_of(tmp_path, name)
+    section = Data.model_validate({"train": source, "format": {"type": "text", "text": name}})
+    remedy = "" if COLUMNS[name][1] in ("an object", "a list", "a number", "null") else ".*: write that column as text"
+    with pytest.raises(DataError, match=f"row 1: `{name}` must be text, given ({COLUMNS[name][1]}){remedy}"):
         data.load([source], section, Encoder(tiny.tokenizer()))
+
+
+def test_a_column_of_a_dictionary_is_text(tmp_path: Path) -> None:
+    texts = ["a", "b", "a", None]
+    pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet")
+    found = [row.value or {} for row in rows.read(Source(path=str(tmp_path / "a.parquet")))]
+    assert [row["text"] for row in found] == texts
 
 
 def test_keys_of_one_name_within_a_column_are_refused(tmp_path: Path) -> None:

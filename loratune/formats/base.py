@@ -49,6 +49,14 @@ class Plain:
 Example = Conversation | Plain
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in a row for a value that can't be had: nobody may ever ask for it, and who does is told `why`."""
+
+    why: str
+
+
+_JSON = (int, float, list, dict, type(None))
 BAD = ("label", "kto_tag")  # columns in which a row of answers liked and disliked says which it is
 
 
@@ -89,7 +97,8 @@ def text_column(row: Mapping[str, Any], name: str) -> str:
     """Return a column that holds text, or raise RowError."""
     value = column(row, name)
     if not isinstance(value, str):
-        raise RowError(name, f"must be text, given {named(value)}")
+        hint = "" if isinstance(value, _JSON) else ": write that column as text, or name another in `data.format`"
+        raise RowError(name, f"must be text, given {named(value)}{hint}")
     return value
 
 
@@ -133,5 +142,7 @@ def named(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
+    if isinstance(value, Unreadable):
+        return f"what can't be read ({value.why})"
     kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), type(value).__name__)
