@@ -153,6 +153,20 @@ def test_scores_never_hold_all_logits_in_float32(capped: bool, dtype: torch.dtyp
         assert seen.numbers[torch.float32] < logits / 3
 
 
+def test_an_eval_loss_in_float16_holds_few_logits() -> None:
+    """Nothing is scaled where there is no gradient; a training keeps the logits, as its gradient must be."""
+    words = 4000
+    net = llama(vocab_size=words).requires_grad_(False).half()
+    objective, batch = Sft(), Sft().collate(rows([60, 59, 3, 50] * 8, seed=3))
+    with torch.no_grad():
+        objective.total(net, objective.collate(ROWS))
+        with Largest() as seen:
+            found = objective.total(net, batch)
+        assert max(seen.numbers.values()) < objective.count(batch) * words / 3
+        assert found.item() == pytest.approx(plain_scores(net, batch)[0].sum().item(), rel=1e-4)
+    assert not head.is_fusible(net, batch["input_ids"])
+
+
 @pytest.mark.parametrize("case", ["float32", "autocast", "bfloat16", "beside an adapter", "capped", "capped bfloat16"])
 def test_training_a_head_never_holds_all_logits_in_float32(case: str) -> None:
     """Forward and backward, whatever is trained; of a head that is nothing but one, no logits in any precision."""

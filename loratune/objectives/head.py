@@ -92,7 +92,7 @@ def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> 
 def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     """Return whether `summed_cross_entropy` gives a model's loss: its head is plain.
 
-    Not in float16, where the gradient must be scaled before it is rounded.
+    In float16 only of an evaluation: a gradient must be scaled before it is rounded.
 
     Args:
         model: without the wrapper of several processes.
@@ -101,7 +101,8 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
     import torch
 
     layer = layer_of(model)
-    return is_plain(model, ids) and torch.float16 not in (_precision(layer), _plain[layer])
+    half = torch.is_grad_enabled() and torch.float16
+    return is_plain(model, ids) and half not in (_precision(layer), _plain[layer])
 
 
 def is_plain(model: Any, ids: torch.Tensor) -> bool:

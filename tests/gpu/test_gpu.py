@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import apart, attention
+from loratune import apart, attention, evaluation
 from loratune.encode import Row
 from loratune.objectives import Sft
+from loratune.optimizers import bnb
 from loratune.sharing import Layout
 from tests import test_attention as models
 from tests import tiny
+from tests.conftest import Fit
 from tests.test_sharing import alike
 
 pytestmark = [
@@ -49,6 +53,43 @@ def test_every_optimizer_learns_on_every_base(tmp_path: Path, optimizer: str, qu
     lines = (result.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_float16_learns(tmp_path: Path) -> None:
+    """Its scaler may skip the first steps, until the gradient is finite."""
+    result = run(tmp_path, model={"dtype": "float16"}, optimizer={"lr": 1e-2}, train={"epochs": 10})
+    facts = json.loads((result.folder / "run.json").read_text())
+    lines = (result.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert (facts["dtype"], len(losses)) == ("float16", 30)
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_what_is_large_is_paged_after_a_resume_too(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """bitsandbytes pages the state of 100,000 numbers and more: A and B of r 256 over 512 have 131,072."""
+    made: list[Any] = []
+    build = bnb.build
+
+    def spy(*given: Any) -> Any:
+        made.append(build(*given))
+        return made[-1]
+
+    monkeypatch.setattr(bnb, "build", spy)
+    wide = tiny.save(tmp_path / "wide", hidden_size=512, intermediate_size=512)
+    sections = {"method": {"type": "lora", "r": 256, "lora_alpha": 256}, "optimizer": {"type": kind, "lr": 1e-3}}
+    train = {"schedule": "constant", "warmup": 0}
+    straight = fit("straight", on=wide, **sections, train={**train, "epochs": 2})
+    fit("cut", on=wide, **sections, train={**train, "epochs": 1})
+    resumed = fit("cut", on=wide, resume=True, **sections, train={**train, "epochs": 2})
+    for optimizer in made:
+        states = {p: [state["state1"], state["state2"]] for p, state in optimizer.state.items()}
+        paged = [getattr(one, "is_paged", False) for both in states.values() for one in both]
+        assert paged == [p.numel() >= 100_000 for p in states for _ in range(2)]
+        assert any(paged)
+    assert resumed.column("loss") == pytest.approx(straight.column("loss"), rel=1e-2)
 
 
 @pytest.mark.parametrize("choice", [1, "all"])
@@ -106,6 +147,24 @@ def test_a_packed_run_is_a_padded_run(tmp_path: Path, dtype: str) -> None:
     assert done["on"].train_loss == pytest.approx(done["off"].train_loss, rel=1e-2 if dtype == "bfloat16" else 1e-5)
 
 
+def test_packs_in_bfloat16_go_through_the_kernel_and_not_by_a_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    whole = attention._varlen
+
+    def spy(query: torch.Tensor, *given: Any) -> torch.Tensor:
+        calls.append(query.shape[2])
+        return whole(query, *given)
+
+    monkeypatch.setattr(attention, "_varlen", spy)
+    done = run(tmp_path, model={"dtype": "bfloat16"}, train={"batch_size": 8, "epochs": 2})
+    facts = json.loads((done.folder / "run.json").read_text())["batching"]
+    assert (facts["packed"], facts["by"]) == (True, "rows")
+    assert "mask" not in capsys.readouterr().err
+    assert len(calls) >= 2 * done.steps, "two layers, and what was tried before"
+
+
 @pytest.mark.parametrize("name", [*models.EXACT, *models.STATEFUL])
 def test_the_self_test_on_the_gpu(name: str) -> None:
     settings = {**models.EXACT.get(name, models.STATEFUL.get(name, {})), **models.NO_DROPOUT}
@@ -135,3 +194,38 @@ def test_a_full_pack_costs_no_mask() -> None:
         loss_and_gradients(net, rows, "packed")
         peaks[name] = torch.cuda.max_memory_allocated() - before
     assert peaks[attention.NAME] < peaks["sdpa"] - 2**28
+
+
+# ---------------------------------------------------------------- a large vocabulary
+
+WORDS = 100_000
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what some work returns, and the most bytes it had in GPU memory beside what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = work()
+    torch.cuda.synchronize()
+    return out, torch.cuda.max_memory_allocated() - before
+
+
+def test_an_evaluation_over_a_large_vocabulary_holds_few_logits(tmp_path: Path) -> None:
+    """All logits of a micro-batch would take 3 GB in 16 bit, and twice that in float32."""
+    base = tiny.save(tmp_path / "base", vocab_size=WORDS)
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{n:03} a red cat " * 17} for n in range(64)])
+    result, peak = peak_of(lambda: evaluation.evaluate(base, data=str(rows), format="text", generate=False))
+    assert result.rows == 64
+    assert peak < 64 * 200 * WORDS * 2 / 3
+
+
+def test_a_trained_head_over_a_large_vocabulary_holds_few_logits() -> None:
+    net = tiny.model(tiny.tokenizer(), vocab_size=WORDS).bfloat16().cuda()
+    rows = models.rows([256] * 64)
+    for row in rows:
+        row.trained[:] = True
+    loss_and_gradients(net, rows[:1], "padded")  # here it is found out whether the head is plain
+    (loss, _), peak = peak_of(lambda: loss_and_gradients(net, rows, "padded"))
+    assert loss / (64 * 255) == pytest.approx(math.log(WORDS), rel=0.05)
+    assert peak < 64 * 255 * WORDS * 2 / 2
