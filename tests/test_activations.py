@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -345,6 +346,7 @@ class Full:
 
     def __init__(self, *calls: int) -> None:
         self.calls, self.seen = calls, 0
+        self.held: list[weakref.ref[torch.Tensor]] = []
 
     def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = Sft.total
@@ -353,7 +355,9 @@ class Full:
             found = whole(objective, model, batch)
             if model.training and torch.is_grad_enabled():
                 self.seen += 1
+                assert not any(ref() is not None for ref in self.held), "what did not fit is still in memory"
                 if self.seen in self.calls:
+                    self.held.append(weakref.ref(found))
                     raise torch.OutOfMemoryError("CUDA out of memory")
             return found
 
@@ -451,3 +455,6 @@ def test_what_leaves_its_few_bits_is_planned_for(fit: Fit) -> None:
     assert quantization.largest_dequantized(plain, torch.float32) == 0
     with_it = fits.fixed_bytes(done.recipe, loaded, done.net)
     assert with_it - fits.fixed_bytes(done.recipe, loaded, plain) == 64 * 128 * 4
+    on_gpu: Any = SimpleNamespace(model=done.net, device=torch.device("cuda"), dtype=torch.float32)
+    chunk = 128 * 258 * 6  # as many tokens more, of a tiny vocabulary
+    assert fits.fixed_bytes(done.recipe, on_gpu, plain) == with_it - 64 * 128 * 4 + chunk + 2**27, "working space"

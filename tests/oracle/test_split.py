@@ -116,6 +116,21 @@ def test_two_processes_of_four_are_one_of_eight(
     assert max(float((two[name] - one[name]).abs().max()) for name in one) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "method", [{"type": "full"}, {"type": "lora", "r": 4, "modules_to_save": ["lm_head"]}], ids=["full", "head"]
+)
+def test_two_processes_with_a_trained_head_are_one(
+    fit: Fit, base: Path, tmp_path: Path, method: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    """Its gradient comes with the loss, behind the back of what adds gradients up over processes."""
+    sections = {**PADDED, "method": method, "optimizer": {"lr": 1e-3}, "train": {**TRAIN, "micro_batch_size": 2}}
+    alone = fit("alone", rows=17, **sections)
+    (tmp_path / "two").mkdir()
+    folder = _two_processes(tiny.write_recipe(tmp_path / "two", base, rows=17, **sections))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    _check("two processes, a trained head", _apart([e for e in lines if e["kind"] == "step"], alone.events()), capsys)
+
+
 def _same_adapter(one: Path, other: Path) -> float:
     """Return how far the adapters of two runs are apart; their names must be the same."""
     a, b = (load_file(path / "adapter_model.safetensors") for path in (one, other))
