@@ -20,7 +20,10 @@ from tests import tiny
 def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.Signals) -> None:
     recipe = tiny.write_recipe(tmp_path, base, train={"epochs": 100_000, "save_every": 1_000_000, "log_every": 1})
     command = [sys.executable, "-m", "loratune", "train", str(recipe)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup, or in a shell's background, it is ignored
+    )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < until:

@@ -86,7 +86,11 @@ def _two_processes(recipe: Path) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=recipe.parent)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [str(recipe.parent / "run")], "only the first process prints the result"
+    result = str(recipe.parent / "run")
+    said = done.stdout.split()
+    if "[Gloo]" in done.stdout:  # that of torch 2.11 and before says who is connected, from both processes at once
+        said = [word for word in said if word == result]
+    assert said == [result], "only the first process prints the result"
     return recipe.parent / "run"
 
 

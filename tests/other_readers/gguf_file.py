@@ -63,6 +63,7 @@ def _tokens(out: Any, folder: Path) -> None:
     out.add_token_list(ordered)
     out.add_token_types([gguf.TokenType.CONTROL if word in special else gguf.TokenType.NORMAL for word in ordered])
     out.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
+    out.add_bos_token_id(words["<|endoftext|>"])  # transformers 5.17 can read no file without one
     out.add_eos_token_id(words["<|endoftext|>"])
     out.add_chat_template((folder / "chat_template.jinja").read_text())
 
