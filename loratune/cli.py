@@ -161,9 +161,10 @@ def inspect(
 
     if html is not None:
         outputs.check_page(html)
-    shown = inspecting.inspect(
-        loratune.load_recipe(recipe, set_), row=row, random=random, number=number, trust_remote_code=trust_remote_code
-    )
+    loaded = loratune.load_recipe(recipe, set_)
+    if html is not None:
+        outputs.check_apart(html, "--html", [("the command line", str(recipe)), *outputs.inputs_of(loaded)])
+    shown = inspecting.inspect(loaded, row=row, random=random, number=number, trust_remote_code=trust_remote_code)
     if html is not None:
         storage.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))

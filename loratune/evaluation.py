@@ -134,7 +134,9 @@ def evaluate(
         matching.check(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)
-    path = outputs.predictions(str(name), out, what.base.base) if generate else None
+    inputs = outputs.inputs_of(what.recipe) if what.recipe else []
+    inputs = [("--data", data), *inputs] if data is not None else inputs
+    path = outputs.predictions(str(name), out, what.base.base, inputs) if generate else None
     tokenizer = subject.tokenizer(what)
     encoder = Encoder(tokenizer)
     rows = _rows(what, data, format, encoder, limit)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from loratune import files, runfiles, storage
-from loratune.errors import Place, Problem, UsageError
+from loratune.errors import Place, Problem, UsageError, shorten
+from loratune.recipe import SUFFIXES, Recipe
+
+Input = tuple[str, str]  # what names a file, folder or glob that is read, and its path
 
 PREDICTIONS = runfiles.PREDICTIONS
 _STEP = re.compile(r"step-\d+")
@@ -24,7 +30,7 @@ def check(path: Path, option: str, base: str | None = None) -> None:
         base: the base model in use, if it is known.
 
     Raises:
-        UsageError: when it leads into a checkpoint, a base or the hub's cache.
+        UsageError: when it leads into a checkpoint, a base or the hub's cache, or is a file of a run.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -36,9 +42,46 @@ def check(path: Path, option: str, base: str | None = None) -> None:
         if kind is not None:
             told = f"lies in {kind}, into which nothing is written: {folder}"
             raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+        name = path.parent.resolve().joinpath(path.name).relative_to(folder).as_posix()
+        if _is_run(folder) and runfiles.is_written(name) and not runfiles.is_predictions(name):
+            told = f"has a name that the run in {folder} writes itself"
+            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
 
 
-def predictions(name: str, out: Path | None, base: str) -> Path:
+def check_apart(path: Path, option: str, inputs: Sequence[Input]) -> None:
+    """Check that a file that is to be made is none that is read, nor one that would be read as rows the next time.
+
+    Args:
+        path: of the file.
+        option: that would name another, for the hint.
+        inputs: what names each file, folder or glob, and its path; what is not on this machine is passed by.
+
+    Raises:
+        UsageError: when it is.
+    """
+    for what, given in inputs:
+        source = files.local(given)
+        if not (source.is_absolute() or files.there(source) or glob.has_magic(given)):
+            continue  # on the hub
+        if runfiles.is_among(path, source) and (
+            not source.is_dir() or path.name.removesuffix(".gz").endswith(SUFFIXES)
+        ):
+            same = runfiles.meets(path, source) == "is"
+            told = (
+                f"is what {what} names" if same else f"is among the files that {what} {shorten(given, 400)} stands for"
+            )
+            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+
+
+def inputs_of(recipe: Recipe) -> list[Input]:
+    """Return what a recipe reads on this machine, with the key that names it."""
+    found = [("`data.train`", source.path) for source in recipe.data.train]
+    found += [("`data.eval`", source.path) for source in recipe.data.eval or ()]
+    others = (("`data.chat_template`", recipe.data.chat_template), ("`model.base`", recipe.model.base))
+    return [one for one in (*found, *((what, path) for what, path in others if path)) if os.path.isabs(one[1])]
+
+
+def predictions(name: str, out: Path | None, base: str, inputs: Sequence[Input] = ()) -> Path:
     """Return the file for the predictions of an evaluation.
 
     Args:
@@ -46,12 +89,14 @@ def predictions(name: str, out: Path | None, base: str) -> Path:
         out: file that was asked for; None: in the run folder, for a checkpoint too, with its step in the name; for
             every other folder and for models of the hub in the current folder.
         base: the base model in use.
+        inputs: what is read; see `check_apart`.
 
     Raises:
-        UsageError: when it would lie in a checkpoint or a base, or something else lies there.
+        UsageError: when it would lie in a checkpoint or a base, something else lies there, or it is read itself.
     """
     path = _by_default(files.local(name).resolve()) if out is None else files.local(out)
     check(path, "--out", base)
+    check_apart(path, "--out", inputs)
     if path.is_file() and not _are_predictions(path):
         raise UsageError(
             Problem("holds something else than predictions, and is not overwritten", Place(str(path)),

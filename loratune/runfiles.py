@@ -93,6 +93,17 @@ def is_read(source: Path, output: Path) -> bool:
     return any(_matches((place / name).parts, whole) for place in places for name in names)
 
 
+def is_among(path: Path, source: Path) -> bool:
+    """Return whether a file is, or would be once it is written, among those a file, folder or glob stands for."""
+    if not glob.has_magic(str(source)) or source.exists():
+        return meets(path, source) in ("is", "lies in")
+    whole, folder = PurePosixPath(os.path.abspath(source)).parts, Path(os.path.realpath(path.parent))
+    places = {Path(os.path.abspath(path)), folder / path.name}
+    return any(_matches(place.parts, whole) for place in places) or any(
+        _same(path, Path(file)) for file in glob.iglob(str(source), recursive=True)
+    )
+
+
 def _is_of_run(path: Path, output: Path) -> bool:
     return is_written(Path(os.path.relpath(os.path.realpath(path), os.path.realpath(output))).as_posix())
 

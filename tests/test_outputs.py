@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
-from loratune import checkpoint, outputs, storage
+from loratune import checkpoint, cli, evaluation, inspecting, outputs, storage
 from loratune.errors import UsageError
 from loratune.evaluation import evaluate
 from loratune.merging import merge
@@ -98,3 +99,70 @@ def test_a_fully_fine_tuned_run_holds_its_own(tmp_path: Path) -> None:
     (run / "run.json").write_text("{}")
     assert outputs.predictions(str(run), None, "a/b") == run / "predictions.jsonl"
     assert outputs.predictions(str(run), None, str(run)) == run / "predictions.jsonl"
+
+
+def elsewhere(folder: Path) -> dict[str, Path]:
+    """Return other ways to name `rows.jsonl` in a folder: links of both kinds, a link of the folder, and a way round."""
+    (folder / "rows.jsonl").write_text(LINE)
+    (folder / "link.jsonl").symlink_to("rows.jsonl")
+    (folder / "hard.jsonl").hardlink_to(folder / "rows.jsonl")
+    (folder / "again").symlink_to(".")
+    (folder / "deep").mkdir()
+    names = ("rows.jsonl", "link.jsonl", "hard.jsonl", "again/rows.jsonl", "deep/../rows.jsonl")
+    return {name: folder / name for name in names}
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative", "folder", "glob", "link"])
+def test_what_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """A file of predictions may be a file of rows, too; and a new one among rows would be read as one."""
+    monkeypatch.chdir(tmp_path)
+    ways = elsewhere(tmp_path)
+    data = {"absolute": str(tmp_path / "rows.jsonl"), "relative": "rows.jsonl", "folder": "again", "glob": "./*.jsonl",
+            "link": "link.jsonl"}[given]  # fmt: skip
+    among = "is what --data names" if "." in data and given != "glob" else "is among the files that --data "
+    for out in (*ways.values(), *map(Path, ways)):
+        with pytest.raises(UsageError) as caught:
+            outputs.predictions("a/b", out, "a/b", [("--data", data)])
+        assert str(caught.value).startswith(f"{out}: {among}"), out
+        assert str(caught.value).endswith("name a place elsewhere with --out")
+    for out in (Path("new.jsonl"), None, Path("again/new.jsonl")):
+        if given in ("folder", "glob"):
+            with pytest.raises(UsageError, match="is among the files that --data"):
+                outputs.predictions("a/b", out, "a/b", [("--data", data)])
+        else:
+            outputs.predictions("a/b", out, "a/b", [("--data", data)])
+    assert outputs.predictions("a/b", Path("new.out"), "a/b", [("--data", data)]) == Path("new.out")
+
+
+def test_rows_of_the_hub_are_nobody_s_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert outputs.predictions("a/b", Path("rows"), "a/b", [("--data", "some/rows")]) == Path("rows")
+
+
+def test_eval_and_inspect_ask_before_any_work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line does so, also with what the recipe of a run names."""
+    recipe = tiny.write_recipe(tmp_path, base, rows=2, data={"eval": "eval.jsonl", "chat_template": "own.jinja"})
+    (tmp_path / "own.jinja").write_text("")
+    monkeypatch.setattr(inspecting, "inspect", lambda *_, **__: pytest.fail("it began"))
+    runner = CliRunner()
+    for name, what in (("own.jinja", "`data.chat_template`"), ("link.html", "`data.chat_template`")):
+        (tmp_path / "link.html").unlink(missing_ok=True)
+        (tmp_path / "link.html").hardlink_to(tmp_path / "own.jinja")
+        done = runner.invoke(cli.app, ["inspect", str(recipe), "--html", str(tmp_path / name)])
+        assert isinstance(done.exception, UsageError)
+        assert f"{name}: is what {what} names" in str(done.exception)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(LINE)
+    monkeypatch.setattr(evaluation, "_rows", lambda *_: pytest.fail("it began"))
+    with pytest.raises(UsageError, match="is what --data names"):
+        evaluate(base, data=str(rows), out=rows)
+
+
+def test_a_name_of_the_run_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    for name in ("checkpoints/x.jsonl", "loss.svg", "recipe.yaml", ".lock"):
+        assert f"{name}: has a name that the run in {tmp_path} writes itself" in refused(
+            tmp_path, tmp_path / name, tmp_path
+        )
+    for name in ("predictions.jsonl", "mine.jsonl", "deeper/loss.svg"):
+        assert outputs.predictions(str(tmp_path), tmp_path / name, "a/b") == tmp_path / name
