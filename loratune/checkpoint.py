@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     saved = _all(folder)
     if known is None and not (resume and saved) and folder.exists() and not _is_bare(folder):
         raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
-    if foreign := _foreign(folder):
-        told = f"{listed(foreign)} in this run folder was not written by the run, which would overwrite it"
-        raise RunFolderError(Problem(told, Place(str(folder)), "move it away, or give another `output`"))
+    check_foreign(folder)
     if resume or overwrite:
         return
     if known == "complete":
@@ -119,12 +117,23 @@ def _is_bare(folder: Path) -> bool:
     return folder.is_dir() and all(ours(path) for path in folder.iterdir())
 
 
-def _foreign(folder: Path) -> list[str]:
-    """Return files that have a name of the results of a run, and that no manifest says to be of one."""
+def check_foreign(folder: Path, others: Collection[str] = ()) -> None:
+    """Check that nothing in a run folder has the name of a result, unless a manifest says that a run wrote it.
+
+    Args:
+        folder: of the run.
+        others: names of files that are written beside the usual ones.
+
+    Raises:
+        RunFolderError: when something has: it would be overwritten.
+    """
     own = storage.own(folder)
     places = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
     names = [place.relative_to(folder).as_posix() for place in places]
-    return sorted(name for name in names if runfiles.is_result(name) and name not in own)
+    foreign = sorted(name for name in names if (runfiles.is_result(name) or name in others) and name not in own)
+    if foreign:
+        told = f"{listed(foreign)} in this run folder was not written by the run, which would overwrite it"
+        raise RunFolderError(Problem(told, Place(str(folder)), "move it away, or give another `output`"))
 
 
 def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> list[str]:

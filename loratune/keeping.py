@@ -217,6 +217,16 @@ def write_readable(job: Job, folder: Path) -> None:
         tokenizerfiles.write(folder, base, job.tokenizer, alone=True)
 
 
+def check_code(job: Job) -> None:
+    """Check that code of the base's own, which comes along with a whole model, overwrites nothing in the run folder.
+
+    Raises:
+        RunFolderError: when a file of its name lies there that no run wrote.
+    """
+    if job.first and job.recipe.method.type == "full" and job.facts["trust_remote_code"]:
+        checkpoint.check_foreign(job.folder, modelfolder.code(bases.folder_of(job.recipe.model)))
+
+
 def check_space(job: Job, resume: bool) -> None:
     """Check that the disk will hold the checkpoints that are kept, the one being written and the final files."""
     if not job.first:

@@ -36,13 +36,16 @@ def held(folder: Path) -> Iterator[str | None]:
         A line about who held it before and did not release it, or None.
 
     Raises:
-        RunFolderError: when another process holds it; names the process.
+        RunFolderError: when another process holds it, whose name it tells, or the lock's file is a link.
         StorageError: when the folder can't be made or written.
     """
     made = not folder.exists()
     try:
         handle, before = _take(folder)
     except OSError as error:
+        if error.errno == errno.ELOOP and (folder / NAME).is_symlink():
+            told = f"is a link to {os.readlink(folder / NAME)}, which is not followed"
+            raise RunFolderError(Problem(told, Place(str(folder / NAME)), "take it away")) from None
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
     try:
         yield before
@@ -58,7 +61,7 @@ def held(folder: Path) -> Iterator[str | None]:
 def holder(folder: Path) -> dict[str, Any] | None:
     """Return who holds a folder's lock (pid, host, boot, started), or None."""
     try:
-        handle = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -78,7 +81,7 @@ def _take(folder: Path) -> tuple[int, str | None]:
     for attempt in range(100):  # a holder that leaves takes file and folder with it: then once more
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue
         try:
@@ -133,7 +136,7 @@ def _take_without_flock(path: Path) -> tuple[int, str | None]:
 
 def _whole(path: Path) -> dict[str, Any] | None:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
@@ -145,7 +148,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
 def _is_at(handle: int, path: Path) -> bool:
     """Return whether an open file is still the one that stands at a path."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
 

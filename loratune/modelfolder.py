@@ -25,7 +25,12 @@ def complete(
     """
     configs.write_config(target, base, config, dtype)
     tokenizerfiles.write(target, source or base, tokenizer, alone=False)
-    copied = [*runfiles.PROCESSORS, *(file.name for file in base.glob("*.py") if trust)]
+    copied = [*runfiles.PROCESSORS, *(code(base) if trust else ())]
     for name in copied:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
+
+
+def code(base: Path) -> list[str]:
+    """Return the names of the files with code that lie beside a base and come along where it was let run."""
+    return sorted(file.name for file in base.glob("*.py"))

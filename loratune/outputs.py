@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune import files, runfiles, storage
+from loratune import files, runfiles
 from loratune.errors import Place, Problem, UsageError, shorten
 from loratune.recipe import SUFFIXES, Recipe
 
@@ -32,18 +32,16 @@ def check(path: Path, option: str, base: str | None = None) -> None:
     Raises:
         UsageError: when it leads into a checkpoint, a base or the hub's cache, or is a file of a run.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache, own = Path(HF_HUB_CACHE).resolve(), Path(base).resolve() if base is not None else None
+    own = Path(base).resolve() if base is not None else None
     for folder in path.parent.resolve().joinpath(path.name).parents:
-        kind = "a folder of the hub's cache" if folder == cache else _kind(folder)
-        if kind is None and folder == own and not _is_run(folder):
+        kind = runfiles.protected(folder)
+        if kind is None and folder == own and not runfiles.is_run(folder):
             kind = "a base model"
         if kind is not None:
             told = f"lies in {kind}, into which nothing is written: {folder}"
             raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
         name = path.parent.resolve().joinpath(path.name).relative_to(folder).as_posix()
-        if _is_run(folder) and runfiles.is_written(name) and not runfiles.is_predictions(name):
+        if runfiles.is_run(folder) and runfiles.is_written(name) and not runfiles.is_predictions(name):
             told = f"has a name that the run in {folder} writes itself"
             raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
 
@@ -122,25 +120,11 @@ def check_page(path: Path) -> None:
 
 def _by_default(folder: Path) -> Path:
     run = folder.parent.parent
-    if _is_run(folder):
+    if runfiles.is_run(folder):
         return folder / PREDICTIONS
-    if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and _is_run(run):
+    if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and runfiles.is_run(run):
         return run / f"predictions-{folder.name}.jsonl"
     return Path.cwd() / PREDICTIONS
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file()
-
-
-def _kind(folder: Path) -> str | None:
-    """Return what a folder is, if nothing may be written into it."""
-    if _is_run(folder):  # a fully fine-tuned one holds a config.json, too
-        return None
-    if (folder / storage.MANIFEST).is_file() and (folder / "state.json").is_file():
-        return "a checkpoint"
-    config = storage.read_json(folder / "config.json")
-    return "a base model" if "model_type" in config or "architectures" in config else None
 
 
 def is_of_evaluation(path: Path) -> bool:

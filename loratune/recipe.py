@@ -455,6 +455,12 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
         told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "lies in the run folder"}[how]
         why = "nothing is written into a base" if how != "lies in" else "a base stays apart from what a run writes"
         yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {told} {shown}: {why}", place, hint)
+    else:
+        real = Path(os.path.realpath(output))
+        kinds = ((above, runfiles.protected(above)) for above in (real, *real.parents))
+        if found := next(((above, kind) for above, kind in kinds if kind), None):
+            told = f"{'is' if found[0] == real else 'lies in'} {found[1]}, into which nothing is written"
+            yield Problem(f"the run folder {shown} {told}: {shorten(str(found[0]), 400)}", place, hint)
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
         for source in sources:
             if os.path.isabs(source.path) and runfiles.is_read(Path(source.path), output):

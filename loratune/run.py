@@ -120,6 +120,7 @@ def train(
                 progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
             else:
                 progress = keeping.start(job, resume)
+            keeping.check_code(job)
             keeping.check_space(job, resume)
             begun = True  # from here on the run folder is this run's
             keeping.open_folder(job, progress, resume)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
+
+from loratune import files
 
 CHECKPOINTS, MANIFEST = "checkpoints", "MANIFEST.json"
 RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl")  # of every run, from its beginning
@@ -80,6 +83,29 @@ def _same(one: Path, other: Path) -> bool:
         return one == other or os.path.samefile(one, other)
     except OSError:
         return False
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, or did when it was killed."""
+    return (folder / "run.json").is_file()
+
+
+def protected(folder: Path) -> str | None:
+    """Return what a folder is, if nothing may be written into it; None of a run and any other folder."""
+    from huggingface_hub import constants
+
+    if folder == Path(constants.HF_HUB_CACHE).resolve():
+        return "the hub's cache"
+    if is_run(folder):  # a fully fine-tuned one holds a config.json, too
+        return None
+    if (folder / MANIFEST).is_file() and (folder / "state.json").is_file():
+        return "a checkpoint"
+    try:
+        config = json.loads(files.text(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(config, dict) and ("model_type" in config or "architectures" in config)
+    return "a base model" if known else None
 
 
 def is_read(source: Path, output: Path) -> bool:

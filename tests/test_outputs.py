@@ -78,7 +78,7 @@ def test_a_base_that_was_evaluated_is_as_it_was(tmp_path: Path, monkeypatch: pyt
 def test_the_cache_of_the_hub_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "hub" / "models--a--b" / "x.jsonl"
-    assert "lies in a folder of the hub's cache" in refused(Path("a/b"), out, Path("a/b"))
+    assert "lies in the hub's cache" in refused(Path("a/b"), out, Path("a/b"))
 
 
 def test_only_predictions_are_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

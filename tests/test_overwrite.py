@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loratune import storage
+from loratune import run, storage
 from loratune.errors import RunFolderError
+from tests import tiny
 from tests.conftest import Fit
 
 SAVING = {"save_every": 1, "keep": 2}
@@ -87,3 +88,33 @@ def test_a_checkpoint_that_is_rotated_leaves_what_is_not_its_own(tmp_path: Path)
     (saved / storage.MANIFEST).write_text("torn")
     assert storage.discard(saved) is None, "its files are known by their names"
     assert [file.name for file in saved.parent.iterdir()] == [".quarantine"]
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_code_of_a_base_overwrites_nobody_s(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    """It comes along with a whole model where it was let run; its own of an earlier run it may replace."""
+    base = tiny.save(tmp_path / "base")
+    (base / "modeling_own.py").write_text("own = 1\n")
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda *given, **asked: train(*given, **asked, trust_remote_code=trust))
+    done = fit(on=base, method={"type": "full"}, rows=4).folder
+    assert (done / "modeling_own.py").exists() == trust
+    (base / "modeling_own.py").write_text("own = 2\n")
+    fit(on=base, method={"type": "full"}, rows=4, overwrite=True)
+    if trust:
+        assert (done / "modeling_own.py").read_text() == "own = 2\n"
+        (done / "MANIFEST.json").unlink()
+    else:
+        (done / "modeling_own.py").write_text("mine")
+        fit(on=base, method={"type": "full"}, rows=4, overwrite=True)
+        assert (done / "modeling_own.py").read_text() == "mine"
+        return
+    for file in done.iterdir():  # nothing is the run's any more but what it is known by
+        if file.is_file() and file.name not in ("run.json", "modeling_own.py"):
+            file.unlink()
+    (done / "modeling_own.py").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"`modeling_own.py` in this run folder was not written by the run"):
+        fit(on=base, method={"type": "full"}, rows=4, overwrite=True)
+    assert (done / "modeling_own.py").read_text() == "mine"

@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import apart, batches, checkpoint, data, loop, recipe, run, storage, tokenizing
+from loratune import apart, batches, checkpoint, data, lock, loop, recipe, run, storage, tokenizing
 from loratune.encode import Encoder, Row
-from loratune.errors import DataError, ModelError, Place, TrainingError
+from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.section import Section
 from tests import tiny
@@ -531,3 +531,19 @@ def test_adafactor_moves_a_matrix_of_zeros(relative: bool, moved: float) -> None
     b.grad = torch.ones_like(b)
     optimizer.step()
     assert float(b.detach().abs().mean()) == pytest.approx(moved, rel=0.01)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, there: bool) -> None:
+    victim = tmp_path / "mine.txt"
+    if there:
+        victim.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(victim)
+    assert lock.holder(tmp_path / "run") is None
+    with pytest.raises(RunFolderError, match=r"run/.lock: is a link to .*mine.txt, which is not followed") as caught:
+        lock.held(tmp_path / "run").__enter__()
+    assert caught.value.exit_code == 6
+    assert victim.exists() == there
+    assert not there or victim.read_text() == "mine"
+    assert (tmp_path / "run" / ".lock").is_symlink()

@@ -145,3 +145,31 @@ def test_a_template_that_a_run_writes(work: Path) -> None:
 )  # fmt: skip
 def test_names_of_a_run(name: str, written: bool) -> None:
     assert runfiles.is_written(name) is written
+
+
+def test_a_run_in_a_place_that_stays_as_it_is_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other models than its base, checkpoints of other runs and the hub's cache, by any link, and any depth of them."""
+    from huggingface_hub import constants
+
+    saved = work / "other" / "checkpoints" / "step-000001"
+    saved.mkdir(parents=True)
+    for name in ("MANIFEST.json", "state.json", "adapter_config.json"):
+        (saved / name).write_text("{}")
+    (work / "model").mkdir()
+    (work / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (work / "tuned").mkdir()
+    for name in ("config.json", "run.json"):
+        (work / "tuned" / name).write_text('{"model_type": "llama"}')
+    (work / "way").symlink_to("model")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(work / "hub"))
+    for output, kind, place in (
+        ("model", "is a base model", "model"),
+        ("way/deep/run", "lies in a base model", "model"),
+        ("other/checkpoints/step-000001", "is a checkpoint", "other/checkpoints/step-000001"),
+        ("other/checkpoints/step-000001/run", "lies in a checkpoint", "other/checkpoints/step-000001"),
+        ("outer/hub/models--a--b/run", "lies in the hub's cache", "hub"),
+    ):
+        said = f"the run folder {work / output} {kind}, into which nothing is written: {work / place} | name another"
+        assert said in told(work, "base", output)
+    for output in ("tuned", "tuned/deeper", "other", "other/run"):
+        assert told(work, "base", output) == ""
