@@ -34,6 +34,7 @@ from loratune import (
     keeping,
     launcher,
     loop,
+    matching,
     model,
     plot,
     quantization,
@@ -172,6 +173,7 @@ def _prepare(
     chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
     set_seed(settings.seed)
+    matching.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)

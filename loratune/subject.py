@@ -19,6 +19,7 @@ from loratune import (
     files,
     fingerprint,
     guard,
+    matching,
     model,
     nodes,
     quantization,
@@ -183,6 +184,8 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         from peft import LoraConfig, PeftConfig, PeftModel
 
     adapter.check(folder)
+    file = folder / "adapter_config.json"
+    matching.check_modules(guard.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
     try:
         with warnings.catch_warnings():

@@ -41,6 +41,7 @@ from loratune.errors import DataError, LoratuneError, ModelError, RecipeError, S
 from loratune.recipe import Data, Source
 from loratune.rows import Block
 from tests import tiny
+from tests.conftest import Fit
 from tests.test_cli import words_of
 
 WAIT = 30  # seconds after which a child counts as hanging: it needs one or two
@@ -373,6 +374,41 @@ def test_a_pattern_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         matching.found(r"(a+)+$", ["a", "a" * 60 + "b"], patience=1.0)
     assert "write it simpler" in str(caught.value)
     assert time.perf_counter() - began < WAIT
+
+
+SLOW = r"(\w+|\w+.?)*!"
+
+
+@pytest.mark.parametrize("config", [
+    {"target_modules": SLOW}, {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4, SLOW: 8}},
+    {"alpha_pattern": {SLOW: 8}}, {"exclude_modules": SLOW}, {"layers_pattern": ["layers", SLOW]},
+], ids=str)  # fmt: skip
+def test_an_expression_for_modules_that_takes_for_ever(config: dict[str, object]) -> None:
+    names = ["model", "model.layers.11.self_attn.q_proj_of_the_language_model_in_it"]
+    key = list(config)[-1]
+    with pytest.raises(ModelError, match=rf"`{key}`.*: an expression takes more than 1 s on the names of 2 modules"):
+        matching.check_modules(config, names, patience=1.0)
+
+
+def test_sound_expressions_for_modules_ask_nobody_or_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in ({"target_modules": r".*\.(q|v)_proj"}, {"rank_pattern": {r"layers\.\d+\.x": 8, "(": 1, "a+(": 1}}):
+        matching.check_modules(config, ["model.layers.1.x", "model.q_proj"])
+    monkeypatch.setattr(matching, "_ask", lambda *_: pytest.fail("asked"))
+    for config in ({}, {"target_modules": ("q_proj", "v.proj")}, {"target_modules": "all-linear", "rank_pattern": {}}):
+        matching.check_modules(config, ["model"])
+
+
+def test_adapters_and_recipes_are_asked_for_it(fit: Fit, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fit(rows=4, method={"target_modules": r".*\.(q|v)_proj"}).folder
+    monkeypatch.setattr(matching, "PATIENCE", 1.0)
+    monkeypatch.setattr(matching.check_modules, "__defaults__", (None, 1.0))
+    with pytest.raises(ModelError, match=r"`target_modules`: an expression takes more than 1 s"):
+        fit("b", rows=4, method={"target_modules": r"(.|..|\w+)*\.k_proj!"})
+    file = run / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "rank_pattern": {r"(.|..|\w+)*!": 4}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"adapter_config.json: .*`rank_pattern`: an expression takes more than 1 s"):
+        subject.load(subject.open_subject(str(run)))
 
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{99999999999}", ""])
