@@ -467,15 +467,13 @@ def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
 
 def _first_not_utf8(path: Path) -> int:
     """Return the number of the first line that is not UTF-8: decoding runs ahead of reading rows."""
-    number = 1
+    number, decoder = 1, codecs.getincrementaldecoder("utf-8")()
     with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
         while part := stream.readline(BLOCK):
             try:
-                part.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if error.end < len(part) or error.reason != "unexpected end of data":
-                    break
-                stream.seek(error.start - len(part), io.SEEK_CUR)  # a character that the part cuts
+                decoder.decode(part)
+            except UnicodeDecodeError:
+                break
             number += part.endswith(b"\n")
     return number
 

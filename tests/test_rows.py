@@ -228,6 +228,15 @@ def test_a_list_read_in_small_parts_is_the_same(tmp_path: Path, step: int, monke
         read(write(tmp_path, "a.json", b'["a",\n"\xff"]'))
 
 
+@pytest.mark.parametrize("step", [1, 3, 1 << 18])
+def test_the_line_of_what_is_not_utf8(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a character is cut at the end of the file or of a line, and with others around it."""
+    monkeypatch.setattr(rows, "BLOCK", step)
+    for name, start in (("a.csv", "text\nä😀\n"), ("a.json", '[\n"ä😀",\n')):
+        for wrong in (b"\xc3", b"\xf0\x9f\n", b"\xff\n\xc3\xa4\n", "ä".encode() + b"\x9f"):
+            assert told(tmp_path, name, start.encode() + wrong)[-1].startswith(f"file: {name}:3: not UTF-8"), wrong
+
+
 def test_ragged_and_long_csv(tmp_path: Path) -> None:
     text = 'a,"b\nb"\n"1\n\n1",2\n3\n4,5,6\n7,8\n'
     assert told(tmp_path, "a.csv", text) == [
