@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -214,9 +215,10 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
             raise UsageError("the run held no rows out", "name some with --data")
     else:
         local = files.local(path)
-        there = files.there(local)
-        source = {"path": str(local.resolve()) if there or "*" in path else path}
-        if not there and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))):
+        there, pattern = files.there(local), glob.has_magic(path)
+        source = {"path": str(local.resolve()) if there or pattern else path}
+        beside = "/" in path and local.parent.is_dir()  # a name in a folder that is there is none of the hub
+        if not (there or pattern) and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or beside):
             raise DataError(f"no data at `{path}`")
         fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
         if format is not None:

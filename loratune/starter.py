@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loratune import files, recipe
+from loratune import files, outputs, recipe
 from loratune.errors import Place, Problem, StorageError, UsageError
 
 # Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.
@@ -71,7 +71,8 @@ def write(folder: Path, base: str | None) -> list[Path]:
         The paths written.
 
     Raises:
-        UsageError: when one of the files is there already; nothing is written then.
+        UsageError: when one of the files is there already, or the folder is one that stays as it is; nothing is written
+            then.
         StorageError: when a file can't be written.
     """
     if base is not None and files.there(files.local(base)):
@@ -88,10 +89,12 @@ def write(folder: Path, base: str | None) -> list[Path]:
     there = [Problem("is there already", Place(str(path)), "nothing was written") for path in made if files.there(path)]
     if there:
         raise UsageError(there)
+    outputs.check(folder / "recipe.yaml", "`init FOLDER`")
     for path, text in made.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            with path.open("x", encoding="utf-8") as stream:  # follows no link to nowhere
+                stream.write(text)
         except OSError as error:
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
     return list(made)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import evaluation, fit, generate, matching, merging, metrics, model, recipe
+from loratune import evaluation, fit, generate, matching, merging, metrics, model, recipe, rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.evaluation import evaluate
@@ -311,3 +311,19 @@ def test_a_pattern_that_takes_too_long_on_answers_loses_nothing_else(
         assert "exact match" in scores
     assert (tmp_path / "out.jsonl").exists()
     assert r"--regex `\w+` takes more than 1e-06 s" in capsys.readouterr().err
+
+
+def test_rows_by_a_pattern_and_names_that_stand_for_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in a folder that is there is none of the hub, which is not asked for it."""
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        tiny.write_jsonl(tmp_path / "rows" / f"eval-{number}.jsonl", tiny.chats(2, seed=number))
+    assert evaluate(base, data="rows/eval-*.jsonl", generate=False).rows == 4
+    assert evaluate(base, data="rows/eval-[1].jsonl", generate=False).rows == 2
+    monkeypatch.setattr(rows, "hub", lambda *_: pytest.fail("asked the hub"))
+    for name in ("rows/x", "rows/eval-3.jsonl", "./x"):
+        with pytest.raises(DataError, match=f"no data at `{name}`"):
+            evaluate(base, data=name, generate=False)

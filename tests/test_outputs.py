@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from loratune import checkpoint, cli, evaluation, inspecting, outputs, storage
-from loratune.errors import UsageError
+from loratune import checkpoint, cli, evaluation, inspecting, outputs, starter, storage
+from loratune.errors import StorageError, UsageError
 from loratune.evaluation import evaluate
 from loratune.merging import merge
 from tests import tiny
@@ -166,3 +166,15 @@ def test_a_name_of_the_run_itself_is_refused(tmp_path: Path) -> None:
         )
     for name in ("predictions.jsonl", "mine.jsonl", "deeper/loss.svg"):
         assert outputs.predictions(str(tmp_path), tmp_path / name, "a/b") == tmp_path / name
+
+
+def test_init_writes_into_nothing_that_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    before = contents(base)
+    for folder in (base, base / "deep"):
+        with pytest.raises(UsageError, match="lies in a base model, into which nothing is written"):
+            starter.write(folder, None)
+    assert contents(base) == before
+    (tmp_path / "recipe.yaml").symlink_to("elsewhere")
+    with pytest.raises(StorageError, match=r"recipe.yaml: can't be written: File exists"):
+        starter.write(tmp_path, None)
+    assert not (tmp_path / "elsewhere").exists()

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -486,9 +487,72 @@ def odd_cache(random: Random, scene: Path, home: Path) -> Case:
     return Case("cache", (random.choice(["inspect", "train"]), "recipe.yaml"))
 
 
+def odd_table(random: Random, scene: Path, home: Path) -> Case:
+    """Return a case with a Parquet file of odd columns, written in an odd way, perhaps damaged."""
+    far = pa.array([1 << 62, None, 0, 1], pa.timestamp(random.choice(["ms", "us"])))
+    texts = pa.array([random.choice(TEXTS[:6]) or "a" for _ in range(4)])
+    columns = [
+        texts, texts.dictionary_encode(), pa.nulls(4), far, pa.array([1, 2, 3, 4], pa.duration("ns")),
+        pa.array([b"\xff", None, b"a", b""]), pa.array([b"\xff"] * 4).view(pa.string()), pa.array([Decimal("1.5")] * 4),
+        pa.StructArray.from_arrays([far, texts], names=["far", random.choice(["far", "b"])]),
+        pa.ListArray.from_arrays([0, 1, 1, 2, 4], far), pa.array([[("k", 1)]] * 4, pa.map_(pa.string(), pa.int8())),
+        pa.array([[7] * 3_000_000, [], None, [1]]), pa.array([1, 2, 3, 4], pa.timestamp("us", tz="No/Where")),
+        pa.array([one["messages"] for one in tiny.chats(4)]), pa.array(["a " * random.choice([9, 600_000])] * 4),
+    ]  # fmt: skip
+    names = random.sample(
+        ["prompt", "completion", "text", "messages", "tools", "label", "", "ä"], random.randrange(1, 5)
+    )
+    table = pa.Table.from_arrays([random.choice(columns) for _ in names], names=names)
+    stream = io.BytesIO()
+    pq.write_table(
+        table, stream, compression=random.choice(["zstd", "snappy", "none"]), use_dictionary=random.random() < 0.5,
+        row_group_size=random.choice([1, 3, 100]), data_page_version=random.choice(["1.0", "2.0"]),
+    )  # fmt: skip
+    raw = stream.getvalue()
+    recipe = recipe_of(scene)
+    recipe["data"] |= {"train": "rows.parquet", "on_long": random.choice(["drop", "split", "truncate"]), "max_lost": 1}
+    recipe["data"]["format"] = random.choice(["auto", "chat", "text", "completion"])
+    write(home, recipe)
+    (home / "rows.parquet").write_bytes(damage(raw, random) if random.random() < 0.4 and len(raw) < 1 << 18 else raw)
+    return Case("table", (random.choice(["inspect", "inspect", "train"]), "recipe.yaml"))
+
+
+def odd_places(random: Random, scene: Path, home: Path) -> Case:
+    """Return a case whose output is, holds, or lies in something that is there, by links and ways round."""
+    for name in ("base", "run"):
+        shutil.copytree(scene / name, home / name)
+    recipe = recipe_of(scene) | {"output": "out"}
+    recipe["model"]["base"] = "base"
+    write(home, recipe)
+    (home / "deep").mkdir()
+    (home / "empty").touch()
+    (home / "link").symlink_to(random.choice(["base", "run", ".", "rows.jsonl", "recipe.yaml", "nowhere", "link", "/"]))
+    (home / "hard").hardlink_to(home / random.choice(["rows.jsonl", "recipe.yaml", "empty", "run/run.json"]))
+    ways = [
+        "rows.jsonl", "recipe.yaml", "base", "base/config.json", "base/x", "run", "run/x", "run/checkpoints", "link",
+        "run/checkpoints/x", "link/x", "hard", "hard/x", "deep/../rows.jsonl", "deep", ".", "..", "empty", "new",
+        "new.jsonl", "run/predictions.jsonl", "run/.lock", *(str(one) for one in (home / "run").glob("checkpoints/*")),
+    ]  # fmt: skip
+    if random.random() < 0.2:
+        (home / "out").mkdir()
+        (home / "out" / random.choice([".lock", "checkpoints", "metrics.jsonl", "run.json"])).symlink_to(
+            random.choice(["../rows.jsonl", "../nowhere", "../base", ".lock", "/dev/null"])
+        )
+    one, other = random.choice(ways), random.choice(ways)
+    few = ("--max-new-tokens", "2", "--limit", "2")
+    return Case("places", random.choice([
+        ("train", "recipe.yaml"), ("train", "recipe.yaml", "--set", f"output={one}", *random.choice([(), ("--overwrite",)])),
+        ("train", "recipe.yaml", "--set", f"data.train={one}"), ("train", "recipe.yaml", "--set", f"model.base={one}"),
+        ("inspect", "recipe.yaml", "--html", one), ("inspect", "recipe.yaml", "--html", one, "--set", f"data.train={other}"),
+        ("eval", "run", "--data", one, "--out", other, *few), ("eval", one, "--data", "rows.jsonl", "--out", other, *few),
+        ("merge", "run", "--out", one), ("merge", one, "--out", other), ("init", one), ("chat", one, "-p", "a", *few[:2]),
+    ]))  # fmt: skip
+
+
 KINDS = [
     *[odd_recipe_bytes] * 3, *[odd_recipe] * 4, *[odd_setting] * 4, *[odd_rows] * 5, *[odd_names] * 4, *[odd_model] * 4,
     *[odd_run] * 3, *[odd_options] * 3, odd_template, odd_cache,
+    *[odd_table] * 2, *[odd_places] * 3,
 ]  # fmt: skip
 
 
