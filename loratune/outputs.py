@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune import files, runfiles
+from loratune import files, runfiles, storage
 from loratune.errors import Place, Problem, UsageError, shorten
 from loratune.recipe import SUFFIXES, Recipe
 
@@ -91,10 +91,12 @@ def predictions(name: str, out: Path | None, base: str, inputs: Sequence[Input] 
 
     Raises:
         UsageError: when it would lie in a checkpoint or a base, something else lies there, or it is read itself.
+        StorageError: when it can't be written.
     """
     path = _by_default(files.local(name).resolve()) if out is None else files.local(out)
     check(path, "--out", base)
     check_apart(path, "--out", inputs)
+    storage.check_place(path)
     if path.is_file() and not _are_predictions(path):
         raise UsageError(
             Problem("holds something else than predictions, and is not overwritten", Place(str(path)),
@@ -108,8 +110,10 @@ def check_page(path: Path) -> None:
 
     Raises:
         UsageError: when something else lies there, or it leads into a checkpoint, a base or the hub's cache.
+        StorageError: when it can't be written.
     """
     check(path, "--html")
+    storage.check_place(path)
     if path.is_file():
         with files.opened(path) as stream:
             start = stream.read(1000)

@@ -15,7 +15,7 @@ from loratune.errors import Place
 from loratune.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
 from loratune.ledger import Fate
 from loratune.recipe import Data
-from loratune.rows import Block, RawRow, bytes_of
+from loratune.rows import TEXT, Block, RawRow, bytes_of
 
 LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which take up to a gigabyte of memory to mask
 MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it
@@ -81,6 +81,8 @@ def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
         if (length := bytes_of((example.messages, example.tools))) > LONGEST:
             told = f"a conversation of {length:,} bytes; at most {LONGEST:,} are rendered"
             raise RowError("", f"{told}: cut it into several rows")
+    elif (length := sum(len(text) for text, _ in example.segments)) > TEXT:
+        raise RowError("", f"a text of {length:,} characters; at most {TEXT:,} are read: cut it into several rows")
     return example, chosen
 
 

@@ -81,7 +81,7 @@ LONGEST = 16 << 20  # bytes of a line, which is a row: reading and tokenizing it
 TEXT = 64 << 20  # bytes of a .txt file, which is one row, too, and has no lists and objects in it
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _PAPERS = ("readme", "license", "licence", "notice", "copying", "requirements", "changelog")  # .txt that are no rows
-WHOLE = 1 << 30  # bytes, unpacked, of a file that is read whole before its first row is known
+WHOLE = 1 << 29  # bytes, unpacked, of a packed table, which is read whole before its first row is known
 
 
 def read(source: Source) -> Iterator[RawRow]:
@@ -435,8 +435,10 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             # not strict, an open quote would swallow the rest of the file
-            reader = csv.reader(_lines(text, name), strict=True)
+            lines = _Lines(text, name)
+            reader = csv.reader(lines, strict=True)
             for cells in reader:
+                lines.length = 0
                 # a row ends below its start where a cell holds lines
                 place, line = Place(name, line), reader.line_num + 1
                 if not cells:
@@ -455,14 +457,24 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
         raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
 
 
-def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
-    """Yield the lines of a text; one that is too long is an error, not read on."""
-    number = 0
-    while line := text.readline(LONGEST + 1):
-        number += 1
-        if len(line) > LONGEST:
-            raise _too_long(name, number)
-        yield line
+class _Lines:
+    """Yields the lines of a text; a row of them that is too long is an error, not read on.
+
+    Attributes:
+        length: characters since whoever reads began a row.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, name: str):
+        self._text, self._name, self._number = text, name, 0
+        self.length = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(LONGEST + 1):
+            self._number += 1
+            self.length += len(line)
+            if self.length > LONGEST:
+                raise _too_long(self._name, self._number)
+            yield line
 
 
 def _first_not_utf8(path: Path) -> int:

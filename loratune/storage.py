@@ -41,10 +41,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: when the disk is full or the folder can't be written.
     """
-    if os.path.isdir(path):
-        raise StorageError(Problem("can't be written: is a folder", Place(str(path)), "name a file"))
-    if (kind := files.odd(path)) is not None:  # a rename would put a file in the place of `/dev/null`
-        raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
+    check_place(path)
     staged = _beside(path, "staging")
     try:
         with staged.open("w", encoding="utf-8") as stream:
@@ -56,6 +53,22 @@ def write_text(path: Path, text: str) -> None:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
     finally:
         _forget(staged)  # also when a signal ends it here
+
+
+def check_place(path: Path) -> None:
+    """Check that a text file can be written at a path, before what goes into it is worked out.
+
+    Raises:
+        StorageError: when a folder or device is there, or the folder around it is not, or may not be written.
+    """
+    if os.path.isdir(path):
+        raise StorageError(Problem("can't be written: is a folder", Place(str(path)), "name a file"))
+    if (kind := files.odd(path)) is not None:  # a rename would put a file in the place of `/dev/null`
+        raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
+    if not os.path.isdir(path.parent):
+        raise StorageError(Problem("can't be written: no such folder", Place(str(path.parent)), "make it first"))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise StorageError(Problem("can't be written: Permission denied", Place(str(path.parent))))
 
 
 def read_json(path: Path) -> dict[str, Any]:

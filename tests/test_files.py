@@ -37,7 +37,7 @@ from loratune import (
     subject,
 )
 from loratune.encode import Encoder
-from loratune.errors import DataError, LoratuneError, ModelError, RecipeError, StorageError, UsageError
+from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
 from loratune.recipe import Data, Source
 from loratune.rows import Block
 from tests import tiny
@@ -293,6 +293,27 @@ def test_a_line_that_does_not_end(tmp_path: Path) -> None:
     path.write_bytes(b"text\na\n" + b'"' + b"a," * (9 << 20))
     with pytest.raises(DataError, match=r"a.csv:3: a line of more than 16,777,216 bytes"):
         list(rows.read(Source(path=str(path))))
+
+
+def test_a_row_of_many_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is short enough, and so are their lines: what the row takes is what counts."""
+    monkeypatch.setattr(rows, "LONGEST", 1000)
+    path = tmp_path / "a.csv"
+    cell = '"' + "a\n" * 300 + '"'
+    path.write_text(f"a,b\nx,{cell}\ny,{cell}\n{cell},{cell}\n")
+    found = rows.read(Source(path=str(path)))
+    with pytest.raises(DataError, match=r"a.csv:1102: a line of more than 1,000 bytes"):
+        list(found)
+    path.write_text(f"a,b\nx,{cell}\ny,{cell}\n")
+    assert len(list(rows.read(Source(path=str(path))))) == 2
+
+
+def test_a_text_beyond_all_bounds_is_a_row_that_can_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "TEXT", 100)
+    block = Block(ready=tuple(rows.RawRow(Place("a", line), {"text": "b" * (99 + line)}) for line in (1, 2)))
+    kept, lost = prepare.prepare(block, tiny.data(format="text", max_length=200), Encoder(tiny.tokenizer()))
+    assert (kept.fate, lost.fate) == ("kept", "refused")
+    assert lost.reason == "a text of 101 characters; at most 100 are read: cut it into several rows"
 
 
 def test_a_long_line_is_still_a_row(tmp_path: Path) -> None:

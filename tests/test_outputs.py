@@ -160,6 +160,7 @@ def test_eval_and_inspect_ask_before_any_work(base: Path, tmp_path: Path, monkey
 
 def test_a_name_of_the_run_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "deeper").mkdir()
     for name in ("checkpoints/x.jsonl", "loss.svg", "recipe.yaml", ".lock"):
         assert f"{name}: has a name that the run in {tmp_path} writes itself" in refused(
             tmp_path, tmp_path / name, tmp_path
@@ -178,3 +179,15 @@ def test_init_writes_into_nothing_that_stays_as_it_is(base: Path, tmp_path: Path
     with pytest.raises(StorageError, match=r"recipe.yaml: can't be written: File exists"):
         starter.write(tmp_path, None)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_can_not_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    for out, told in (
+        (tmp_path / "folder.jsonl", "is a folder"), (tmp_path / "no" / "x.jsonl", "no such folder"),
+        (Path("/dev/null"), "is a device, not a file"),
+    ):  # fmt: skip
+        with pytest.raises(StorageError, match=f"can't be written: {told}"):
+            outputs.predictions("a/b", out, "a/b")
+        with pytest.raises(StorageError, match=f"can't be written: {told}"):
+            outputs.check_page(out)
