@@ -216,7 +216,11 @@ class Report:
         Raises:
             StorageError: when the file with them can't be read.
         """
-        if self._metrics is None or not self._metrics.exists():
+        if self._metrics is None:
+            return
+        if not self._metrics.exists():
+            if self.active:
+                self._metrics.unlink(missing_ok=True)  # a link to nowhere
             return
         last = {"step": step, "eval": step if evaluated else step - 1}
         try:

@@ -520,6 +520,13 @@ def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
     assert taken.train == [(1, 2.5)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [step]
     path.unlink()
+    path.symlink_to("elsewhere")
+    resumed = report.Report(metrics=path)
+    resumed.go_on_from(1)
+    resumed._write(step)
+    assert not path.is_symlink()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    path.unlink()
     os.mkfifo(path)
     with pytest.raises(StorageError, match="can't be read: a pipe"):
         report.Report(metrics=path).go_on_from(1)
