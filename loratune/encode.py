@@ -283,13 +283,12 @@ class Encoder:
         return self._pieces(text, [0, *cuts, len(text)])
 
     def _pieces(self, text: str, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        ids: list[int] = []
-        offsets: list[Span] = []
+        ids, offsets = [np.empty(0, np.int32)], [np.empty((0, 2), np.int64)]
         for start, end in pairwise(edges):
             piece = self._encode(text[start:end])
-            ids += piece.ids
-            offsets += [(start + first, start + last) for first, last in piece.offsets]
-        return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            ids.append(np.array(piece.ids, dtype=np.int32))
+            offsets.append(np.array(piece.offsets, dtype=np.int64).reshape(-1, 2) + start)
+        return np.concatenate(ids), np.concatenate(offsets)
 
     def _mark(self, trained: np.ndarray, ids: np.ndarray, offsets: np.ndarray, start: int, end: int, text: str) -> None:
         """Set `trained` on the tokens inside a turn, up to and with the token that ends it."""
