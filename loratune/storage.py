@@ -68,7 +68,7 @@ def check_place(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise StorageError(Problem("can't be written: no such folder", Place(str(path.parent)), "make it first"))
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise StorageError(Problem("can't be written: Permission denied", Place(str(path.parent))))
+        raise StorageError(Problem("can't be written: its folder may not be written into", Place(str(path))))
 
 
 def read_json(path: Path) -> dict[str, Any]:
