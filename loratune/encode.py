@@ -312,23 +312,26 @@ class Encoder:
         One BOS where the tokenizer adds one, EOS at the end.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        learned = np.array([learn for _, learn in example.segments])
-        if not pieces or self._divisible:
-            parts = [_ids(piece) for piece in pieces] or [self._of_long(text) for text, _ in example.segments]
-            ids, trained = np.concatenate(parts), np.repeat(learned, [len(part) for part in parts])
+        flags = [learn for _, learn in example.segments]
+        if not pieces:
+            parts = [(ids, learn) for text, learn in example.segments for ids in self._of_long(text)]
+        elif self._divisible:
+            parts = [(_ids(piece), learn) for piece, learn in zip(pieces, flags, strict=True)]
         else:
             cuts = list(accumulate(len(text) for text, _ in example.segments))
-            ids, offsets = self._tokens("".join(text for text, _ in example.segments), cuts[:-1])
-            segment = np.searchsorted(cuts[:-1], offsets[:, 0], side="right")  # the one each token begins in
-            trained = learned[segment]
-        if self.adds_bos and ids[:1].tolist() != [bos]:
-            ids, trained = np.insert(ids, 0, bos), np.insert(trained, 0, False)
-        if eos is not None and ids[-1:].tolist() != [eos]:
-            ids, trained = np.append(ids, np.int32(eos)), np.append(trained, True)
-        return Row(ids, trained, place)
+            found, offsets = self._tokens("".join(text for text, _ in example.segments), cuts[:-1])
+            # a token belongs to the segment it begins in
+            parts = list(zip(np.split(found, np.searchsorted(offsets[:, 0], cuts[:-1])), flags, strict=True))
+        parts = [part for part in parts if len(part[0])]
+        if self.adds_bos and not (parts and parts[0][0][0] == bos):
+            parts.insert(0, (np.array([bos], dtype=np.int32), False))
+        if eos is not None and not (parts and parts[-1][0][-1] == eos):
+            parts.append((np.array([eos], dtype=np.int32), True))
+        ids = np.concatenate([np.empty(0, np.int32), *(one for one, _ in parts)])  # the one copy, however long
+        return Row(ids, np.repeat([learn for _, learn in parts], [len(one) for one, _ in parts]).astype(bool), place)
 
-    def _of_long(self, text: str) -> np.ndarray:
-        """Return the token ids of a text of any length, int32, shape (tokens,); see `longtext`."""
+    def _of_long(self, text: str) -> Iterator[np.ndarray]:
+        """Yield the token ids of a text of any length in parts, each int32, shape (tokens,); see `longtext`."""
 
         def ids(part: str) -> Sequence[int]:
             (found,) = self._tokenized([part])
@@ -336,9 +339,8 @@ class Encoder:
                 raise found
             return found.ids
 
-        return np.concatenate(
-            [np.array(ids(part), dtype=np.int32) for part in longtext.pieces(text, ids, not self._divisible)]
-        )
+        for part in longtext.pieces(text, ids, not self._divisible):
+            yield np.array(ids(part), dtype=np.int32)
 
 
 def _ids(piece: Tokens | _Encoding) -> np.ndarray:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from loratune.encode import Encoder, Row
 from loratune.errors import Place
 from loratune.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
@@ -115,8 +117,8 @@ def _content(encoded: Sequence[Row]) -> int:
     """Return a 63-bit number for the tokens of a row and which of them are trained."""
     digest = hashlib.blake2b(digest_size=8)
     for row in encoded:
-        digest.update(row.ids.tobytes())
-        digest.update(row.trained.tobytes())
+        digest.update(np.ascontiguousarray(row.ids).data)
+        digest.update(np.ascontiguousarray(row.trained).data)
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
