@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from loratune.errors import Place, Problem, RecipeError, SafetyError, did_you_mean, listed, one_edit, shorten
 from loratune.nodes import FLOAT, INT, Node, Tree, parse
-from loratune.secrecy import looks_secret, names_secret
+from loratune.redact import looks_secret, names_secret
 from loratune.section import (
     LEADS_OUT,
     BareWord,

@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune.secrecy import redact, redact_line
+from loratune.redact import redact, redact_line
 
 
 @dataclass(frozen=True)

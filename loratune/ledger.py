@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Literal
 
 from loratune.errors import Place
-from loratune.secrecy import redact
+from loratune.redact import redact
 
 Fate = Literal["kept", "cut", "split", "by turn", "dropped", "duplicate", "skipped", "refused"]
 

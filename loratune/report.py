@@ -22,7 +22,7 @@ from rich.text import Text
 
 from loratune import files, storage
 from loratune.errors import Place, Problem, StorageError
-from loratune.secrecy import redact
+from loratune.redact import redact
 
 if TYPE_CHECKING:
     from loratune.loop import Step

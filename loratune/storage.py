@@ -20,7 +20,7 @@ from typing import Any
 
 from loratune import files, runfiles
 from loratune.errors import Place, Problem, StorageError
-from loratune.secrecy import redact
+from loratune.redact import redact
 from loratune.section import is_inside
 
 SCHEMA = 2

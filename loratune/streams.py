@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from loratune.errors import StorageError
-from loratune.secrecy import redact
+from loratune.redact import redact
 
 _ESCAPED = "loratune-escaped"  # how text is written that an encoding has no bytes for
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune import recipe, secrecy, storage
+from loratune import recipe, redact, storage
 from loratune.errors import LoratuneError, Place, Problem, RecipeError
 from loratune.report import Report
 from tests import tiny
@@ -55,8 +55,8 @@ def hits(text: str) -> list[str]:
 @pytest.mark.parametrize("secret", SECRETS)
 def test_redact(environment: None, secret: str) -> None:
     for text in (secret, f"a {secret} b", f"'{secret}'", json.dumps({"a": secret}), repr(secret), f"key={secret},"):
-        assert not hits(secrecy.redact(text)), text
-        assert secrecy.HIDDEN in secrecy.redact(text)
+        assert not hits(redact.redact(text)), text
+        assert redact.HIDDEN in redact.redact(text)
 
 
 @pytest.mark.parametrize("text", [
@@ -66,28 +66,28 @@ def test_redact(environment: None, secret: str) -> None:
     "risk-adjusted-return-1234567890", "/home/me/.cache/huggingface/token",
 ])  # fmt: skip
 def test_what_is_no_secret_stays(environment: None, text: str) -> None:
-    assert secrecy.redact(text) == text
-    assert not secrecy.looks_secret(text)
+    assert redact.redact(text) == text
+    assert not redact.looks_secret(text)
 
 
 def test_common_words_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SSH_KEY_FILE", str(tmp_path))
-    assert secrecy.redact(f"false {tmp_path}") == f"false {tmp_path}"
+    assert redact.redact(f"false {tmp_path}") == f"false {tmp_path}"
 
 
 @pytest.mark.parametrize("key", ["token", "hf_token", "HF_TOKEN", "password", "db_password", "api_key", "wandb-api-key", "client_secret", "access_token", "use_auth_token"])  # fmt: skip
 def test_names_of_secrets(key: str) -> None:
-    assert secrecy.names_secret(key)
+    assert redact.names_secret(key)
 
 
 @pytest.mark.parametrize("key", ["num_memory_tokens", "use_cls_token", "tokenizer", "max_new_tokens", "keep", "monkey", "bos_token", "trainable_token_indices", "keys"])  # fmt: skip
 def test_names_of_other_things(key: str) -> None:
-    assert not secrecy.names_secret(key)
+    assert not redact.names_secret(key)
 
 
 def test_a_url_keeps_what_is_no_secret() -> None:
-    assert secrecy.redact(f"no data at {URL}?token=canary1&split=a") == (
+    assert redact.redact(f"no data at {URL}?token=canary1&split=a") == (
         "no data at https://***@example.org/rows.jsonl?token=***&split=a"
     )
 
