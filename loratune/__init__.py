@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'loratune' has no attribute {name!r}")
     import importlib
 
-    from loratune import garbage
+    from loratune.system import garbage
 
     module, attribute = _LATE[name]
     with garbage.seldom():

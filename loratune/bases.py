@@ -16,9 +16,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, files, guard, ropes
+from loratune import configs, guard, ropes
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.recipe import Model
+from loratune.system import files
 
 _DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9](?:[\w.-]{0,94}\w)?", re.ASCII)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratune import lock, outputs, runfiles, states, storage
+from loratune import lock, outputs, states
 from loratune.errors import Place, Problem, RunFolderError, StorageError, listed
+from loratune.system import run_files, storage
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _is_bare(folder: Path) -> bool:
     def ours(path: Path) -> bool:
         if path.name == "checkpoints":
             return path.is_dir() and not any(path.iterdir())
-        return path.name == lock.NAME or runfiles.is_left_over(path.name)
+        return path.name == lock.NAME or run_files.is_left_over(path.name)
 
     return folder.is_dir() and all(ours(path) for path in folder.iterdir())
 
@@ -130,7 +131,7 @@ def check_foreign(folder: Path, others: Collection[str] = ()) -> None:
     own = storage.own(folder)
     places = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
     names = [place.relative_to(folder).as_posix() for place in places]
-    foreign = sorted(name for name in names if (runfiles.is_result(name) or name in others) and name not in own)
+    foreign = sorted(name for name in names if (run_files.is_result(name) or name in others) and name not in own)
     if foreign:
         told = f"{listed(foreign)} in this run folder was not written by the run, which would overwrite it"
         raise RunFolderError(Problem(told, Place(str(folder)), "move it away, or give another `output`"))

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune import errors, files, signals, streams
+from loratune import errors, signals
+from loratune.system import files, streams
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
@@ -157,7 +158,8 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import inspecting, outputs, storage
+    from loratune import inspecting, outputs
+    from loratune.system import storage
 
     if html is not None:
         outputs.check_page(html)

@@ -9,8 +9,8 @@ import sys
 import threading
 from types import FrameType
 
-from loratune import files
 from loratune.errors import UsageError
+from loratune.system import files
 
 WAIT = 0.05  # seconds within which the next line of a paste is there
 PROMPT = "> "

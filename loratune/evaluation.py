@@ -18,11 +18,9 @@ from loratune import (
     bases,
     data,
     decode,
-    files,
     fit,
     generate,
     loop,
-    matching,
     metrics,
     model,
     nodes,
@@ -30,7 +28,6 @@ from loratune import (
     reach,
     report,
     stops,
-    storage,
     subject,
 )
 from loratune.batches import AUTO_TOKENS, in_length_order
@@ -40,6 +37,7 @@ from loratune.errors import DataError, RecipeError, UsageError
 from loratune.objectives import Sft, head
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.subject import Subject
+from loratune.system import files, regex_match, storage
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def evaluate(
     """
     bases.quiet()
     if regex is not None:
-        matching.check(regex)
+        regex_match.check(regex)
     tell = report.Report()
     what = subject.open_subject(str(name), base, trust_remote_code)
     inputs = outputs.inputs_of(what.recipe) if what.recipe else []
@@ -148,7 +146,7 @@ def evaluate(
     ends = stops.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
     # before the model is loaded: a pattern that takes for ever is found on the references most likely
-    wanted = dict(zip(questions, matching.found(regex, references), strict=True)) if regex and questions else {}
+    wanted = dict(zip(questions, regex_match.found(regex, references), strict=True)) if regex and questions else {}
     per_row: dict[str, list[dict[str, float]]] = {}
     answered: dict[str, dict[int, str]] = {}
     differs: tuple[str, ...] = ()
@@ -236,7 +234,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
 def _matches(regex: str, answers: dict[int, str], tell: report.Report) -> dict[int, str | None]:
     """Return what the pattern finds in each answer; nothing, and told, where it takes too long: the rest is kept."""
     try:
-        return dict(zip(answers, matching.found(regex, list(answers.values())), strict=True))
+        return dict(zip(answers, regex_match.found(regex, list(answers.values())), strict=True))
     except UsageError as error:
         tell.problem(f"{error.problems[0].message}: measured without it")
         return {}

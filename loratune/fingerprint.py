@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import bases, configs, files, guard
+from loratune import bases, configs, guard
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.recipe import Model
+from loratune.system import files
 
 NAME = "loratune.json"
 SCHEMA = 1

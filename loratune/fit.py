@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from loratune import cgroup, quantization
+from loratune import quantization
 from loratune.activations import Plan
 from loratune.data import Rows
 from loratune.footprint import Cost
@@ -22,6 +22,7 @@ from loratune.model import Loaded, count_parameters
 from loratune.objectives import head
 from loratune.recipe import Recipe
 from loratune.report import size
+from loratune.system import limits
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
 _LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32
@@ -68,7 +69,7 @@ def free_memory(where: torch.device, processes: int = 1) -> int | None:
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
         return int(free) + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-    found = [left for left in (*_available(), cgroup.memory_left()) if left is not None]
+    found = [left for left in (*_available(), limits.memory_left()) if left is not None]
     return min(found) // processes if found else None
 
 

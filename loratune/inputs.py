@@ -13,10 +13,11 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 import loratune
-from loratune import files, rows
+from loratune import rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, Place, Problem
 from loratune.recipe import Data, Source
+from loratune.system import files
 
 # whose code decides what a row becomes, ours and others'
 _MODULES = (

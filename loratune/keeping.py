@@ -26,10 +26,9 @@ from loratune import (
     modelfolder,
     states,
     stops,
-    storage,
     telling,
     tokenizerfiles,
-)  # fmt: skip
+)
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
@@ -39,6 +38,7 @@ from loratune.footprint import Cost
 from loratune.recipe import Recipe
 from loratune.report import Report
 from loratune.states import Randomness
+from loratune.system import storage  # fmt: skip
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from loratune import (
     bases,
     card,
     configs,
-    files,
     fingerprint,
     guard,
     model,
@@ -22,12 +21,12 @@ from loratune import (
     outputs,
     report,
     stops,
-    storage,
     subject,
     tokenizing,
-)  # fmt: skip
+)
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
+from loratune.system import files, storage  # fmt: skip
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
 # adapters, see docs/checks.md.

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from loratune import bases, cgroup, quantization, tokenizing
+from loratune import bases, quantization, tokenizing
 from loratune.errors import SetupError
 from loratune.recipe import Model
+from loratune.system import limits
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -134,7 +135,7 @@ def threads() -> int:
     and threads that have to stop wait for one another.
     """
     now = torch.get_num_threads()
-    return now if "OMP_NUM_THREADS" in os.environ else min(now, cgroup.cores())
+    return now if "OMP_NUM_THREADS" in os.environ else min(now, limits.cores())
 
 
 def exact_products() -> None:

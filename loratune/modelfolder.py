@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, runfiles, tokenizerfiles
+from loratune import configs, tokenizerfiles
+from loratune.system import run_files
 
 
 def complete(
@@ -25,7 +26,7 @@ def complete(
     """
     configs.write_config(target, base, config, dtype)
     tokenizerfiles.write(target, source or base, tokenizer, alone=False)
-    copied = [*runfiles.PROCESSORS, *(code(base) if trust else ())]
+    copied = [*run_files.PROCESSORS, *(code(base) if trust else ())]
     for name in copied:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)

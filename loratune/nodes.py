@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from loratune import files
 from loratune.errors import Place, Problem, RecipeError, shorten
+from loratune.system import files
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

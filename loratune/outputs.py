@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune import files, runfiles, storage
 from loratune.errors import Place, Problem, UsageError, shorten
 from loratune.recipe import SUFFIXES, Recipe
+from loratune.system import files, run_files, storage
 
 Input = tuple[str, str]  # what names a file, folder or glob that is read, and its path
 
-PREDICTIONS = runfiles.PREDICTIONS
+PREDICTIONS = run_files.PREDICTIONS
 _STEP = re.compile(r"step-\d+")
 _PAGE = b'<meta name="generator" content="loratune">'  # of each page that `inspect` writes
 _MARKS = {"place", "prompt", "reference"}  # of each line of a file of predictions
@@ -34,14 +34,14 @@ def check(path: Path, option: str, base: str | None = None) -> None:
     """
     own = Path(base).resolve() if base is not None else None
     for folder in path.parent.resolve().joinpath(path.name).parents:
-        kind = runfiles.protected(folder)
-        if kind is None and folder == own and not runfiles.is_run(folder):
+        kind = run_files.protected(folder)
+        if kind is None and folder == own and not run_files.is_run(folder):
             kind = "a base model"
         if kind is not None:
             told = f"lies in {kind}, into which nothing is written: {folder}"
             raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
         name = path.parent.resolve().joinpath(path.name).relative_to(folder).as_posix()
-        if runfiles.is_run(folder) and runfiles.is_written(name) and not runfiles.is_predictions(name):
+        if run_files.is_run(folder) and run_files.is_written(name) and not run_files.is_predictions(name):
             told = f"has a name that the run in {folder} writes itself"
             raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
 
@@ -61,10 +61,10 @@ def check_apart(path: Path, option: str, inputs: Sequence[Input]) -> None:
         source = files.local(given)
         if not (source.is_absolute() or files.there(source) or glob.has_magic(given)):
             continue  # on the hub
-        if runfiles.is_among(path, source) and (
+        if run_files.is_among(path, source) and (
             not source.is_dir() or path.name.removesuffix(".gz").endswith(SUFFIXES)
         ):
-            same = runfiles.meets(path, source) == "is"
+            same = run_files.meets(path, source) == "is"
             told = (
                 f"is what {what} names" if same else f"is among the files that {what} {shorten(given, 400)} stands for"
             )
@@ -124,16 +124,16 @@ def check_page(path: Path) -> None:
 
 def _by_default(folder: Path) -> Path:
     run = folder.parent.parent
-    if runfiles.is_run(folder):
+    if run_files.is_run(folder):
         return folder / PREDICTIONS
-    if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and runfiles.is_run(run):
+    if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and run_files.is_run(run):
         return run / f"predictions-{folder.name}.jsonl"
     return Path.cwd() / PREDICTIONS
 
 
 def is_of_evaluation(path: Path) -> bool:
     """Return whether a file in a run folder is one that an evaluation wrote there: by its name and its first line."""
-    return runfiles.is_predictions(path.name) and path.is_file() and _are_predictions(path)
+    return run_files.is_predictions(path.name) and path.is_file() and _are_predictions(path)
 
 
 def _are_predictions(path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune import decode, files, nodes, runfiles
+from loratune import decode, nodes
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.foreign import FOREIGN
 from loratune.formats import Auto, Format
@@ -24,6 +24,7 @@ from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
 from loratune.section import BareWord, Cadence, Inside, Section, Share, as_tuple
+from loratune.system import files, run_files
 from loratune.templates import TEMPLATES
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -451,23 +452,23 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
     output = Path(recipe.output)
     hint = "name another folder for the run"
     shown = shorten(str(output), 400)
-    if os.path.isabs(recipe.model.base) and (how := runfiles.meets(Path(recipe.model.base), output)):
+    if os.path.isabs(recipe.model.base) and (how := run_files.meets(Path(recipe.model.base), output)):
         told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "lies in the run folder"}[how]
         why = "nothing is written into a base" if how != "lies in" else "a base stays apart from what a run writes"
         yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {told} {shown}: {why}", place, hint)
     else:
         real = Path(os.path.realpath(output))
-        kinds = ((above, runfiles.protected(above)) for above in (real, *real.parents))
+        kinds = ((above, run_files.protected(above)) for above in (real, *real.parents))
         if found := next(((above, kind) for above, kind in kinds if kind), None):
             told = f"{'is' if found[0] == real else 'lies in'} {found[1]}, into which nothing is written"
             yield Problem(f"the run folder {shown} {told}: {shorten(str(found[0]), 400)}", place, hint)
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
         for source in sources:
-            if os.path.isabs(source.path) and runfiles.is_read(Path(source.path), output):
+            if os.path.isabs(source.path) and run_files.is_read(Path(source.path), output):
                 told = f"`data.{key}` {shorten(source.path, 400)} stands for files that a run writes into {shown}"
                 yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
     template = recipe.data.chat_template or ""
-    if os.path.isabs(template) and runfiles.is_read(Path(template), output):
+    if os.path.isabs(template) and run_files.is_read(Path(template), output):
         told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"
         yield Problem(told, place, f"{hint}, or keep the template in a file of its own")
 

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from loratune import files, storage
 from loratune.errors import Place, Problem, StorageError
 from loratune.redact import redact
+from loratune.system import files, storage
 
 if TYPE_CHECKING:
     from loratune.loop import Step

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratune import files as opening
 from loratune import pages, splits, tables
 from loratune.errors import DataError, Place, Problem, listed, shorten
 from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
 from loratune.splits import Choice
+from loratune.system import files as opening
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,10 @@ from loratune import (
     fingerprint,
     fit,
     footprint,
-    garbage,
     generate,
     keeping,
     launcher,
     loop,
-    matching,
     model,
     plot,
     quantization,
@@ -43,10 +41,9 @@ from loratune import (
     signals,
     states,
     stops,
-    storage,
     telling,
     tokenizing,
-)  # fmt: skip
+)
 from loratune.checkpoint import Found, Progress
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
@@ -57,6 +54,7 @@ from loratune.recipe import Recipe
 from loratune.report import Report, duration, size
 from loratune.schedules import rate, warmup_steps
 from loratune.signals import Signals
+from loratune.system import garbage, regex_match, storage  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def _prepare(
     chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
     set_seed(settings.seed)
-    matching.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
+    regex_match.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
     packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)

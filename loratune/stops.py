@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from loratune import fingerprint, guard, storage
+from loratune import fingerprint, guard
 from loratune.data import Rows
 from loratune.encode import Encoder
 from loratune.errors import Place, listed
 from loratune.formats import Conversation, RowError
+from loratune.system import storage
 
 NAME = "generation_config.json"
 BEHIND = 4  # last trained tokens of a row that are looked at: templates write a line end behind the token

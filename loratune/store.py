@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_128
 
-from loratune import files
 from loratune.encode import Row
 from loratune.errors import Place, Problem, StorageError
+from loratune.system import files
 
 BATCH = 1 << 20  # tokens of an Arrow batch
 _FILES = ("rows.arrow", "ledger.jsonl")

@@ -16,20 +16,19 @@ from loratune import (
     checkpoint,
     compiler,
     decode,
-    files,
     fingerprint,
     guard,
-    matching,
     model,
     nodes,
     quantization,
     recipe,
     tokenizing,
-)  # fmt: skip
+)
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.methods import lowrank
 from loratune.recipe import Model, Recipe
 from loratune.section import is_inside
+from loratune.system import files, regex_match  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
 
     adapter.check(folder)
     file = folder / "adapter_config.json"
-    matching.check_modules(guard.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
+    regex_match.check_modules(guard.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
     try:
         with warnings.catch_warnings():

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, fingerprint, guard, runfiles
+from loratune import configs, fingerprint, guard
+from loratune.system import run_files
 
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 _OLD_TEMPLATE = "chat_template.json"  # of processors, in older models
-PATTERNS = (*runfiles.TOKENIZER, *runfiles.TEMPLATES)
+PATTERNS = (*run_files.TOKENIZER, *run_files.TEMPLATES)
 
 
 def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
@@ -28,13 +29,13 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
         alone: whether no config.json lies beside them, which may tell the kind of a tokenizer.
     """
     clear(target)
-    if not any(_found(source, runfiles.TOKENIZER)):
+    if not any(_found(source, run_files.TOKENIZER)):
         tokenizer.save_pretrained(target)
         configs.for_older_readers(target)
         return
     own = template_of(source)
     changed = _normal(tokenizer.chat_template) != own
-    for file in _found(source, runfiles.TOKENIZER if changed else PATTERNS):
+    for file in _found(source, run_files.TOKENIZER if changed else PATTERNS):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, place)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
-from loratune import bases, child, files, templating
+from loratune import bases, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.recipe import Data, Model, Recipe
+from loratune.system import child_process, files
 from loratune.templates import TEMPLATES
 from loratune.turns import FOLD, marks_comment
 
@@ -67,15 +68,15 @@ def _by_child(folder: str, revision: str | None) -> Any:
     transformers imports torch where it can, for any tokenizer, though none needs it to be pickled or used.
     """
     done = subprocess.run(
-        child.command("loratune.tokenizing"), input=pickle.dumps((folder, revision)), capture_output=True,
-        env=child.environment(),
+        child_process.command("loratune.tokenizing"), input=pickle.dumps((folder, revision)), capture_output=True,
+        env=child_process.environment(),
     )  # fmt: skip
     return None if done.returncode else pickle.loads(done.stdout)
 
 
 def _serve() -> None:
     """Load the tokenizer asked for on stdin and write it to stdout."""
-    answers = child.answers()
+    answers = child_process.answers()
     folder, revision = pickle.load(sys.stdin.buffer)
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module can't be imported
     pickle.dump(_transformers().from_pretrained(folder, revision=revision), answers, protocol=5)

@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from loratune import cgroup, child
 from loratune.encode import Encoder
 from loratune.errors import SetupError
 from loratune.prepare import Prepared, prepare
 from loratune.recipe import Data
 from loratune.rows import Block
+from loratune.system import child_process, limits
 
 SMALL = 8 << 20  # bytes of data files that are read before processes would have started
 AHEAD = 2  # blocks per worker on their way, so that none waits for the next
@@ -31,7 +31,7 @@ AHEAD = 2  # blocks per worker on their way, so that none waits for the next
 
 def number(size: int) -> int:
     """Return how many processes prepare so many bytes of data files best; 1: threads of this one."""
-    return cgroup.cores() if size > SMALL else 1
+    return limits.cores() if size > SMALL else 1
 
 
 def prepared(
@@ -51,10 +51,10 @@ def prepared(
     if processes > 1:
         yield from _by_processes(blocks, data, encoder, processes)
         return
-    threads = ThreadPoolExecutor(cgroup.cores() + 1)  # one more: while the others tokenize it renders
+    threads = ThreadPoolExecutor(limits.cores() + 1)  # one more: while the others tokenize it renders
     one_by_one = _one_by_one(lambda block: prepare(block, data, encoder))
     try:
-        yield from _windowed(blocks, lambda block: threads.submit(one_by_one, block), cgroup.cores() + 2)
+        yield from _windowed(blocks, lambda block: threads.submit(one_by_one, block), limits.cores() + 2)
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -114,8 +114,8 @@ def _windowed(
 class _Worker:
     def __init__(self, data: Data, encoder: Encoder):
         self._process = subprocess.Popen(
-            child.command("loratune.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=child.environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"),
+            child_process.command("loratune.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=child_process.environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"),
         )  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -157,7 +157,7 @@ class _Worker:
 def _serve() -> None:
     """Answer blocks from stdin on stdout until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides
-    answers = child.answers()
+    answers = child_process.answers()
     requests = sys.stdin.buffer
     data, tokenizer = pickle.load(requests)
     encoder = Encoder(tokenizer, own=True)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import cgroup, fit, model, workers
+from loratune import fit, model, workers
+from loratune.system import limits
 
 OLD = "12:cpu,cpuacct:{0}\n5:memory:{0}\n1:name=systemd:{0}\n"
 NEW = "0::{0}\n"
@@ -26,8 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text + "\n")
 
-    monkeypatch.setattr(cgroup, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(cgroup, "MOUNT", tmp_path / "fs")
+    monkeypatch.setattr(limits, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "MOUNT", tmp_path / "fs")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     return put
 
@@ -50,7 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_cores(place: Any, groups: str, path: str, files: dict[str, str], cores: int) -> None:
     place(groups, path, files)
-    assert cgroup.cores() == cores
+    assert limits.cores() == cores
     assert workers.number(workers.SMALL + 1) == cores
 
 
@@ -74,15 +75,15 @@ def test_cores(place: Any, groups: str, path: str, files: dict[str, str], cores:
 )  # fmt: skip
 def test_memory(place: Any, groups: str, files: dict[str, str], left: int | None) -> None:
     place(groups, "/job", files)
-    assert cgroup.memory_left() == left
+    assert limits.memory_left() == left
     free = fit.free_memory(torch.device("cpu"))
     assert left is None or free == left
 
 
 def test_without_control_groups_nothing_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup, "GROUPS", tmp_path / "none")
-    assert cgroup.memory_left() is None
-    assert cgroup.cores() >= 1
+    monkeypatch.setattr(limits, "GROUPS", tmp_path / "none")
+    assert limits.memory_left() is None
+    assert limits.cores() >= 1
 
 
 def test_torch_computes_with_no_more_threads_than_there_is_time_for(

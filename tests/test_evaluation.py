@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import evaluation, fit, generate, matching, merging, metrics, model, recipe, rows
+from loratune import evaluation, fit, generate, merging, metrics, model, recipe, rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.evaluation import evaluate
 from loratune.formats import Chat
 from loratune.objectives import Sft
+from loratune.system import regex_match
 from tests import tiny
 
 
@@ -295,14 +296,14 @@ def test_a_pattern_that_takes_too_long_on_answers_loses_nothing_else(
 ) -> None:
     """The second system's answers are too much for it: the first one's measure goes, too, as nothing stands beside it."""
     asked: list[int] = []
-    found = matching.found
+    found = regex_match.found
 
     def tired(pattern: str, texts: list[str]) -> list[str | None]:
         asked.append(len(texts))
-        return found(pattern, texts, 1e-6 if len(asked) == 3 else matching.PATIENCE)
+        return found(pattern, texts, 1e-6 if len(asked) == 3 else regex_match.PATIENCE)
 
-    monkeypatch.setattr(matching, "found", tired)
-    monkeypatch.setattr(matching, "check", lambda pattern: None)
+    monkeypatch.setattr(regex_match, "found", tired)
+    monkeypatch.setattr(regex_match, "check", lambda pattern: None)
     result = evaluate(run, max_new_tokens=4, regex=r"\w+", out=tmp_path / "out.jsonl")
     assert len(asked) == 3
     assert list(result.scores) == ["base", "adapter"]

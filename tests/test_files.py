@@ -20,26 +20,12 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import (
-    cli,
-    console,
-    files,
-    guard,
-    inputs,
-    inspecting,
-    matching,
-    nodes,
-    prepare,
-    recipe,
-    report,
-    rows,
-    storage,
-    subject,
-)
+from loratune import cli, console, guard, inputs, inspecting, nodes, prepare, recipe, report, rows, subject
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
 from loratune.recipe import Data, Source
 from loratune.rows import Block
+from loratune.system import files, regex_match, storage
 from tests import tiny
 from tests.conftest import Fit
 from tests.test_cli import words_of
@@ -392,7 +378,7 @@ def test_configs_that_are_nested_without_end(tmp_path: Path) -> None:
 def test_a_pattern_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.perf_counter()
     with pytest.raises(UsageError, match=r"takes more than 1 s on 2 texts") as caught:
-        matching.found(r"(a+)+$", ["a", "a" * 60 + "b"], patience=1.0)
+        regex_match.found(r"(a+)+$", ["a", "a" * 60 + "b"], patience=1.0)
     assert "write it simpler" in str(caught.value)
     assert time.perf_counter() - began < WAIT
 
@@ -408,21 +394,21 @@ def test_an_expression_for_modules_that_takes_for_ever(config: dict[str, object]
     names = ["model", "model.layers.11.self_attn.q_proj_of_the_language_model_in_it"]
     key = list(config)[-1]
     with pytest.raises(ModelError, match=rf"`{key}`.*: an expression takes more than 1 s on the names of 2 modules"):
-        matching.check_modules(config, names, patience=1.0)
+        regex_match.check_modules(config, names, patience=1.0)
 
 
 def test_sound_expressions_for_modules_ask_nobody_or_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in ({"target_modules": r".*\.(q|v)_proj"}, {"rank_pattern": {r"layers\.\d+\.x": 8, "(": 1, "a+(": 1}}):
-        matching.check_modules(config, ["model.layers.1.x", "model.q_proj"])
-    monkeypatch.setattr(matching, "_ask", lambda *_: pytest.fail("asked"))
+        regex_match.check_modules(config, ["model.layers.1.x", "model.q_proj"])
+    monkeypatch.setattr(regex_match, "_ask", lambda *_: pytest.fail("asked"))
     for config in ({}, {"target_modules": ("q_proj", "v.proj")}, {"target_modules": "all-linear", "rank_pattern": {}}):
-        matching.check_modules(config, ["model"])
+        regex_match.check_modules(config, ["model"])
 
 
 def test_adapters_and_recipes_are_asked_for_it(fit: Fit, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(rows=4, method={"target_modules": r".*\.(q|v)_proj"}).folder
-    monkeypatch.setattr(matching, "PATIENCE", 1.0)
-    monkeypatch.setattr(matching.check_modules, "__defaults__", (None, 1.0))
+    monkeypatch.setattr(regex_match, "PATIENCE", 1.0)
+    monkeypatch.setattr(regex_match.check_modules, "__defaults__", (None, 1.0))
     with pytest.raises(ModelError, match=r"`target_modules`: an expression takes more than 1 s"):
         fit("b", rows=4, method={"target_modules": r"(.|..|\w+)*\.k_proj!"})
     file = run / "adapter_config.json"
@@ -435,12 +421,12 @@ def test_adapters_and_recipes_are_asked_for_it(fit: Fit, base: Path, monkeypatch
 @pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{99999999999}", ""])
 def test_what_is_no_pattern(pattern: str) -> None:
     with pytest.raises(UsageError, match="--regex"):
-        matching.check(pattern)
+        regex_match.check(pattern)
 
 
 def test_what_a_pattern_finds() -> None:
-    assert matching.found(r"x=(\d)?", ["x=3", "x=", "y", "äx= \ud800"]) == ["3", None, None, None]
-    assert matching.found(r"\w+", ["äö b", " \n"]) == ["äö", None]
+    assert regex_match.found(r"x=(\d)?", ["x=3", "x=", "y", "äx= \ud800"]) == ["3", None, None, None]
+    assert regex_match.found(r"\w+", ["äö b", " \n"]) == ["äö", None]
 
 
 # ---------------------------------------------------------------- the cache

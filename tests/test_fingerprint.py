@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import bases, chatting, cli, fingerprint, recipe, run, storage, subject
+from loratune import bases, chatting, cli, fingerprint, recipe, run, subject
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.recipe import Model
+from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from loratune import garbage, model
+from loratune import model
 from loratune.report import Report
+from loratune.system import garbage
 from tests.conftest import Fit
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratune import matching, metrics
+from loratune import metrics
+from loratune.system import regex_match
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_exact_match_and_contains() -> None:
     ],
 )
 def test_regex_match(answer: str, reference: str, pattern: str, wanted: float) -> None:
-    found = matching.found(pattern, [answer, reference])
+    found = regex_match.found(pattern, [answer, reference])
     assert metrics.regex_match(*found, reference) == wanted
 
 

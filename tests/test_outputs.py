@@ -7,10 +7,11 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from loratune import checkpoint, cli, evaluation, inspecting, outputs, starter, storage
+from loratune import checkpoint, cli, evaluation, inspecting, outputs, starter
 from loratune.errors import StorageError, UsageError
 from loratune.evaluation import evaluate
 from loratune.merging import merge
+from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit
 

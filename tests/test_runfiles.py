@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loratune import runfiles
 from loratune.errors import RecipeError
 from loratune.recipe import load
+from loratune.system import run_files
 from tests import tiny
 
 
@@ -144,7 +144,7 @@ def test_a_template_that_a_run_writes(work: Path) -> None:
     ],
 )  # fmt: skip
 def test_names_of_a_run(name: str, written: bool) -> None:
-    assert runfiles.is_written(name) is written
+    assert run_files.is_written(name) is written
 
 
 def test_a_run_in_a_place_that_stays_as_it_is_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

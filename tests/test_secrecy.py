@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune import recipe, redact, storage
+from loratune import recipe, redact
 from loratune.errors import LoratuneError, Place, Problem, RecipeError
 from loratune.report import Report
+from loratune.system import storage
 from tests import tiny
 
 # made up, in the shapes of real ones

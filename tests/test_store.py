@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import bases, cgroup, data, inputs, rows, store, workers
+from loratune import bases, data, inputs, rows, store, workers
 from loratune.data import Rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, Place, SetupError, StorageError
 from loratune.formats import Chat, RowError, Text
 from loratune.recipe import Data, Source
+from loratune.system import limits
 from loratune.words import Tokens
 from tests import templates, tiny
 
@@ -319,12 +320,12 @@ def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wanted = content(load(source))
     shutil.rmtree(bases.cache())
     monkeypatch.setattr(rows, "BLOCK", 1 << 10)
-    monkeypatch.setattr(cgroup, "cores", lambda: 7)
+    monkeypatch.setattr(limits, "cores", lambda: 7)
     assert content(load(source)) == wanted
 
 
 def test_large_data_is_read_by_as_many_processes_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup, "cores", lambda: 6)
+    monkeypatch.setattr(limits, "cores", lambda: 6)
     assert (workers.number(workers.SMALL), workers.number(workers.SMALL + 1)) == (1, 6)
 
 

@@ -230,7 +230,7 @@ def no_memory() -> None:
 
 def blind_to_space() -> None:
     """Let the disk look endless, as under a quota that nobody can ask for."""
-    from loratune import storage
+    from loratune.system import storage
 
     storage.check_space = lambda *_: None  # type: ignore[assignment]
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loratune import storage
+from loratune.system import storage
 from tests import tiny
 
 SECTIONS: dict[str, Any] = {

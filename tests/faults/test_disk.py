@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune import checkpoint, storage
+from loratune import checkpoint
 from loratune.errors import StorageError
+from loratune.system import storage
 from tests.conftest import Fit
 from tests.faults import scene
 from tests.faults.child import Plan, run

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from loratune import fit as fits
-from loratune import keeping, model, run, storage
+from loratune import keeping, model, run
 from loratune.errors import SetupError
 from loratune.objectives import Sft
+from loratune.system import storage
 from tests.conftest import Fit
 from tests.faults import scene
 from tests.faults.child import Plan

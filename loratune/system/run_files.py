@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from loratune import files
+from loratune.system import files
 
 CHECKPOINTS, MANIFEST = "checkpoints", "MANIFEST.json"
 RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl")  # of every run, from its beginning

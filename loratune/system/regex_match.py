@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from loratune import child
 from loratune.errors import ModelError, Place, Problem, SetupError, UsageError, listed, shorten
+from loratune.system import child_process
 
 PATIENCE = 10.0  # seconds for all texts: a thousand answers of a thousand characters take 0.1
 MEMORY = 1 << 30  # bytes for the child
@@ -103,8 +103,8 @@ def _expressions(value: object) -> list[str]:
 
 def _ask(asked: dict[str, Any], patience: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        child.command("loratune.matching"), input=json.dumps(asked), capture_output=True, text=True, encoding="utf-8",
-        env=child.environment(), timeout=patience, check=False,
+        child_process.command("loratune.system.regex_match"), input=json.dumps(asked), capture_output=True, text=True, encoding="utf-8",
+        env=child_process.environment(), timeout=patience, check=False,
     )  # fmt: skip
 
 

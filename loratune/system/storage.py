@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loratune import files, runfiles
 from loratune.errors import Place, Problem, StorageError
 from loratune.redact import redact
 from loratune.section import is_inside
+from loratune.system import files, run_files
 
 SCHEMA = 2
-MANIFEST = runfiles.MANIFEST
+MANIFEST = run_files.MANIFEST
 _APART = ".quarantine"  # where in `checkpoints` a folder lies that is no checkpoint any more
 _NO_SEAL = "0" * 64
 _MARGIN = 64 * 1024  # bytes: folders, and blocks that are not full
@@ -165,7 +165,7 @@ def _move(staging: Path, target: Path, replace: bool) -> None:
 
 def sweep(folder: Path) -> None:
     """Clear up what a killed process left in a folder: half-written files go, a folder put aside comes back."""
-    for left in [file for file in folder.glob(".*") if runfiles.is_left_over(file.name)]:
+    for left in [file for file in folder.glob(".*") if run_files.is_left_over(file.name)]:
         target = left.with_name(left.name.removeprefix(".replaced-"))
         if left.name.startswith(".staging-"):
             _forget(left)
@@ -215,7 +215,7 @@ def take_away(folder: Path, name: str | None = None) -> Path | None:
             for file in sorted(names, key=lambda one: one == MANIFEST):  # last: it names the others
                 path = Path(place, file)
                 known = path.relative_to(folder).as_posix()
-                if known == MANIFEST or (known in named if named else runfiles.is_saved(known)):
+                if known == MANIFEST or (known in named if named else run_files.is_saved(known)):
                     path.unlink()
             for inner in folders:
                 if not Path(place, inner).is_symlink() and not any(Path(place, inner).iterdir()):
@@ -270,7 +270,7 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
 def own(folder: Path) -> set[str]:
     """Return the final files of a run folder that a run wrote, also where a kill met it as it put them there."""
     named = {*files_of(folder), *files_of(folder / "checkpoints" / "final")}
-    known = (folder / MANIFEST).is_file() and {MANIFEST, *runfiles.PAPERS}
+    known = (folder / MANIFEST).is_file() and {MANIFEST, *run_files.PAPERS}
     return {name for name in {*named, *(known or ())} if _is_there(folder / name)}
 
 

@@ -1,0 +1,1 @@
+"""Files, limits of a container, child processes and streams: what the operating system gives."""
