@@ -13,24 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import (
-    adapter,
-    bases,
-    data,
-    decode,
-    fit,
-    generate,
-    loop,
-    metrics,
-    model,
-    nodes,
-    outputs,
-    reach,
-    report,
-    stops,
-    subject,
-)
+from loratune import adapter, bases, data, fit, generate, loop, metrics, model, outputs, reach, report, stops, subject
 from loratune.batches import AUTO_TOKENS, in_length_order
+from loratune.config import decode, yaml_nodes
 from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
@@ -224,7 +209,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
         elif known is not None:
             fields["format"] = known.data.format.model_dump()
         try:
-            section = decode.decode(Data, nodes.parse(json.dumps(fields), "--data"))
+            section = decode.decode(Data, yaml_nodes.parse(json.dumps(fields), "--data"))
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = data.load([Source(path=section.train[0].path)], section, encoder, name="eval")

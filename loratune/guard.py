@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.config.section import is_inside
 from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
-from loratune.section import is_inside
 from loratune.system import files
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library

@@ -14,16 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune import decode, nodes
+from loratune.config import decode, yaml_nodes
+from loratune.config.foreign_keys import FOREIGN
+from loratune.config.section import BareWord, Cadence, Inside, Section, Share, as_tuple
+from loratune.config.yaml_nodes import Tree
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
-from loratune.foreign import FOREIGN
 from loratune.formats import Auto, Format
 from loratune.methods import Lora, Method
-from loratune.nodes import Tree
 from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
-from loratune.section import BareWord, Cadence, Inside, Section, Share, as_tuple
 from loratune.system import files, run_files
 from loratune.templates import TEMPLATES
 
@@ -249,7 +249,7 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """Return the recipe as YAML that loads to the same recipe again, from any folder."""
-        return nodes.write(self.model_dump(mode="json"))
+        return yaml_nodes.write(self.model_dump(mode="json"))
 
     def hash(self) -> str:
         """Return a sha256 (hex) over everything in the recipe."""
@@ -270,7 +270,7 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem in it, each with its place.
     """
     path = Path(path)
-    tree = nodes.parse(nodes.read_text(path), str(path))
+    tree = yaml_nodes.parse(yaml_nodes.read_text(path), str(path))
     folder = path.resolve().parent
     if not files.is_utf8(folder):  # paths become absolute, and recipe.yaml in the run folder holds them
         raise RecipeError(Problem("its folder's name is not UTF-8", Place(files.shown(folder)), "rename the folder"))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from loratune.section import BareWord, Section
+from loratune.config.section import BareWord, Section
 
 
 class Constant(Section):

@@ -10,24 +10,12 @@ from typing import Any
 
 import torch
 
-from loratune import (
-    adapter,
-    bases,
-    checkpoint,
-    compiler,
-    decode,
-    fingerprint,
-    guard,
-    model,
-    nodes,
-    quantization,
-    recipe,
-    tokenizing,
-)
+from loratune import adapter, bases, checkpoint, compiler, fingerprint, guard, model, quantization, recipe, tokenizing
+from loratune.config import decode, yaml_nodes
+from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.methods import lowrank
 from loratune.recipe import Model, Recipe
-from loratune.section import is_inside
 from loratune.system import files, regex_match  # fmt: skip
 
 
@@ -234,7 +222,7 @@ def _recipe(folder: Path) -> Recipe | None:
         path = place / "recipe.yaml"
         if (place / "run.json").is_file() and path.is_file():
             try:
-                return decode.decode(Recipe, nodes.parse(nodes.read_text(path), str(path)))
+                return decode.decode(Recipe, yaml_nodes.parse(yaml_nodes.read_text(path), str(path)))
             except LoratuneError:
                 return None
     return None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune import decode, nodes, section
+from loratune.config import decode, section, yaml_nodes
 from loratune.errors import Place, Problem, RecipeError
 from loratune.recipe import Recipe, from_tree
 
@@ -19,7 +19,7 @@ MINIMAL = "model: {base: some/model}\ndata: {train: some/rows}\noutput: run\n"
 
 
 def value(text: str) -> object:
-    return nodes.parse(f"x: {text}\n", "r.yaml").root.plain()["x"]
+    return yaml_nodes.parse(f"x: {text}\n", "r.yaml").root.plain()["x"]
 
 
 @pytest.mark.parametrize(
@@ -43,39 +43,39 @@ def test_scalars(text: str, expected: object) -> None:
 
 
 def test_aliases_stand_for_a_copy() -> None:
-    tree = nodes.parse("a: &x {b: 1}\nc: *x\n", "r.yaml")
+    tree = yaml_nodes.parse("a: &x {b: 1}\nc: *x\n", "r.yaml")
     assert tree.root.plain() == {"a": {"b": 1}, "c": {"b": 1}}
     decode.assign(tree, "c.b=2", Recipe)
     assert tree.root.plain() == {"a": {"b": 1}, "c": {"b": 2}}
 
 
 def test_the_limits_themselves_are_allowed() -> None:
-    deep = "[" * nodes.MAX_DEPTH + "]" * nodes.MAX_DEPTH  # the innermost list stands 32 levels below the root
-    assert nodes.parse(f"x: {deep}", "r.yaml").problems == []
-    aliases = ", ".join(["*a"] * nodes.MAX_ALIASES)
-    assert len(nodes.parse(f"x: &a 1\ny: [{aliases}]", "r.yaml").root.plain()["y"]) == nodes.MAX_ALIASES
-    filled = b"a: b\n#" + b"x" * (nodes.MAX_BYTES - 6)
-    assert nodes.parse(filled, "r.yaml").root.plain() == {"a": "b"}
+    deep = "[" * yaml_nodes.MAX_DEPTH + "]" * yaml_nodes.MAX_DEPTH  # the innermost list stands 32 levels below the root
+    assert yaml_nodes.parse(f"x: {deep}", "r.yaml").problems == []
+    aliases = ", ".join(["*a"] * yaml_nodes.MAX_ALIASES)
+    assert len(yaml_nodes.parse(f"x: &a 1\ny: [{aliases}]", "r.yaml").root.plain()["y"]) == yaml_nodes.MAX_ALIASES
+    filled = b"a: b\n#" + b"x" * (yaml_nodes.MAX_BYTES - 6)
+    assert yaml_nodes.parse(filled, "r.yaml").root.plain() == {"a": "b"}
 
 
 @pytest.mark.parametrize(
     "text", [MINIMAL, MINIMAL.replace("\n", "\r\n"), "\ufeff" + MINIMAL, "--- # first\n" + MINIMAL + "...\n"]
 )
 def test_how_a_file_may_be_written(text: str) -> None:
-    assert nodes.parse(text.encode(), "r.yaml").root.plain() == nodes.parse(MINIMAL, "r.yaml").root.plain()
+    assert yaml_nodes.parse(text.encode(), "r.yaml").root.plain() == yaml_nodes.parse(MINIMAL, "r.yaml").root.plain()
 
 
 def test_places() -> None:
-    tree = nodes.parse("a:\n  - x\n  - b: y\n", "r.yaml")
+    tree = yaml_nodes.parse("a:\n  - x\n  - b: y\n", "r.yaml")
     assert tree.place("a", 1, "b") == Place("r.yaml", 3, 8, "  - b: y")
     assert tree.place("a", 1, "nothing") == Place("r.yaml", 3, 5, "  - b: y")
-    assert nodes.parse("a: {b: y}", "r.yaml").place("a", 0, "b").column == 8  # one value stands for a list of one
+    assert yaml_nodes.parse("a: {b: y}", "r.yaml").place("a", 0, "b").column == 8  # one value stands for a list of one
     assert str(tree.place("a", 0)) == "r.yaml:2:5"
 
 
 def test_more_problems_than_anyone_reads() -> None:
     with pytest.raises(RecipeError) as caught:
-        from_tree(nodes.parse(MINIMAL + "".join(f"key{n}: 1\n" for n in range(120)), "r.yaml"), Path())
+        from_tree(yaml_nodes.parse(MINIMAL + "".join(f"key{n}: 1\n" for n in range(120)), "r.yaml"), Path())
     assert len(caught.value.problems) == decode.MAX_PROBLEMS + 1
     assert str(caught.value).endswith("\nand 20 more problems")
 
@@ -123,7 +123,7 @@ def recipe_with(key: str, path: str, type_: str | None) -> str:
     if path == "data.eval":
         section["path"] = "some/rows"
     section |= {"type": type_, key: 1} if type_ else {key: 1}
-    return nodes.write(recipe)
+    return yaml_nodes.write(recipe)
 
 
 def edits(word: str, rng: random.Random) -> str:
@@ -152,7 +152,7 @@ def test_typos_get_the_right_suggestion(number: int) -> None:
             continue
         asked += 1
         with pytest.raises(RecipeError) as caught:
-            from_tree(nodes.parse(recipe_with(typo, *rng.choice(known[name])), "r.yaml"), Path())
+            from_tree(yaml_nodes.parse(recipe_with(typo, *rng.choice(known[name])), "r.yaml"), Path())
         hints = [p.hint for p in caught.value.problems if f"`{typo}`" in p.message]
         if hints != [f"did you mean `{name}`?"]:
             wrong.append((typo, name, hints))
@@ -197,7 +197,7 @@ def mutated(rng: random.Random) -> str:
 def check_any(text: str | bytes, folder: Path, given: tuple[str, ...] = ()) -> bool:
     """Return whether the text is a recipe; anything but a RecipeError with places fails."""
     try:
-        from_tree(nodes.parse(text, "r.yaml"), folder, given)
+        from_tree(yaml_nodes.parse(text, "r.yaml"), folder, given)
     except RecipeError as caught:
         error = caught
     else:
@@ -266,7 +266,7 @@ trees = st.recursive(
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(st.dictionaries(st.text(min_size=1, max_size=8), trees, min_size=1, max_size=4))
 def test_what_is_written_is_read_back(data: dict[str, object]) -> None:
-    tree = nodes.parse(nodes.write(data), "r.yaml")
+    tree = yaml_nodes.parse(yaml_nodes.write(data), "r.yaml")
     assert tree.problems == []
     assert tree.root.plain() == data
 
@@ -295,7 +295,7 @@ def test_what_is_written_is_read_back(data: dict[str, object]) -> None:
     ],
 )
 def test_texts_that_look_like_something_else_are_quoted(text: str) -> None:
-    assert nodes.parse(nodes.write({"a": text, "b": [text], text or "c": 1}), "r.yaml").root.plain() == {
+    assert yaml_nodes.parse(yaml_nodes.write({"a": text, "b": [text], text or "c": 1}), "r.yaml").root.plain() == {
         "a": text,
         "b": [text],
         text or "c": 1,
@@ -312,6 +312,6 @@ def test_thousands_of_unknown_keys_are_told_at_once(monkeypatch: pytest.MonkeyPa
         f"key{i}: 1\n" for i in range(500)
     )
     with pytest.raises(RecipeError) as caught:
-        decode.decode(Recipe, nodes.parse(text, "recipe"))
+        decode.decode(Recipe, yaml_nodes.parse(text, "recipe"))
     assert len(caught.value.problems) == decode.MAX_PROBLEMS + 1
     assert asked.count(Recipe) == 1

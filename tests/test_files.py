@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, console, guard, inputs, inspecting, nodes, prepare, recipe, report, rows, subject
+from loratune import cli, console, guard, inputs, inspecting, prepare, recipe, report, rows, subject
+from loratune.config import yaml_nodes
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
 from loratune.recipe import Data, Source
@@ -85,7 +86,11 @@ def test_what_is_no_file_is_not_opened(
     with pytest.raises(OSError) as caught:
         files.opened(tmp_path / "x")
     assert ODD[make] in str(caught.value.strerror)
-    for read in (inputs._input, lambda name: nodes.read_text(Path(name)), lambda name: guard.read_object(Path(name))):
+    for read in (
+        inputs._input,
+        lambda name: yaml_nodes.read_text(Path(name)),
+        lambda name: guard.read_object(Path(name)),
+    ):
         with pytest.raises(LoratuneError) as told:
             read(str(tmp_path / "x"))
         assert str(tmp_path / "x") in str(told.value)

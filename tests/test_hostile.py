@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import evaluation, inspecting, model, recipe, run, section, subject, templating, tokenizing
+from loratune import evaluation, inspecting, model, recipe, run, subject, templating, tokenizing
+from loratune.config import section
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.recipe import Model
 from loratune.system import storage

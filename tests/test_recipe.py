@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from loratune import decode, nodes
+from loratune.config import decode, yaml_nodes
+from loratune.config.section import is_inside
 from loratune.errors import RecipeError
 from loratune.recipe import Recipe, from_tree, load, schema
-from loratune.section import is_inside
 
 MINIMAL = "model: {base: some/model}\ndata: {train: some/rows}\noutput: run\n"
 
 
 def read(text: str = "", *given: str, folder: Path = Path("/nowhere")) -> Recipe:
-    return from_tree(nodes.parse(MINIMAL + text, "r.yaml"), folder, given)
+    return from_tree(yaml_nodes.parse(MINIMAL + text, "r.yaml"), folder, given)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -114,7 +114,7 @@ def test_one_value_stands_for_a_list_of_one() -> None:
     assert recipe.method.modules_to_save == ("lm_head",)
     assert recipe.method.trainable_token_indices == (1, 2)
     with_list = "model: {base: m}\noutput: o\ndata:\n  train:\n    - some/rows\n    - {path: other/rows, weight: 2}\n"
-    sources = from_tree(nodes.parse(with_list, "r.yaml"), Path("/nowhere")).data.train
+    sources = from_tree(yaml_nodes.parse(with_list, "r.yaml"), Path("/nowhere")).data.train
     assert [(source.path, source.weight) for source in sources] == [("some/rows", 1.0), ("other/rows", 2.0)]
 
 
@@ -168,7 +168,7 @@ def test_later_settings_win_and_mend() -> None:
     assert read("", "train.seed=1", "train.seed=2").train.seed == 2
     assert read("train: {seed: many}\n", "train.seed=2").train.seed == 2
     bare = from_tree(
-        nodes.parse("method: lora\n", "r.yaml"), Path("/nowhere"), ["model.base=m/m", "data.train=d/d", "output=o"]
+        yaml_nodes.parse("method: lora\n", "r.yaml"), Path("/nowhere"), ["model.base=m/m", "data.train=d/d", "output=o"]
     )
     assert bare.model.base == "m/m"
 
@@ -307,8 +307,8 @@ recipes = st.fixed_dictionaries(
 @given(recipes)
 def test_a_dumped_recipe_is_the_same_recipe(data: dict[str, Any]) -> None:
     """Whatever is in a recipe, what `dump` writes loads to the same recipe, from any folder."""
-    recipe = from_tree(nodes.parse(nodes.write(data), "r.yaml"), Path("/nowhere"))
-    again = from_tree(nodes.parse(recipe.dump(), "r.yaml"), Path("/elsewhere"))
+    recipe = from_tree(yaml_nodes.parse(yaml_nodes.write(data), "r.yaml"), Path("/nowhere"))
+    again = from_tree(yaml_nodes.parse(recipe.dump(), "r.yaml"), Path("/elsewhere"))
     assert again == recipe
     assert again.hash() == recipe.hash()
     assert again.dump() == recipe.dump()
@@ -442,7 +442,7 @@ SHORT = {"model": {"base": "m"}, "data": {"train": "rows"}, "output": "run"}
 def test_schema_takes_sound_recipes(more: dict[str, Any]) -> None:
     recipe = {**SHORT, **more}
     assert matches(recipe, schema(), schema())
-    from_tree(nodes.parse(nodes.write(recipe), "r.yaml"), Path("/nowhere"))
+    from_tree(yaml_nodes.parse(yaml_nodes.write(recipe), "r.yaml"), Path("/nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_schema_refuses_wrong_recipes(more: dict[str, Any]) -> None:
     recipe = {**SHORT, **more}
     assert not matches(recipe, schema(), schema())
     with pytest.raises(decode.RecipeError):
-        from_tree(nodes.parse(nodes.write(recipe), "r.yaml"), Path("/nowhere"))
+        from_tree(yaml_nodes.parse(yaml_nodes.write(recipe), "r.yaml"), Path("/nowhere"))
 
 
 @pytest.mark.parametrize("word", ["auto", "on", "off"])
@@ -466,9 +466,9 @@ def test_packing_is_a_word(word: str) -> None:
     """YAML 1.1 reads a bare `on` as true, and a program that writes YAML 1.1 puts quotes around the word."""
     data = "model: {base: some/model}\ndata:\n  train: some/rows\n  packing: "
     for typed in (word, f"'{word}'"):
-        made = from_tree(nodes.parse(f"{data}{typed}\noutput: run\n", "r.yaml"), Path("/nowhere"), ())
+        made = from_tree(yaml_nodes.parse(f"{data}{typed}\noutput: run\n", "r.yaml"), Path("/nowhere"), ())
         assert made.data.packing == word
-        assert decode.decode(Recipe, nodes.parse(made.dump(), "r.yaml")) == made
+        assert decode.decode(Recipe, yaml_nodes.parse(made.dump(), "r.yaml")) == made
     assert read("", f"data.packing={word}").data.packing == word
 
 

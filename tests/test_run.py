@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from loratune import apart, batches, checkpoint, data, lock, loop, recipe, run, tokenizing
+from loratune.config.section import Section
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from loratune.section import Section
 from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit, logits

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from loratune import bases, data, rows, splits, telling
 from loratune.cli import app
+from loratune.config.yaml_nodes import parse
 from loratune.encode import Encoder
 from loratune.errors import DataError
-from loratune.nodes import parse
 from loratune.recipe import Data, Source, from_tree
 from tests import tiny
 

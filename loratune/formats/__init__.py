@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from loratune.config.section import BareWord
 from loratune.formats.auto import Auto
 from loratune.formats.base import Conversation, Example, Plain, RowError
 from loratune.formats.chat import Chat
 from loratune.formats.completion import Completion
 from loratune.formats.instruction import Instruction
 from loratune.formats.text import Text
-from loratune.section import BareWord
 
 Format = Annotated[
     Auto | Chat | Instruction | Completion | Text,

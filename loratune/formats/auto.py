@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from loratune.config.section import Section
 from loratune.formats.base import Example, RowError, check_good, has_content
 from loratune.formats.chat import Chat
 from loratune.formats.completion import Completion
 from loratune.formats.instruction import Instruction
 from loratune.formats.text import Text
-from loratune.section import Section
 
 # columns that name a format, the surest first
 _KNOWN: tuple[tuple[tuple[str, ...], Chat | Instruction | Completion | Text], ...] = (

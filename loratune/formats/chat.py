@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from loratune.config.section import Section
 from loratune.errors import listed
 from loratune.formats.base import (
     BAD,
@@ -21,7 +22,6 @@ from loratune.formats.base import (
     parsed,
     unread,
 )
-from loratune.section import Section
 
 _SHAREGPT = {
     "human": "user",

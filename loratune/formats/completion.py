@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from loratune.config.section import Section
 from loratune.formats.base import (
     BAD,
     Conversation,
@@ -19,7 +20,6 @@ from loratune.formats.base import (
     unread,
 )
 from loratune.formats.chat import joined, known_tools, lost_keys
-from loratune.section import Section
 
 
 class Completion(Section):

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from loratune.config.section import BareWord
 from loratune.methods.full import Full
 from loratune.methods.lora import Lora
-from loratune.section import BareWord
 
 Method = Annotated[
     Lora | Full,

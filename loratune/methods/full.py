@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from loratune.config.section import Section
 from loratune.methods import saved
-from loratune.section import Section
 
 if TYPE_CHECKING:
     import torch

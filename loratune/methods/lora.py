@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from loratune.config.section import Section, as_tuple
 from loratune.errors import listed
 from loratune.methods import lowrank, recompute, saved, targets
-from loratune.section import Section, as_tuple
 
 if TYPE_CHECKING:
     import torch

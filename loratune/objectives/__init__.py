@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from loratune.config.section import BareWord
 from loratune.objectives.sft import Sft
-from loratune.section import BareWord
 
 # one member for now: a union of one needs no discriminator, and pydantic allows none
 Objective = Annotated[Sft, Field(), BareWord({"causal_lm": "its name here is `sft`"})]

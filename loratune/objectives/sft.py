@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from loratune.config.section import Section
 from loratune.objectives import head
-from loratune.section import Section
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from loratune.section import Section
+from loratune.config.section import Section
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loratune.config.section import is_inside
 from loratune.errors import Place, Problem, StorageError
 from loratune.redact import redact
-from loratune.section import is_inside
 from loratune.system import files, run_files
 
 SCHEMA = 2

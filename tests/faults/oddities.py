@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from loratune import section
+from loratune.config import section
 from loratune.recipe import Recipe
 from tests import tiny
 from tests.faults.fuzz import Case

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from loratune import checkpoint, loop, states
 from loratune.batches import Batch
+from loratune.config.section import Section
 from loratune.encode import Row
 from loratune.errors import Place, TrainingError
 from loratune.objectives import Sft
 from loratune.optimizers import AdamW
-from loratune.section import Section
 from tests.conftest import Fit
 from tests.faults import scene
 

@@ -11,10 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from loratune.errors import Place, Problem, RecipeError, SafetyError, did_you_mean, listed, one_edit, shorten
-from loratune.nodes import FLOAT, INT, Node, Tree, parse
-from loratune.redact import looks_secret, names_secret
-from loratune.section import (
+from loratune.config.section import (
     LEADS_OUT,
     BareWord,
     Section,
@@ -26,6 +23,9 @@ from loratune.section import (
     sections_in,
     tag_of,
 )
+from loratune.config.yaml_nodes import FLOAT, INT, Node, Tree, parse
+from loratune.errors import Place, Problem, RecipeError, SafetyError, did_you_mean, listed, one_edit, shorten
+from loratune.redact import looks_secret, names_secret
 
 MAX_PROBLEMS = 100
 

@@ -1,0 +1,1 @@
+"""YAML to checked sections, each problem with its place; knows no recipe."""
