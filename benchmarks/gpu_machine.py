@@ -21,7 +21,14 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} -")
     print("= python", platform.python_version(), ", ".join(found))
-    for name in ("loratune.run", "loratune.evaluation", "loratune.merging", "loratune.cli", "bitsandbytes", "pytest"):
+    for name in (
+        "loratune.run",
+        "loratune.commands.evaluate",
+        "loratune.commands.merge",
+        "loratune.cli",
+        "bitsandbytes",
+        "pytest",
+    ):
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever it is, it is to be told

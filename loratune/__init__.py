@@ -20,9 +20,9 @@ from loratune.errors import (
 )
 
 if TYPE_CHECKING:
-    from loratune.chatting import chat
-    from loratune.evaluation import evaluate
-    from loratune.merging import merge
+    from loratune.commands.chat import chat
+    from loratune.commands.evaluate import evaluate
+    from loratune.commands.merge import merge
     from loratune.recipe import Recipe
     from loratune.recipe import load as load_recipe
     from loratune.run import train
@@ -57,9 +57,9 @@ _LATE = {
     "Recipe": ("loratune.recipe", "Recipe"),
     "load_recipe": ("loratune.recipe", "load"),
     "train": ("loratune.run", "train"),
-    "evaluate": ("loratune.evaluation", "evaluate"),
-    "merge": ("loratune.merging", "merge"),
-    "chat": ("loratune.chatting", "chat"),
+    "evaluate": ("loratune.commands.evaluate", "evaluate"),
+    "merge": ("loratune.commands.merge", "merge"),
+    "chat": ("loratune.commands.chat", "chat"),
 }
 
 

@@ -158,7 +158,8 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import inspecting, outputs
+    from loratune import outputs
+    from loratune.commands import inspect
     from loratune.system import storage
 
     if html is not None:
@@ -166,14 +167,14 @@ def inspect(
     loaded = loratune.load_recipe(recipe, set_)
     if html is not None:
         outputs.check_apart(html, "--html", [("the command line", str(recipe)), *outputs.inputs_of(loaded)])
-    shown = inspecting.inspect(loaded, row=row, random=random, number=number, trust_remote_code=trust_remote_code)
+    shown = inspect.inspect(loaded, row=row, random=random, number=number, trust_remote_code=trust_remote_code)
     if html is not None:
-        storage.write_text(html, inspecting.as_html(shown, f"rows of {recipe.name}"))
+        storage.write_text(html, inspect.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))
     elif as_json:
         typer.echo(json.dumps(shown.as_json(), indent=2, ensure_ascii=False))
     else:
-        typer.echo(inspecting.as_text(shown, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+        typer.echo(inspect.as_text(shown, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
 
 
 @app.command()
@@ -193,7 +194,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a first recipe with its schema and twenty sample rows."""
-    from loratune import starter
+    from loratune.commands import init
 
     if base is None and sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
         base = (
@@ -202,7 +203,7 @@ def init(
             )
             or None
         )
-    for path in starter.write(folder, base):
+    for path in init.write(folder, base):
         typer.echo(str(path))
     where = "" if folder == Path() else f"{folder}/"
     if base is None:
@@ -235,7 +236,7 @@ def evaluate(
     """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
     import loratune
     from loratune import bases
-    from loratune.evaluation import show
+    from loratune.commands.evaluate import show
 
     bases.check_subject(subject)
     result = loratune.evaluate(

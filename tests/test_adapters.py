@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loratune import recipe, run, subject
+from loratune import recipe, run
+from loratune.commands import opened_model
 from loratune.errors import ModelError, SafetyError
 from tests import tiny
 
@@ -175,7 +176,7 @@ def test_a_mutilated_adapter_is_refused(whole: Path, base: Path, tmp_path: Path,
     MUTILATIONS[name][0](folder, random.Random(f"{name} {seed}"))
     before = torch.get_rng_state()
     with pytest.raises(ModelError) as caught:
-        subject.load(subject.open_subject(str(folder), str(base)))
+        opened_model.load(opened_model.open_subject(str(folder), str(base)))
     assert str(folder) in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert len(str(caught.value)) < 1500
@@ -189,7 +190,7 @@ def test_the_key_is_named(whole: Path, base: Path, tmp_path: Path) -> None:
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     save_file({name: tensor for name, tensor in state.items() if name != key}, folder / TENSORS)
     with pytest.raises(ModelError, match=f"lacks tensors that this base and its config ask for: `{key}`"):
-        subject.load(subject.open_subject(str(folder), str(base)))
+        opened_model.load(opened_model.open_subject(str(folder), str(base)))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -218,7 +219,7 @@ def test_whole_adapters_of_every_kind_load(base: Path, tmp_path: Path, kind: str
             torch.nn.init.normal_(parameter)
     with pytest.warns() if kind == "an embedding" else _no_warning():
         made.save_pretrained(tmp_path / "adapter")
-    loaded = subject.load(subject.open_subject(str(tmp_path / "adapter")))
+    loaded = opened_model.load(opened_model.open_subject(str(tmp_path / "adapter")))
     ids = torch.arange(20)[None]
     made.eval()
     with torch.no_grad():
@@ -237,11 +238,11 @@ def test_a_second_adapter_that_fails_leaves_nothing(whole: Path, net: Any, tmp_p
     bad = tmp_path / "bad"
     shutil.copytree(whole, bad)
     tensors(lambda state, name: state.__delitem__(name))(bad, random.Random(0))
-    both = subject.attach(net, whole, "default")
+    both = opened_model.attach(net, whole, "default")
     with pytest.raises(ModelError):
-        subject.attach(both, bad, "second")
+        opened_model.attach(both, bad, "second")
     assert set(both.peft_config) == {"default"}
-    subject.attach(both, whole, "second")
+    opened_model.attach(both, whole, "second")
     assert set(both.peft_config) == {"default", "second"}
     both.unload()
 
@@ -272,7 +273,7 @@ def test_hooks_in_a_config_are_refused(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SafetyError) as caught:
-        subject.load(subject.open_subject(str(folder), None if "revision" in HOOKS[name] else str(base)))
+        opened_model.load(opened_model.open_subject(str(folder), None if "revision" in HOOKS[name] else str(base)))
     assert caught.value.exit_code == 7
     assert not (tmp_path / "touched").exists()
 
@@ -282,4 +283,4 @@ def test_a_pickled_adapter_is_refused(whole: Path, base: Path, tmp_path: Path) -
     shutil.copytree(whole, folder)
     (folder / TENSORS).rename(folder / "adapter_model.bin")
     with pytest.raises(SafetyError, match="a pickle"):
-        subject.load(subject.open_subject(str(folder), str(base)))
+        opened_model.load(opened_model.open_subject(str(folder), str(base)))

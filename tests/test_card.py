@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from loratune import card
-from loratune.merging import merge
+from loratune.commands.merge import merge
 from tests import tiny
 from tests.conftest import Fit
 

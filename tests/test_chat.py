@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import model, subject
-from loratune.chatting import chat
-from loratune.conversation import HELP, Conversation
+from loratune import model
+from loratune.commands import opened_model
+from loratune.commands.chat import chat
+from loratune.commands.conversation import HELP, Conversation
 from loratune.errors import ModelError, UsageError
 from tests import templates, tiny
 
@@ -275,8 +276,8 @@ def test_an_adapter_is_asked_by_its_own_template(
 
 
 def conversation(name: Path, write: Any) -> Conversation:
-    what = subject.open_subject(str(name))
-    return Conversation(subject.load(what), what, None, 60, 0.0, False, write)
+    what = opened_model.open_subject(str(name))
+    return Conversation(opened_model.load(what), what, None, 60, 0.0, False, write)
 
 
 @pytest.mark.parametrize("tokens", [0, LONGEST])

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loratune import configs, fingerprint
-from loratune.merging import merge
+from loratune.commands.merge import merge
 from tests import tiny
 from tests.conftest import Fit
 

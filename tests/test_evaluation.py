@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import evaluation, fit, generate, merging, metrics, model, recipe, rows
+from loratune import fit, generate, metrics, model, recipe, rows
+from loratune.commands import evaluate, merge
+from loratune.commands.evaluate import evaluate
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
-from loratune.evaluation import evaluate
 from loratune.formats import Chat
 from loratune.objectives import Sft
 from loratune.system import regex_match
@@ -169,7 +170,7 @@ def test_json_table_and_default_predictions(run: Path) -> None:
         assert all(set(score) == {"value", "low", "high"} for score in found["scores"][system].values())
     assert Path(found["predictions"]) == run / "predictions.jsonl"
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 6
-    table = evaluation.show(result).splitlines()
+    table = evaluate.show(result).splitlines()
     assert table[0] == f"{run}: 6 rows, 6 answered (mean, 95 % bootstrap interval)"
     assert table[2].split() == ["base", "adapter", "intervals"]
     assert [line.split("  ")[0] for line in table[4:12]] == names
@@ -179,11 +180,9 @@ def test_json_table_and_default_predictions(run: Path) -> None:
 
 
 def test_apart_or_overlap() -> None:
-    low, high = evaluation.Score(1, 0.5, 1.5), evaluation.Score(2, 1.6, 2.5)
-    for other, word in ((high, "apart"), (evaluation.Score(1.4, 1.4, 2), "overlap")):
-        shown = evaluation.show(
-            evaluation.Evaluation("x", 1, 0, {"base": {"loss": low}, "adapter": {"loss": other}}, None)
-        )
+    low, high = evaluate.Score(1, 0.5, 1.5), evaluate.Score(2, 1.6, 2.5)
+    for other, word in ((high, "apart"), (evaluate.Score(1.4, 1.4, 2), "overlap")):
+        shown = evaluate.show(evaluate.Evaluation("x", 1, 0, {"base": {"loss": low}, "adapter": {"loss": other}}, None))
         assert shown.splitlines()[-1].endswith(word)
 
 
@@ -263,7 +262,7 @@ def test_memory_that_runs_out_is_told(
 
     monkeypatch.setattr(Sft, "scores", fail)
     monkeypatch.setattr(generate, "_generate", fail)
-    monkeypatch.setattr(merging, "_fold", fail)
+    monkeypatch.setattr(merge, "_fold", fail)
     for use, hint in (
         (lambda: evaluate(run), "--batch-size 1"),
         (lambda: loratune.chat(run, "hello"), "--max-new-tokens"),

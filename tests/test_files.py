@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, console, guard, inputs, inspecting, prepare, recipe, report, rows, subject
+from loratune import cli, guard, inputs, prepare, recipe, report, rows
+from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
@@ -155,7 +156,7 @@ def test_names_the_system_does_not_take(tmp_path: Path, base: Path, name: str) -
             with pytest.raises(RecipeError):
                 recipe.load(path, [f"{words[0]}=./{name}"])
     with pytest.raises(LoratuneError) as caught:
-        subject.open_subject(f"./{name}")
+        opened_model.open_subject(f"./{name}")
     assert caught.value.exit_code == 2
     with pytest.raises(RecipeError):
         recipe.load(tmp_path / name)
@@ -420,7 +421,7 @@ def test_adapters_and_recipes_are_asked_for_it(fit: Fit, base: Path, monkeypatch
     config = {**json.loads(file.read_text()), "rank_pattern": {r"(.|..|\w+)*!": 4}}
     file.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"adapter_config.json: .*`rank_pattern`: an expression takes more than 1 s"):
-        subject.load(subject.open_subject(str(run)))
+        opened_model.load(opened_model.open_subject(str(run)))
 
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a{99999999999}", ""])
@@ -443,7 +444,7 @@ def test_any_flipped_bit_in_the_cache_is_seen(
     """In every file of it, at both ends and between: rows are read anew, and that is said."""
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
     loaded = recipe.load(tiny.write_recipe(tmp_path, base, rows=6))
-    wanted = json.dumps(inspecting.inspect(loaded).as_json())
+    wanted = json.dumps(inspect.inspect(loaded).as_json())
     (home,) = (tmp_path / "cache" / "rows").iterdir()
     assert "read anew" not in capsys.readouterr().err
     for name in ("rows.arrow", "ledger.jsonl", "about.json"):
@@ -452,9 +453,9 @@ def test_any_flipped_bit_in_the_cache_is_seen(
             whole = bytearray((home / name).read_bytes())
             whole[place] ^= 4
             (home / name).write_bytes(whole)
-            assert json.dumps(inspecting.inspect(loaded).as_json()) == wanted
+            assert json.dumps(inspect.inspect(loaded).as_json()) == wanted
             assert "rows in the cache were not as they were written: read anew" in capsys.readouterr().err
-            inspecting.inspect(loaded)
+            inspect.inspect(loaded)
             assert "read anew" not in capsys.readouterr().err
 
 
@@ -493,11 +494,11 @@ def test_messages_that_are_not_utf8(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_message_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "LONGEST", 10)
+    monkeypatch.setattr(chat_input, "LONGEST", 10)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 9 + "\n" + "b" * 11))
-    assert console.read() == "a" * 9
+    assert chat_input.read() == "a" * 9
     with pytest.raises(UsageError, match="a message of more than 10 characters"):
-        console.read()
+        chat_input.read()
 
 
 def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:

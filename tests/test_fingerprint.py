@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import bases, chatting, cli, fingerprint, recipe, run, subject
+from loratune import bases, cli, fingerprint, recipe, run
+from loratune.commands import chat, opened_model
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.recipe import Model
 from loratune.system import storage
@@ -104,7 +105,7 @@ def test_a_near_miss_is_refused(trained: Path, base: Path, tmp_path: Path, name:
     change, said = NEAR[name]
     other = near(base, tmp_path / "other", change)
     with pytest.raises(BaseMismatchError) as caught:
-        subject.load(subject.open_subject(str(trained), str(other)))
+        opened_model.load(opened_model.open_subject(str(trained), str(other)))
     assert caught.value.exit_code == 8
     assert said in str(caught.value)
     assert str(base) in str(caught.value)
@@ -116,7 +117,7 @@ def test_every_command_refuses_another_base(trained: Path, base: Path, tmp_path:
     calls: list[Callable[[], object]] = [
         lambda: loratune.evaluate(trained, data=str(trained.parent / "eval.jsonl"), base=other),
         lambda: loratune.merge(trained, tmp_path / "merged", base=other),
-        lambda: chatting.chat(trained, prompt="a", base=other),
+        lambda: chat.chat(trained, prompt="a", base=other),
     ]
     for call in calls:
         with pytest.raises(BaseMismatchError):
@@ -137,7 +138,7 @@ def test_what_is_allowed_is_told_and_recorded(
     merged = loratune.merge(trained, tmp_path / "merged", base=other, allow_base_mismatch=True)
     assert merged.base_differs == (told,)
     assert storage.read_json(tmp_path / "merged" / "MANIFEST.json")["base_differs"] == [told]
-    chatting.chat(trained, prompt="a", base=other, max_new_tokens=1, allow_base_mismatch=True)
+    chat.chat(trained, prompt="a", base=other, max_new_tokens=1, allow_base_mismatch=True)
     assert "as allowed" in capsys.readouterr().err
 
 
@@ -183,8 +184,8 @@ def test_the_same_base_elsewhere(trained: Path, base: Path, tmp_path: Path) -> N
     for file in base.glob("token*"):
         shutil.copy(file, copy)
     (copy / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text())
-    what = subject.open_subject(str(trained), str(copy))
-    loaded = subject.load(what)
+    what = opened_model.open_subject(str(trained), str(copy))
+    loaded = opened_model.load(what)
     assert loaded.base_differs == ()
     assert loaded.notes == []
 
@@ -194,7 +195,7 @@ def test_an_adapter_without_a_fingerprint_is_told(trained: Path, base: Path, tmp
     plain.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(trained / name, plain / name)
-    loaded = subject.load(subject.open_subject(str(plain), str(base)))
+    loaded = opened_model.load(opened_model.open_subject(str(plain), str(base)))
     assert loaded.notes == ["plain: without loratune.json, so whether this is its base is not known"]
 
 
@@ -202,7 +203,7 @@ def test_another_tokenizer_is_told(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints"))
     (copy / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    loaded = subject.load(subject.open_subject(str(copy)))
+    loaded = opened_model.load(opened_model.open_subject(str(copy)))
     assert loaded.notes == ["the chat template is another than the one copy was trained with"]
 
 
@@ -214,17 +215,17 @@ def test_a_damaged_fingerprint_is_an_error(trained: Path, tmp_path: Path, text: 
     shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints"))
     (copy / "loratune.json").write_text(text)
     with pytest.raises(ModelError, match="is damaged"):
-        subject.load(subject.open_subject(str(copy)))
+        opened_model.load(opened_model.open_subject(str(copy)))
 
 
 def test_full_fine_tuning_remembers_its_base_too(fit: Fit, base: Path, tmp_path: Path) -> None:
     done = fit(rows=8, method={"type": "full"}, optimizer={"lr": 1e-3})
     other = near(base, tmp_path / "other", one_byte)
-    what = subject.open_subject(str(done.folder))
+    what = opened_model.open_subject(str(done.folder))
     assert what.original is not None
     section = what.original.model_copy(update={"base": str(other)})
     with pytest.raises(BaseMismatchError):
-        subject.check_base(what, subject.load(what), section, allow_mismatch=False)
+        opened_model.check_base(what, opened_model.load(what), section, allow_mismatch=False)
 
 
 def test_a_large_model_is_sampled(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune import generate
-from loratune.chatting import chat
+from loratune.commands.chat import chat
+from loratune.commands.evaluate import evaluate
 from loratune.errors import DataError, UsageError
-from loratune.evaluation import evaluate
 from tests import tiny
 
 POSITIONS = 64

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import evaluation, inspecting, model, recipe, run, subject, templating, tokenizing
+from loratune import model, recipe, run, templating, tokenizing
+from loratune.commands import evaluate, inspect, opened_model
 from loratune.config import section
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.recipe import Model
@@ -284,7 +285,7 @@ def test_a_hostile_model_folder_is_refused(base: Path, tmp_path: Path, name: str
     FOLDERS[name](folder)
     for load in (
         lambda: model.load(Model(base=str(folder))),
-        lambda: subject.load(subject.open_subject(str(folder))),
+        lambda: opened_model.load(opened_model.open_subject(str(folder))),
         lambda: run.train(recipe.load(tiny.write_recipe(tmp_path, folder, rows=8))),
     ):
         with pytest.raises(SafetyError) as caught:
@@ -399,17 +400,17 @@ def test_trusted_code_runs_only_with_the_flag(fit: Fit, base: Path, tmp_path: Pa
     with pytest.raises(SafetyError, match="--trust-remote-code"):
         run.train(recipe.load(path))
     with pytest.raises(SafetyError, match="--trust-remote-code"):
-        inspecting.inspect(recipe.load(path))
+        inspect.inspect(recipe.load(path))
     assert not Path("CANARY").exists()
-    assert inspecting.inspect(recipe.load(path), trust_remote_code=True).rows == 8
+    assert inspect.inspect(recipe.load(path), trust_remote_code=True).rows == 8
     done = run.train(recipe.load(path), trust_remote_code=True)
     assert Path("CANARY").exists()
     assert storage.read_json(done.folder / "run.json")["trust_remote_code"] is True
     with pytest.raises(SafetyError):
-        subject.load(subject.open_subject(str(done.folder)))
-    assert subject.load(subject.open_subject(str(done.folder), trust=True)).notes == []
+        opened_model.load(opened_model.open_subject(str(done.folder)))
+    assert opened_model.load(opened_model.open_subject(str(done.folder), trust=True)).notes == []
     rows = str(tmp_path / "train.jsonl")
-    measured = evaluation.evaluate(str(done.folder), data=rows, limit=2, generate=False, trust_remote_code=True)
+    measured = evaluate.evaluate(str(done.folder), data=rows, limit=2, generate=False, trust_remote_code=True)
     assert measured.as_json()["trust_remote_code"] is True
 
 

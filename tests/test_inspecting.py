@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loratune import inspecting, recipe
+from loratune import recipe
 from loratune.cli import app
+from loratune.commands import inspect
 from loratune.errors import UsageError
 from tests import tiny
 
@@ -28,7 +29,7 @@ def path(tmp_path: Path, base: Path) -> Path:
 
 
 def test_trained_text_is_marked_and_nothing_is_lost(path: Path) -> None:
-    shown = inspecting.inspect(recipe.load(path), row=2).shown[0]
+    shown = inspect.inspect(recipe.load(path), row=2).shown[0]
     text = "<|im_start|>user\n<b> & ü?<|im_end|>\n<|im_start|>assistant\nnaïve 🦜<|im_end|>\n"
     assert "".join(piece.text for piece in shown.pieces) == text
     assert "".join(piece.text for piece in shown.pieces if piece.trained) == "naïve 🦜<|im_end|>"
@@ -39,24 +40,24 @@ def test_trained_text_is_marked_and_nothing_is_lost(path: Path) -> None:
 
 
 def test_brackets_without_colour_and_green_with_it(path: Path) -> None:
-    found = inspecting.inspect(recipe.load(path), row=2)
-    assert "assistant\n[[naïve 🦜<|im_end|>]]\n" in inspecting.as_text(found, colour=False)
-    assert "\x1b[32;1mnaïve 🦜<|im_end|>\x1b[0m" in inspecting.as_text(found, colour=True)
+    found = inspect.inspect(recipe.load(path), row=2)
+    assert "assistant\n[[naïve 🦜<|im_end|>]]\n" in inspect.as_text(found, colour=False)
+    assert "\x1b[32;1mnaïve 🦜<|im_end|>\x1b[0m" in inspect.as_text(found, colour=True)
 
 
 def test_which_rows(path: Path) -> None:
     loaded = recipe.load(path)
-    assert [row.number for row in inspecting.inspect(loaded, number=2).shown] == [1, 2]
-    drawn = [row.number for row in inspecting.inspect(loaded, random=True, number=4).shown]
-    assert drawn == [row.number for row in inspecting.inspect(loaded, random=True, number=4).shown]
+    assert [row.number for row in inspect.inspect(loaded, number=2).shown] == [1, 2]
+    drawn = [row.number for row in inspect.inspect(loaded, random=True, number=4).shown]
+    assert drawn == [row.number for row in inspect.inspect(loaded, random=True, number=4).shown]
     assert len(set(drawn)) == 4
     assert drawn != [1, 2, 3, 4]
     with pytest.raises(UsageError, match="no row 6: there are 5, counted from 1"):
-        inspecting.inspect(loaded, row=6)
+        inspect.inspect(loaded, row=6)
 
 
 def test_page_shows_the_row_and_escapes_it(path: Path) -> None:
-    page = inspecting.as_html(inspecting.inspect(recipe.load(path), row=2), "a <title>")
+    page = inspect.as_html(inspect.inspect(recipe.load(path), row=2), "a <title>")
     assert "<b>" not in page
     body = re.search("<pre>(.*)</pre>", page, re.DOTALL)
     assert body is not None
@@ -99,5 +100,5 @@ def test_rows_are_read_without_torch(path: Path) -> None:
     if alone.stdout.strip() == "True":
         pytest.skip("this transformers imports torch with its tokenizers")
     done = subprocess.run([sys.executable, "-c", CODE], cwd=path.parent, capture_output=True, text=True)
-    lengths = [row.tokens for row in inspecting.inspect(recipe.load(path), number=5).shown]
+    lengths = [row.tokens for row in inspect.inspect(recipe.load(path), number=5).shown]
     assert (done.stdout.strip(), done.stderr) == (f"False {lengths}", "")

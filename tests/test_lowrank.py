@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
-from loratune import loop, subject
+from loratune import loop
+from loratune.commands import opened_model
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.methods import Lora, lowrank
@@ -212,7 +213,7 @@ def test_an_adapter_that_is_loaded_goes_the_same_way(fit: Fit, prompts: list[tor
         for parameter in done.net.parameters():
             parameter.copy_(parameter.bfloat16() if parameter.requires_grad and dtype == "bfloat16" else parameter)
     wanted = logits(done.net, prompts)
-    again = subject.load(subject.open_subject(str(done.folder)))
+    again = opened_model.load(opened_model.open_subject(str(done.folder)))
     assert again.dtype is getattr(torch, dtype)
     assert {type(m).__name__ for m in again.model.modules() if hasattr(m, "lora_A")} == {"FewPasses"}
     assert torch.equal(logits(again.model, prompts), wanted)

@@ -7,10 +7,11 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from loratune import checkpoint, cli, evaluation, inspecting, outputs, starter
+from loratune import checkpoint, cli, outputs
+from loratune.commands import evaluate, init, inspect
+from loratune.commands.evaluate import evaluate
+from loratune.commands.merge import merge
 from loratune.errors import StorageError, UsageError
-from loratune.evaluation import evaluate
-from loratune.merging import merge
 from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit
@@ -144,7 +145,7 @@ def test_eval_and_inspect_ask_before_any_work(base: Path, tmp_path: Path, monkey
     """The command line does so, also with what the recipe of a run names."""
     recipe = tiny.write_recipe(tmp_path, base, rows=2, data={"eval": "eval.jsonl", "chat_template": "own.jinja"})
     (tmp_path / "own.jinja").write_text("")
-    monkeypatch.setattr(inspecting, "inspect", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(inspect, "inspect", lambda *_, **__: pytest.fail("it began"))
     runner = CliRunner()
     for name, what in (("own.jinja", "`data.chat_template`"), ("link.html", "`data.chat_template`")):
         (tmp_path / "link.html").unlink(missing_ok=True)
@@ -154,7 +155,7 @@ def test_eval_and_inspect_ask_before_any_work(base: Path, tmp_path: Path, monkey
         assert f"{name}: is what {what} names" in str(done.exception)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(LINE)
-    monkeypatch.setattr(evaluation, "_rows", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(evaluate, "_rows", lambda *_: pytest.fail("it began"))
     with pytest.raises(UsageError, match="is what --data names"):
         evaluate(base, data=str(rows), out=rows)
 
@@ -174,11 +175,11 @@ def test_init_writes_into_nothing_that_stays_as_it_is(base: Path, tmp_path: Path
     before = contents(base)
     for folder in (base, base / "deep"):
         with pytest.raises(UsageError, match="lies in a base model, into which nothing is written"):
-            starter.write(folder, None)
+            init.write(folder, None)
     assert contents(base) == before
     (tmp_path / "recipe.yaml").symlink_to("elsewhere")
     with pytest.raises(StorageError, match=r"recipe.yaml: can't be written: File exists"):
-        starter.write(tmp_path, None)
+        init.write(tmp_path, None)
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from loratune import merging, model, quantization
+from loratune import model, quantization
+from loratune.commands import merge
 from loratune.errors import ModelError
 from loratune.methods.lowrank import is_of_bitsandbytes
 from loratune.recipe import Int8, Model, Nf4, NoQuantization
@@ -125,7 +126,7 @@ def test_an_adapter_is_merged_into_what_the_stored_weights_stand_for(
     stored: dict[str, Path], fit: Fit, tmp_path: Path, prompts: list[torch.Tensor], kind: str
 ) -> None:
     trained = fit("a", model={"base": str(stored[kind])})
-    merged = merging.merge(trained.folder, tmp_path / "merged", dtype="float32")
+    merged = merge.merge(trained.folder, tmp_path / "merged", dtype="float32")
     assert merged.relative < 1e-5
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert quantization.kind_of(plain) == "none"

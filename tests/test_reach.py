@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loratune import recipe, run
+from loratune.commands.evaluate import evaluate
 from loratune.errors import DataError
-from loratune.evaluation import evaluate
 from tests import tiny
 from tests.test_generate import POSITIONS, made
 

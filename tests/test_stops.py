@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loratune
 from loratune import card, data, model, stops, store
-from loratune.chatting import chat
+from loratune.commands.chat import chat
+from loratune.commands.evaluate import evaluate
+from loratune.commands.merge import merge
 from loratune.encode import Encoder, Row
 from loratune.errors import ModelError, Place
-from loratune.evaluation import evaluate
-from loratune.merging import merge
 from loratune.recipe import Data, Source
 from tests import templates, tiny
 

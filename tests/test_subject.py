@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loratune import bases, cli, subject
-from loratune.chatting import chat
+from loratune import bases, cli
+from loratune.commands import opened_model
+from loratune.commands.chat import chat
+from loratune.commands.evaluate import evaluate
+from loratune.commands.merge import merge
 from loratune.errors import ModelError
-from loratune.evaluation import evaluate
-from loratune.merging import merge
 from loratune.recipe import Model
 from tests import tiny
 from tests.conftest import Fit
@@ -42,7 +43,7 @@ def test_a_moved_run_still_has_its_base(
     ):
         shutil.copy(tmp_path / "elsewhere" / name, copied / name)
     for folder in (tmp_path / "elsewhere", copied):
-        assert subject.open_subject(str(folder)).base.base == str(moving)
+        assert opened_model.open_subject(str(folder)).base.base == str(moving)
         rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(4))
         found = evaluate(folder, data=str(rows), generate=False)
         assert set(found.scores) == {"base", "adapter"}
@@ -73,7 +74,7 @@ def test_a_base_that_moved(left: str, fit: Fit, moving: Path, tmp_path: Path) ->
         assert problem.message == "no such folder: the base it was trained on lay here"
         assert problem.hint == "name where it lies now with --base"
         assert "repo" not in str(error.value).lower()
-    assert subject.open_subject(str(run), str(now)).base.base == str(now)
+    assert opened_model.open_subject(str(run), str(now)).base.base == str(now)
     merge(run, tmp_path / "merged", base=str(now))
 
 
@@ -92,7 +93,7 @@ def test_an_adapter_of_a_hub_model_names_it(monkeypatch: pytest.MonkeyPatch, fit
     (run / "recipe.yaml").unlink()
     config = (run / "adapter_config.json").read_text()
     (run / "adapter_config.json").write_text(config.replace('path": null', 'path": "owner/name"'))
-    assert subject.open_subject(str(run)).base.base == "owner/name"
+    assert opened_model.open_subject(str(run)).base.base == "owner/name"
 
 
 @pytest.fixture

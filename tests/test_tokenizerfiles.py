@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loratune import modelfolder, tokenizerfiles
-from loratune.merging import merge
+from loratune.commands.merge import merge
 from tests import tiny
 from tests.conftest import Fit
 

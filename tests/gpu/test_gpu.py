@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import apart, attention, evaluation
+from loratune import apart, attention
+from loratune.commands import evaluate
 from loratune.encode import Row
 from loratune.objectives import Sft
 from loratune.optimizers import bnb
@@ -215,7 +216,7 @@ def test_an_evaluation_over_a_large_vocabulary_holds_few_logits(tmp_path: Path) 
     """All logits of a micro-batch would take 3 GB in 16 bit, and twice that in float32."""
     base = tiny.save(tmp_path / "base", vocab_size=WORDS)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{n:03} a red cat " * 17} for n in range(64)])
-    result, peak = peak_of(lambda: evaluation.evaluate(base, data=str(rows), format="text", generate=False))
+    result, peak = peak_of(lambda: evaluate.evaluate(base, data=str(rows), format="text", generate=False))
     assert result.rows == 64
     assert peak < 64 * 200 * WORDS * 2 / 3
 

@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loratune import model, subject, tokenizing
+from loratune import model, tokenizing
+from loratune.commands import opened_model
 from loratune.errors import ModelError
 from loratune.methods import Lora, saved
 from loratune.methods.lora import _best_of_rank
@@ -71,7 +72,7 @@ def test_peft_gives_exactly_our_logits(fit: Fit, base: Path, biased: Path, promp
     assert done.column("loss")[-1] < done.column("loss")[0]
     ours = logits(done.net, prompts)
     assert torch.equal(logits(_peft(done, on), prompts), ours)
-    again = subject.load(subject.open_subject(str(done.folder)))
+    again = opened_model.load(opened_model.open_subject(str(done.folder)))
     assert torch.equal(logits(again.model, prompts), ours)
     assert _effect(done.net, prompts) > 1e-2, "an adapter that does nothing would pass"
     facts = done.facts()

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import bases, subject
+from loratune import bases
+from loratune.commands import opened_model
 from tests import tiny
 from tests.other_readers import gguf_file
 
@@ -59,7 +60,7 @@ def write(folder: Path, name: str) -> None:
     base = place / "base"
     run = train(work / "lora", base)
     if name != "mixtral":  # matrices on fused experts are for transformers 5 alone, which is told when they are trained
-        expect(place / "run", run, subject.load(subject.open_subject(str(run)), exact=True).model, base)
+        expect(place / "run", run, opened_model.load(opened_model.open_subject(str(run)), exact=True).model, base)
     loratune.merge(run, work / "merged")
     expect(place / "merged", work / "merged", load(work / "merged"))
     full = train(work / "full", base, method={"type": "full"}, optimizer={"type": "adamw", "lr": 1e-3})
@@ -78,7 +79,7 @@ def main(folder: Path, older: str) -> int:
     expect(folder / "gguf" / "base", made, load(folder / "llama" / "base"))  # what the file was made of
     (folder / "gguf" / "work").mkdir()
     run = train(folder / "gguf" / "work" / "lora", file)
-    expect(folder / "gguf" / "run", run, subject.load(subject.open_subject(str(run)), exact=True).model, made)
+    expect(folder / "gguf" / "run", run, opened_model.load(opened_model.open_subject(str(run)), exact=True).model, made)
     loratune.merge(run, folder / "gguf" / "work" / "merged")
     expect(folder / "gguf" / "merged", folder / "gguf" / "work" / "merged", load(folder / "gguf" / "work" / "merged"))
     return subprocess.run([older, script, "compare", str(folder)]).returncode

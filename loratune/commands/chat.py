@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from loratune import bases, console, model, report, subject
-from loratune.conversation import LEAVE, Conversation
+from loratune import bases, model, report
+from loratune.commands import chat_input, opened_model
+from loratune.commands.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
@@ -49,8 +50,8 @@ def chat(
     """
     bases.quiet()
     torch.manual_seed(seed)
-    what = subject.open_subject(str(name), base, trust_remote_code)
-    loaded = subject.load(what, allow_mismatch=allow_base_mismatch)
+    what = opened_model.open_subject(str(name), base, trust_remote_code)
+    loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)
     tell = report.Report()
     for note in loaded.notes:
         tell.problem(note)
@@ -59,13 +60,13 @@ def chat(
         tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
     if prompt is not None:
         return _answer(talk, prompt, tell)
-    return _on_terminal(talk, tell) if console.interactive() else _in_a_row(talk, tell)
+    return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)
 
 
 def _in_a_row(talk: Conversation, tell: report.Report) -> str:
     """Answer the lines of a file or a pipe; Ctrl-C and an error in an answer end it."""
     answer = ""
-    while (line := console.read()) is not None and line.strip() not in LEAVE:
+    while (line := chat_input.read()) is not None and line.strip() not in LEAVE:
         if line.startswith("/"):
             _carry_out(talk, line, tell)
         elif line.strip():
@@ -75,12 +76,12 @@ def _in_a_row(talk: Conversation, tell: report.Report) -> str:
 
 def _on_terminal(talk: Conversation, tell: report.Report) -> str:
     """Hold a conversation: nothing but its end, or Ctrl-C twice where nothing is said, ends it."""
-    console.edit_lines()
+    chat_input.edit_lines()
     tell.note(HELLO)
     answer, warned = "", False
     while True:
         try:
-            message = console.read()
+            message = chat_input.read()
         except KeyboardInterrupt:
             if warned:
                 return answer

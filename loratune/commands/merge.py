@@ -10,20 +10,8 @@ from typing import Any
 
 import torch
 
-from loratune import (
-    bases,
-    card,
-    configs,
-    fingerprint,
-    guard,
-    model,
-    modelfolder,
-    outputs,
-    report,
-    stops,
-    subject,
-    tokenizing,
-)
+from loratune import bases, card, configs, fingerprint, guard, model, modelfolder, outputs, report, stops, tokenizing
+from loratune.commands import opened_model
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 from loratune.system import files, storage  # fmt: skip
@@ -97,9 +85,11 @@ def merge(
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
-    what, folder = subject.open_adapter(str(name), base, trust_remote_code)
+    what, folder = opened_model.open_adapter(str(name), base, trust_remote_code)
     outputs.check(target, "--out", what.base.base)
-    loaded = subject.load(what, True, allow_base_mismatch)  # float32: the sum W + s B A is rounded once, at the end
+    loaded = opened_model.load(
+        what, True, allow_base_mismatch
+    )  # float32: the sum W + s B A is rounded once, at the end
     for line in loaded.notes:
         tell.problem(line)
     wanted = _dtype(dtype, bases.folder_of(what.base))
@@ -173,7 +163,7 @@ def _logits(net: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _write(
-    done: Merge, merged: Any, tokenizer: Any, dtype: torch.dtype, what: subject.Subject, ends: Sequence[int]
+    done: Merge, merged: Any, tokenizer: Any, dtype: torch.dtype, what: opened_model.Subject, ends: Sequence[int]
 ) -> None:
     merged.config.dtype, target = dtype, done.folder
     try:
@@ -194,7 +184,7 @@ def _write(
     storage.commit(target, write, about, replace=False)
 
 
-def _card(done: Merge, tokenizer: Any, what: subject.Subject, ends: Sequence[int]) -> str:
+def _card(done: Merge, tokenizer: Any, what: opened_model.Subject, ends: Sequence[int]) -> str:
     import loratune
 
     assert what.adapter is not None
@@ -205,7 +195,7 @@ def _card(done: Merge, tokenizer: Any, what: subject.Subject, ends: Sequence[int
     return card.merged(title, what.adapter.name, base, about, chat, list(stops.named(ends, tokenizer)))
 
 
-def _tokenizer_source(what: subject.Subject, tokenizer: Any) -> Path:
+def _tokenizer_source(what: opened_model.Subject, tokenizer: Any) -> Path:
     """Return where the merged model's tokenizer files come from: the base, unless the adapter has another tokenizer."""
     base, adapter = bases.folder_of(what.base), what.adapter
     if adapter is None or not (adapter / configs.TOKENIZER).is_file():

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import adapter, bases, data, fit, generate, loop, metrics, model, outputs, reach, report, stops, subject
+from loratune import adapter, bases, data, fit, generate, loop, metrics, model, outputs, reach, report, stops
 from loratune.batches import AUTO_TOKENS, in_length_order
+from loratune.commands import opened_model
+from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
 from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.objectives import Sft, head
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
-from loratune.subject import Subject
 from loratune.system import files, regex_match, storage
 
 
@@ -117,11 +118,11 @@ def evaluate(
     if regex is not None:
         regex_match.check(regex)
     tell = report.Report()
-    what = subject.open_subject(str(name), base, trust_remote_code)
+    what = opened_model.open_subject(str(name), base, trust_remote_code)
     inputs = outputs.inputs_of(what.recipe) if what.recipe else []
     inputs = [("--data", data), *inputs] if data is not None else inputs
     path = outputs.predictions(str(name), out, what.base.base, inputs) if generate else None
-    tokenizer = subject.tokenizer(what)
+    tokenizer = opened_model.tokenizer(what)
     encoder = Encoder(tokenizer)
     rows = _rows(what, data, format, encoder, limit)
     for line in _about(rows):
@@ -235,12 +236,12 @@ def _about(rows: Rows) -> Iterator[str]:
 def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.Loaded]]:
     """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
     if what.adapter is not None:
-        loaded = subject.load_base(what, allow_mismatch=allow_mismatch)
+        loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
         if adapter.changes_biases(what.adapter):  # those of the base are lost with it
             yield "base", loaded
-            loaded.model = subject.attach(loaded.model, what.adapter, "default")
+            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")
         else:
-            loaded.model = subject.attach(loaded.model, what.adapter, "default")  # now, as it may not fit
+            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")  # now, as it may not fit
             with loaded.model.disable_adapter():
                 yield "base", loaded
         loaded.model.eval()
@@ -248,7 +249,7 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.L
         return
     if what.original is not None and what.original.base != what.base.base:
         original = _ready(model.load(what.original, trust=what.trust))
-        subject.check_base(what, original, what.original, allow_mismatch)
+        opened_model.check_base(what, original, what.original, allow_mismatch)
         yield "base", original
     yield "model", _ready(model.load(what.base, trust=what.trust))
 

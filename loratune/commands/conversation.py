@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import adapter, fingerprint, generate, model, stops, subject
+from loratune import adapter, fingerprint, generate, model, stops
+from loratune.commands import opened_model
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
 from loratune.formats import RowError
@@ -65,7 +66,7 @@ class Conversation:
     """
 
     def __init__(
-        self, loaded: model.Loaded, what: subject.Subject, system: str | None, max_new_tokens: int, temperature: float,
+        self, loaded: model.Loaded, what: opened_model.Subject, system: str | None, max_new_tokens: int, temperature: float,
         allow_base_mismatch: bool, write: Callable[[str], None],
     ):  # fmt: skip
         self.loaded, self.base, self.allow_base_mismatch = loaded, what.base, allow_base_mismatch
@@ -186,7 +187,7 @@ class Conversation:
             return "name an adapter: /adapter FOLDER"
         name, notes = argument, list[str]()
         if argument not in self.adapters:
-            what, folder = subject.open_adapter(argument, self.base.base)
+            what, folder = opened_model.open_adapter(argument, self.base.base)
             known = [name for name, one in self.adapters.items() if one.folder == folder]
             name = known[0] if known else self._load(what, folder, notes)
         speaker = self.adapters[name]
@@ -197,16 +198,16 @@ class Conversation:
         self.active, self.alone = speaker, False
         return "\n".join([*notes, f"now: {name} (loaded: {', '.join(self.adapters)})"])
 
-    def _load(self, what: subject.Subject, folder: Path, notes: list[str]) -> str:
+    def _load(self, what: opened_model.Subject, folder: Path, notes: list[str]) -> str:
         """Load an adapter on the base; return the name it is shown by, and add to `notes` what is to be told."""
         self._check_biases("another adapter")
         if self.adapters and adapter.changes_biases(folder):
             raise UsageError(Problem("brings bias vectors, which would change the others", Place(str(folder)), ALONE))
-        tokenizer = subject.tokenizer(what)
+        tokenizer = opened_model.tokenizer(what)
         found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
         peft = f"adapter{self._loads}" if self._loads else "default"
         speaker = Speaker.of(folder, peft, tokenizer)
-        self.loaded.model = subject.attach(self.loaded.model, folder, peft)
+        self.loaded.model = opened_model.attach(self.loaded.model, folder, peft)
         self._loads += 1
         self.loaded.model.eval()
         name = self._unused(folder)

@@ -1,0 +1,1 @@
+"""What a person asks for beside training, one file each."""
