@@ -12,11 +12,11 @@ from typing import Any
 
 from loratune import batches
 from loratune.apart import Packing
+from loratune.console import size
 from loratune.data import Rows
 from loratune.errors import ModelError
 from loratune.footprint import Cost
 from loratune.recipe import Recipe
-from loratune.report import size
 
 # tokens of a micro-batch of `auto`, best first: more keep a GPU busy, less than the last are slow
 BUDGETS = {"cpu": (4096, 2048, 1024), "cuda": (16384, 8192, 4096, 2048)}

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from loratune.checkpoint import Found
+from loratune.console import Report
 from loratune.errors import Place, Problem, RunFolderError, shorten
 from loratune.recipe import Recipe, Train
-from loratune.report import Report
 from loratune.schedules import rate, warmup_steps
 
 # Keys that decide nothing of what is optimized: where and how often something is written or measured, and how much is

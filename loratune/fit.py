@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 
 from loratune import quantization
 from loratune.activations import Plan
+from loratune.console import size
 from loratune.data import Rows
 from loratune.footprint import Cost
 from loratune.model import Loaded, count_parameters
 from loratune.objectives import head
 from loratune.recipe import Recipe
-from loratune.report import size
 from loratune.system import limits
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest

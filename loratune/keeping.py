@@ -32,11 +32,11 @@ from loratune import (
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
+from loratune.console import Report
 from loratune.data import Rows
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.footprint import Cost
 from loratune.recipe import Recipe
-from loratune.report import Report
 from loratune.states import Randomness
 from loratune.system import storage  # fmt: skip
 

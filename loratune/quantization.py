@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from loratune.console import size
 from loratune.errors import ModelError, Place, Problem, SetupError, listed
 from loratune.methods.lowrank import is_of_bitsandbytes
 from loratune.recipe import Fp4, Int8, Model, Nf4, Recipe, refused_over
-from loratune.report import size
 
 _TELL = 0.05  # part (0-1) of the weights that may stay as they are without a word: norms, odd layers
 

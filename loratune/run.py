@@ -45,13 +45,13 @@ from loratune import (
     tokenizing,
 )
 from loratune.checkpoint import Found, Progress
+from loratune.console import Report, duration, size
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.keeping import Job
 from loratune.methods import saved
 from loratune.recipe import Recipe
-from loratune.report import Report, duration, size
 from loratune.schedules import rate, warmup_steps
 from loratune.signals import Signals
 from loratune.system import garbage, regex_match, storage  # fmt: skip

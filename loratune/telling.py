@@ -18,9 +18,9 @@ import loratune
 from loratune import batches, model
 from loratune.activations import Plan
 from loratune.apart import Packing
+from loratune.console import Report, size
 from loratune.data import DAMAGED, Rows
 from loratune.recipe import Recipe
-from loratune.report import Report, size
 from loratune.rows import chosen
 from loratune.schedules import warmup_steps
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, guard, inputs, prepare, recipe, report, rows
+from loratune import cli, console, guard, inputs, prepare, recipe, rows
 from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
 from loratune.encode import Encoder
@@ -507,13 +507,13 @@ def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
     step = {"kind": "step", "number": 1, "loss": 2.5, "seconds": 1.0, "tokens": 8}
     odd = [{**step, "loss": "x"}, {"kind": "step", "number": 1}, {"kind": ["step"]}, [step], {**step, "kind": "other"}]
     path.write_bytes(b"".join(json.dumps(one).encode() + b"\n" for one in [step, *odd]) + b'\xff{"kind": "st')
-    taken = report.Report(metrics=path)
+    taken = console.Report(metrics=path)
     taken.go_on_from(1)
     assert taken.train == [(1, 2.5)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [step]
     path.unlink()
     path.symlink_to("elsewhere")
-    resumed = report.Report(metrics=path)
+    resumed = console.Report(metrics=path)
     resumed.go_on_from(1)
     resumed._write(step)
     assert not path.is_symlink()
@@ -521,4 +521,4 @@ def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(StorageError, match="can't be read: a pipe"):
-        report.Report(metrics=path).go_on_from(1)
+        console.Report(metrics=path).go_on_from(1)

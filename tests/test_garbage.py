@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratune import model
-from loratune.report import Report
+from loratune.console import Report
 from loratune.system import garbage
 from tests.conftest import Fit
 

@@ -15,8 +15,8 @@ import pytest
 
 import loratune
 from loratune import recipe, redact
+from loratune.console import Report
 from loratune.errors import LoratuneError, Place, Problem, RecipeError
-from loratune.report import Report
 from loratune.system import storage
 from tests import tiny
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from loratune import bases, model, report
+from loratune import bases, console, model
 from loratune.commands import chat_input, opened_model
 from loratune.commands.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
@@ -52,7 +52,7 @@ def chat(
     torch.manual_seed(seed)
     what = opened_model.open_subject(str(name), base, trust_remote_code)
     loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)
-    tell = report.Report()
+    tell = console.Report()
     for note in loaded.notes:
         tell.problem(note)
     talk = Conversation(loaded, what, system, max_new_tokens, temperature, allow_base_mismatch, _write)
@@ -63,7 +63,7 @@ def chat(
     return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)
 
 
-def _in_a_row(talk: Conversation, tell: report.Report) -> str:
+def _in_a_row(talk: Conversation, tell: console.Report) -> str:
     """Answer the lines of a file or a pipe; Ctrl-C and an error in an answer end it."""
     answer = ""
     while (line := chat_input.read()) is not None and line.strip() not in LEAVE:
@@ -74,7 +74,7 @@ def _in_a_row(talk: Conversation, tell: report.Report) -> str:
     return answer
 
 
-def _on_terminal(talk: Conversation, tell: report.Report) -> str:
+def _on_terminal(talk: Conversation, tell: console.Report) -> str:
     """Hold a conversation: nothing but its end, or Ctrl-C twice where nothing is said, ends it."""
     chat_input.edit_lines()
     tell.note(HELLO)
@@ -108,14 +108,14 @@ def _on_terminal(talk: Conversation, tell: report.Report) -> str:
             tell.note("stopped")
 
 
-def _answer(talk: Conversation, text: str, tell: report.Report) -> str:
+def _answer(talk: Conversation, text: str, tell: console.Report) -> str:
     answer = talk.say(text)
     if talk.room is not None:
         tell.note(f"answers end after {talk.room:,} tokens here: the model has no more positions")
     return answer
 
 
-def _carry_out(talk: Conversation, line: str, tell: report.Report) -> None:
+def _carry_out(talk: Conversation, line: str, tell: console.Report) -> None:
     try:
         tell.note(talk.command(line.strip()))
     except LoratuneError as error:

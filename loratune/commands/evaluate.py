@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import adapter, bases, data, fit, generate, loop, metrics, model, outputs, reach, report, stops
+from loratune import adapter, bases, console, data, fit, generate, loop, metrics, model, outputs, reach, stops
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
@@ -117,7 +117,7 @@ def evaluate(
     bases.quiet()
     if regex is not None:
         regex_match.check(regex)
-    tell = report.Report()
+    tell = console.Report()
     what = opened_model.open_subject(str(name), base, trust_remote_code)
     inputs = outputs.inputs_of(what.recipe) if what.recipe else []
     inputs = [("--data", data), *inputs] if data is not None else inputs
@@ -178,7 +178,7 @@ def show(result: Evaluation) -> str:
         body.append([metric, *cells])
     head = ["", *systems, *(["intervals"] if len(systems) == 2 else [])]
     lines = [f"{result.name}: {result.rows:,} rows, {result.generated:,} answered (mean, 95 % bootstrap interval)", ""]
-    lines.append(report.table(head, body))
+    lines.append(console.table(head, body))
     if result.predictions:
         lines += ["", f"predictions: {result.predictions}"]
     return "\n".join(lines)
@@ -217,7 +217,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
 
 
-def _matches(regex: str, answers: dict[int, str], tell: report.Report) -> dict[int, str | None]:
+def _matches(regex: str, answers: dict[int, str], tell: console.Report) -> dict[int, str | None]:
     """Return what the pattern finds in each answer; nothing, and told, where it takes too long: the rest is kept."""
     try:
         return dict(zip(answers, regex_match.found(regex, list(answers.values())), strict=True))
@@ -260,7 +260,7 @@ def _ready(loaded: model.Loaded) -> model.Loaded:
 
 
 def _with_room(
-    loaded: model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: report.Report
+    loaded: model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: console.Report
 ) -> dict[int, tuple[list[int], str]]:
     """Return the questions that leave a position for an answer; tell what is longer than the model's positions.
 

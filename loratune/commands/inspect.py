@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune import bases, data, report, tokenizing
+from loratune import bases, console, data, tokenizing
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import UsageError
@@ -73,12 +73,12 @@ def inspect(
     bases.quiet()
     tokenizer = tokenizing.of(recipe, trust_remote_code)
     encoder = Encoder(tokenizer)
-    with report.Report().counting("reading rows") as progress:
+    with console.Report().counting("reading rows") as progress:
         rows, held_out = data.of(recipe, encoder, progress)
     if rows.damaged or (held_out is not None and held_out.damaged):
-        report.Report().problem(data.DAMAGED)
+        console.Report().problem(data.DAMAGED)
     for line in rows.told_unread(held_out):
-        report.Report().problem(line)
+        console.Report().problem(line)
     if row is not None:
         if not 1 <= row <= len(rows):
             raise UsageError(f"no row {row}: there are {len(rows):,}, counted from 1")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import bases, card, configs, fingerprint, guard, model, modelfolder, outputs, report, stops, tokenizing
+from loratune import bases, card, configs, console, fingerprint, guard, model, modelfolder, outputs, stops, tokenizing
 from loratune.commands import opened_model
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
@@ -79,7 +79,7 @@ def merge(
         StorageError: when the folder can't be written.
     """
     bases.quiet()
-    tell = report.Report()
+    tell = console.Report()
     target = files.local(out)
     if files.there(target) and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))

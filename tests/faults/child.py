@@ -214,7 +214,7 @@ def no_memory() -> None:
 
     import torch
 
-    from loratune.report import Report
+    from loratune.console import Report
 
     record = Report.step
 

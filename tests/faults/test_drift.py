@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from loratune import drift, recipe, run
+from loratune.console import Report
 from loratune.errors import Interrupted, RunFolderError
 from loratune.recipe import Recipe
-from loratune.report import Report
 from loratune.schedules import Constant, Cosine
 from loratune.signals import Signals
 from tests import tiny

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from loratune import tiles
+from loratune.console import Report
 from loratune.objectives import head
-from loratune.report import Report
 from tests.conftest import Fit
 from tests.faults import scene
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loratune.report import Report
+from loratune.console import Report
 from tests.conftest import Fit
 from tests.faults import scene
 

@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from loratune import checkpoint, model, states
+from loratune.console import Report
 from loratune.errors import RunFolderError, StorageError
-from loratune.report import Report
 from tests.conftest import Fit, Trained
 
 SECTIONS: dict[str, Any] = {
