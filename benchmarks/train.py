@@ -110,7 +110,7 @@ def watched_steps(config: dict[str, Any], precision: str) -> tuple[list[float], 
 
 def clocked_attention() -> list[tuple[float, float]]:
     """Return a list that will hold the end and the seconds of each pass through attention of packed rows on a CPU."""
-    from loratune import tiles
+    from loratune.kernels import cpu_attention
 
     passes: list[tuple[float, float]] = []
 
@@ -124,7 +124,10 @@ def clocked_attention() -> list[tuple[float, float]]:
 
         return staticmethod(called)
 
-    tiles._Rows.forward, tiles._Rows.backward = clocked(tiles._Rows.forward), clocked(tiles._Rows.backward)
+    cpu_attention._Rows.forward, cpu_attention._Rows.backward = (
+        clocked(cpu_attention._Rows.forward),
+        clocked(cpu_attention._Rows.backward),
+    )
     return passes
 
 

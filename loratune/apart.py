@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune import attention, batches, loop, sharing
+from loratune import batches, loop, sharing
 from loratune.data import Rows
 from loratune.encode import Row
 from loratune.errors import ModelError, Place, Problem
+from loratune.kernels import packed_attention
 from loratune.model import Loaded
 from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
@@ -143,8 +144,8 @@ def why_not(
         other, _ = _logits(net, objective, [before, second], autocast, layout)
     except torch.OutOfMemoryError:
         raise
-    except (attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
-        if isinstance(error, TypeError) and attention.is_ours(error):
+    except (packed_attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
+        if isinstance(error, TypeError) and packed_attention.is_ours(error):
             raise
         return (str(error).splitlines() or [type(error).__name__])[0]
     seen = float(_distance(other, behind).max())
@@ -198,11 +199,11 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     ways: list[tuple[str, str, Layout]] = []
     if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
         layouts: list[Layout] = ["packed"] if unshared else ["shared", "packed"]
-        ways += [("rows", attention.NAME, layout) for layout in layouts]
+        ways += [("rows", packed_attention.NAME, layout) for layout in layouts]
     if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
         ways.append(("mask", own, "packed"))
     reasons: dict[str, str] = {}  # why each layout was not chosen, by the first attention that was tried
-    attention.register()
+    packed_attention.register()
     for by, name, layout in ways:
         loaded.model.set_attn_implementation(name)
         if loaded.model.config._attn_implementation != name:

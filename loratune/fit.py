@@ -19,8 +19,8 @@ from loratune.activations import Plan
 from loratune.console import size
 from loratune.data import Rows
 from loratune.footprint import Cost
+from loratune.kernels import linear_cross_entropy
 from loratune.model import Loaded, count_parameters
-from loratune.objectives import head
 from loratune.recipe import Recipe
 from loratune.system import limits
 
@@ -86,7 +86,7 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     """
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
-    logits = head.ROWS[loaded.device.type] * words * _LOGITS + _of_trained_head(loaded, net, words)
+    logits = linear_cross_entropy.ROWS[loaded.device.type] * words * _LOGITS + _of_trained_head(loaded, net, words)
     working = _WORKSPACE if loaded.device.type == "cuda" else 0
     dequantized = quantization.largest_dequantized(net, loaded.dtype)
     return gradients + _states(recipe, net) + logits + dequantized + working
@@ -175,7 +175,7 @@ def _of_trained_head(loaded: Loaded, net: Any, words: int) -> int:
     """Return what a head takes more where it is trained: larger chunks, in 16 bit its gradient's sum and summand."""
     trained = [p.numel() for p in net.get_output_embeddings().parameters() if p.requires_grad]
     half = loaded.device.type == "cuda" or loaded.dtype is not torch.float32
-    more = (head.TRAINED - 1) * head.ROWS[loaded.device.type] * words * _LOGITS
+    more = (linear_cross_entropy.TRAINED - 1) * linear_cross_entropy.ROWS[loaded.device.type] * words * _LOGITS
     return more + half * _SUM * sum(trained) if trained else 0
 
 

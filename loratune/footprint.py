@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import loop, states, tiles
+from loratune import loop, states
 from loratune.apart import Packing
 from loratune.data import Rows
 from loratune.encode import Row
+from loratune.kernels import cpu_attention
 from loratune.recipe import Recipe
 
 LENGTH = 23  # tokens of the longer of the two rows it is measured on: no width of a model
@@ -118,12 +119,12 @@ def _growth_by_tiles(batch: Mapping[str, Any], rows: Rows) -> float:
     """Return how much more probabilities tiles.py keeps per token of the longest rows it does so for than of a pack."""
     own = batch["cu_seq_lens_q"].diff().tolist()
     lengths = batch.get("cu_seq_lens_k", batch["cu_seq_lens_q"]).diff().tolist()
-    short = rows.lengths[rows.lengths <= tiles.KEPT]
+    short = rows.lengths[rows.lengths <= cpu_attention.KEPT]
     if not len(short):
         return 0.0
     times = short.max() / max(lengths)
-    there = tiles.scores_kept(*([math.ceil(length * times) for length in part] for part in (own, lengths)))
-    return float(there / (tiles.scores_kept(own, lengths) * times))
+    there = cpu_attention.scores_kept(*([math.ceil(length * times) for length in part] for part in (own, lengths)))
+    return float(there / (cpu_attention.scores_kept(own, lengths) * times))
 
 
 def _saved(

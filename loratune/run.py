@@ -23,7 +23,6 @@ from loratune import (
     batches,
     card,
     checkpoint,
-    compiler,
     data,
     drift,
     fingerprint,
@@ -50,6 +49,7 @@ from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.keeping import Job
+from loratune.kernels import torch_compile
 from loratune.methods import saved
 from loratune.recipe import Recipe
 from loratune.schedules import rate, warmup_steps
@@ -113,7 +113,7 @@ def train(
             if found:
                 facts["drift"] = found.seal["drift"]
                 drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
-            with garbage.seldom(), compiler.later():
+            with garbage.seldom(), torch_compile.later():
                 job = _prepare(recipe, folder, accelerator, report, facts, found)
             if found:
                 progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
@@ -186,12 +186,12 @@ def _prepare(
     optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    compiled = compiler.is_wanted(
+    compiled = torch_compile.is_wanted(
         settings.compile, where.type, fit.operations(net, train_rows, steps * settings.batch_size),
         found.seal.get("compiled") if found else None,
     )  # fmt: skip
     if compiled:
-        compiled, note = compiler.install(net, loaded.dtype, settings.compile, report.note)
+        compiled, note = torch_compile.install(net, loaded.dtype, settings.compile, report.note)
         loaded.notes += [note] if note else []
     batching = telling.batching(recipe, packing, train_rows, accelerator.num_processes)
     telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)

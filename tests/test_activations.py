@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, batches, footprint, keeping, quantization, recipe, tiles
+from loratune import activations, batches, footprint, keeping, quantization, recipe
 from loratune import fit as fits
 from loratune.activations import BUDGETS, Plan
 from loratune.apart import Packing
 from loratune.errors import ModelError, SetupError
 from loratune.footprint import Cost
+from loratune.kernels import cpu_attention
 from loratune.objectives import Sft
 from loratune.sharing import Layout
 from tests import test_attention as models
@@ -66,9 +67,12 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
     layout: Layout = "packed" if kind in ("packed", "nf4", "long") else "shared" if kind == "shared" else "padded"
     data: dict[str, Any] = {}
     if kind == "long":  # all rows: nothing is kept of the probabilities
-        turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two " * (tiles.KEPT // 3)}]
+        turns = [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "two " * (cpu_attention.KEPT // 3)},
+        ]
         rows = [{"messages": [{"role": "system", "content": word}, *turns]} for word in ("red", "blue") * 4]
-        data = {"train": str(tiny.write_jsonl(tmp_path / "long.jsonl", rows)), "max_length": 2 * tiles.KEPT}
+        data = {"train": str(tiny.write_jsonl(tmp_path / "long.jsonl", rows)), "max_length": 2 * cpu_attention.KEPT}
     done = fit(
         on=tiny.save(tmp_path / "deep", layers=6, hidden_size=128, intermediate_size=256),
         rows=8,

@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune import apart, attention, packing, sharing, tiles
+from loratune import apart, packing, sharing
 from loratune.encode import Row
 from loratune.errors import Place
+from loratune.kernels import cpu_attention, packed_attention
 from loratune.objectives import Sft, sft
 from loratune.sharing import Layout
 from tests.test_sharing import alike
@@ -89,8 +90,8 @@ def measured(net: Any, micro: list[dict[str, Any]]) -> tuple[float, dict[str, to
 
 
 def use(net: Any, by: str) -> None:
-    attention.register()
-    net.set_attn_implementation(attention.NAME if by == "rows" else "sdpa")
+    packed_attention.register()
+    net.set_attn_implementation(packed_attention.NAME if by == "rows" else "sdpa")
 
 
 @pytest.mark.parametrize("by", ["rows", "mask"])
@@ -240,8 +241,8 @@ def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest
             value[:, :, own[0]] = 0
         return attend(query, key, value, own, *others)
 
-    attend = tiles.attend
-    monkeypatch.setattr(tiles, "attend", shifted)
+    attend = cpu_attention.attend
+    monkeypatch.setattr(cpu_attention, "attend", shifted)
     assert "off when it is packed" in verdict(net, "rows")
 
 
@@ -251,11 +252,11 @@ def _one_row(*arguments: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
 
 
 def _no_window(*arguments: Any, sliding_window: Any = None, **others: Any) -> Any:
-    return attention.attend(*arguments, **others)
+    return packed_attention.attend(*arguments, **others)
 
 
 def _wrong_scale(*arguments: Any, scaling: float = 1.0, **others: Any) -> Any:
-    return attention.attend(*arguments, scaling=0.5 * scaling, **others)
+    return packed_attention.attend(*arguments, scaling=0.5 * scaling, **others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -266,19 +267,19 @@ def _wrong_scale(*arguments: Any, scaling: float = 1.0, **others: Any) -> Any:
 def test_the_self_test_finds_a_broken_attention(
     broken: Callable[..., Any], told: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention.register()
-    monkeypatch.setattr(attention, "register", lambda: None)
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    packed_attention.register()
+    monkeypatch.setattr(packed_attention, "register", lambda: None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, packed_attention.NAME, broken)
     assert told in verdict(made("Mistral", SLIDING, dtype), "rows")
 
 
 def _nothing_shared(*arguments: Any, key_places: Any = None, cu_seq_lens_k: Any = None, **others: Any) -> Any:
     """Attend to a row's own tokens only, as where a model does not hand on what is shared."""
-    return attention.attend(*arguments, **others)
+    return packed_attention.attend(*arguments, **others)
 
 
 def _another_rows_beginning(*arguments: Any, key_places: torch.Tensor, **others: Any) -> Any:
-    return attention.attend(*arguments, key_places=key_places.roll(1), **others)
+    return packed_attention.attend(*arguments, key_places=key_places.roll(1), **others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -286,9 +287,9 @@ def _another_rows_beginning(*arguments: Any, key_places: torch.Tensor, **others:
 def test_the_self_test_finds_what_is_not_shared_rightly(
     broken: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention.register()
-    monkeypatch.setattr(attention, "register", lambda: None)
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, broken)
+    packed_attention.register()
+    monkeypatch.setattr(packed_attention, "register", lambda: None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, packed_attention.NAME, broken)
     assert "a row's logits" in verdict(made("Llama", {}, dtype), "rows", layout="shared")
 
 
@@ -326,6 +327,6 @@ def test_chunked_attention_is_no_window() -> None:
 
 
 def test_registered_beside_transformers_own() -> None:
-    attention.register()
-    assert {attention.NAME, "sdpa"} <= set(AttentionInterface().valid_keys())
-    assert {attention.NAME, "sdpa"} <= set(AttentionMaskInterface().valid_keys())
+    packed_attention.register()
+    assert {packed_attention.NAME, "sdpa"} <= set(AttentionInterface().valid_keys())
+    assert {packed_attention.NAME, "sdpa"} <= set(AttentionMaskInterface().valid_keys())

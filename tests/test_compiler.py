@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import compiler
 from loratune.errors import SetupError
-from loratune.methods import Lora, elementwise
+from loratune.kernels import elementwise, torch_compile
+from loratune.methods import Lora
 from tests.test_sft import llama
 
 IMPORT = """
@@ -37,7 +37,7 @@ def test_a_function_is_compiled_once_when_it_is_called(monkeypatch: pytest.Monke
         return function
 
     monkeypatch.setattr(torch, "compile", compile_now)
-    with compiler.later():
+    with torch_compile.later():
         plain = torch.compile(lambda x: x + 1)
         dynamic = torch.compile(dynamic=True)(lambda x: x + 2)
         module = torch.compile(torch.nn.Identity())
@@ -50,7 +50,7 @@ def test_a_function_is_compiled_once_when_it_is_called(monkeypatch: pytest.Monke
 
 def test_it_is_put_back_after_an_error() -> None:
     before = torch.compile
-    with pytest.raises(ValueError), compiler.later():
+    with pytest.raises(ValueError), torch_compile.later():
         raise ValueError
     assert torch.compile is before
 
@@ -70,7 +70,7 @@ def test_it_is_put_back_after_an_error() -> None:
 def test_auto_compiles_what_pays_and_keeps_to_what_was_begun(
     wish: str, device: str, operations: float, begun: bool | None, wanted: bool
 ) -> None:
-    assert compiler.is_wanted(wish, device, operations, begun) is wanted
+    assert torch_compile.is_wanted(wish, device, operations, begun) is wanted
 
 
 def adapted() -> Any:
@@ -94,16 +94,16 @@ def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatc
 
     monkeypatch.setattr(elementwise, "differs", differs)
     net, told = adapted(), []
-    done, note = compiler.install(net, torch.float32, "auto", told.append)
+    done, note = torch_compile.install(net, torch.float32, "auto", told.append)
     assert (done, compiles(net), len(told)) == (False, False, 1)
     shown = {0: "`norm_back` gives other numbers", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
     assert note == f"nothing is compiled: torch can't do it here ({shown})"
     with pytest.raises(SetupError, match=f"`train.compile: on`: torch can't compile here: {shown}"):
-        compiler.install(net, torch.float32, "on", told.append)
+        torch_compile.install(net, torch.float32, "on", told.append)
 
 
 def test_where_nothing_is_known_nothing_is_compiled() -> None:
-    done, note = compiler.install(llama(), torch.float32, "on", pytest.fail)
+    done, note = torch_compile.install(llama(), torch.float32, "on", pytest.fail)
     assert not done
     assert note.startswith("nothing is compiled: norms")
 
@@ -125,7 +125,7 @@ def test_compiled_it_learns_the_same_and_no_length_is_compiled_anew() -> None:
                     if "lora_B" in name:
                         parameter.normal_(std=0.1)
             if compiled:
-                assert compiler.install(net, dtype, "on", lambda line: None) == (True, "")
+                assert torch_compile.install(net, dtype, "on", lambda line: None) == (True, "")
                 assert compiles(net)
                 losses(net, torch.arange(36).view(3, 12))  # widths are compiled now
             with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):

@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loratune import apart, attention, fit, launcher, model, recipe, states
+from loratune import apart, fit, launcher, model, recipe, states
 from loratune.encode import Row
 from loratune.errors import Place
+from loratune.kernels import packed_attention
 from loratune.objectives import Sft
 from loratune.optimizers import bnb
 from tests import tiny
@@ -37,7 +38,7 @@ STARTS = torch.empty(3, device="meta", dtype=torch.int32)
 def test_the_kernel_takes_what_it_is_given(window: int | None, narrower: int) -> None:
     """The operator's own schema and shape function: what torch 2.10 to 2.13 have in common."""
     query, key, value = _parts(narrower=narrower)
-    out = attention._varlen(query, key, value, 0.125, window, (STARTS, STARTS), (10, 10), None)
+    out = packed_attention._varlen(query, key, value, 0.125, window, (STARTS, STARTS), (10, 10), None)
     assert out.shape == (1, 20, 4, 64 - narrower)
     names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     assert names[:10] == [
@@ -55,7 +56,7 @@ def _given(monkeypatch: pytest.MonkeyPatch, window: int | None) -> dict[str, Any
         return (arguments[0],)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
-    attention._varlen(*_parts(), 0.5, window, (STARTS, STARTS), (7, 9), None)  # type: ignore[call-arg]
+    packed_attention._varlen(*_parts(), 0.5, window, (STARTS, STARTS), (7, 9), None)  # type: ignore[call-arg]
     return given
 
 
@@ -71,9 +72,9 @@ def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
     rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), place) for n in (9, 9, 12))
     objective = Sft()
     alone, _ = apart._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
-    attention.register()
-    net.set_attn_implementation(attention.NAME)
-    monkeypatch.setattr(attention.tiles, "attend", broken)
+    packed_attention.register()
+    net.set_attn_implementation(packed_attention.NAME)
+    monkeypatch.setattr(packed_attention.tiles, "attend", broken)
     return apart.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
 
 
@@ -104,13 +105,13 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
 
     net = llama()
     rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), Place("rows.jsonl", 1)) for n in (9, 9, 12))
-    attention.register()
-    net.set_attn_implementation(attention.NAME)
+    packed_attention.register()
+    net.set_attn_implementation(packed_attention.NAME)
     tried = (net, Sft(), rows, contextlib.nullcontext, "packed")
     assert apart.why_no_gradient(*tried) == ""
     assert all(parameter.grad is None for parameter in net.parameters())
-    whole = attention.tiles.attend
-    monkeypatch.setattr(attention.tiles, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
+    whole = packed_attention.tiles.attend
+    monkeypatch.setattr(packed_attention.tiles, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
     assert apart.why_no_gradient(*tried) == "head width 200 has no backward kernel"
 
 

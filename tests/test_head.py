@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 
-from loratune.objectives import Sft, head
+from loratune.kernels import linear_cross_entropy
+from loratune.objectives import Sft
 from tests.test_sft import ROWS, gemma2, llama
 
-CHUNK = head.ROWS["cpu"]  # tokens
+CHUNK = linear_cross_entropy.ROWS["cpu"]  # tokens
 
 
 def frozen(net: Any) -> Any:
@@ -39,20 +40,23 @@ def test_float32_loss_and_gradient(tokens: int, bias: bool, smoothing: float) ->
     targets, shift = torch.randint(0, 301, (tokens,)), torch.randn(301) if bias else None
     plain = cross_entropy(linear(hidden, weight, shift), targets, reduction="sum", label_smoothing=smoothing) * 0.37
     (wanted,) = torch.autograd.grad(plain, hidden)
-    fused = head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
+    fused = linear_cross_entropy.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
     (got,) = torch.autograd.grad(fused, hidden)
     assert fused.dtype == torch.float32
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
     assert (got - wanted).norm() < 1e-6 * wanted.norm()
     with torch.no_grad():
         torch.testing.assert_close(
-            head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37, plain, rtol=1e-6, atol=0
+            linear_cross_entropy.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37,
+            plain,
+            rtol=1e-6,
+            atol=0,
         )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2 * head.TRAINED * CHUNK + 3])
+@pytest.mark.parametrize("tokens", [1, 2 * linear_cross_entropy.TRAINED * CHUNK + 3])
 def test_float32_gradients_of_a_trained_head(tokens: int, bias: bool, smoothing: float) -> None:
     torch.manual_seed(tokens)
     given = [torch.randn(tokens, 64), torch.randn(301, 64), *([torch.randn(301)] if bias else [])]
@@ -61,13 +65,13 @@ def test_float32_gradients_of_a_trained_head(tokens: int, bias: bool, smoothing:
     targets = torch.randint(0, 301, (tokens,))
     plain = cross_entropy(linear(hidden, weight, shift), targets, reduction="sum", label_smoothing=smoothing) * 0.37
     wanted = torch.autograd.grad(plain, parts)
-    fused = head.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
+    fused = linear_cross_entropy.summed_cross_entropy(hidden, weight, shift, targets, smoothing) * 0.37
     got = torch.autograd.grad(fused, parts)
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
     for one, other in zip(got, wanted, strict=True):
         assert (one - other).norm() < 2e-6 * other.norm()
     with torch.no_grad():
-        assert not head.summed_cross_entropy(hidden, weight, shift, targets, smoothing).requires_grad
+        assert not linear_cross_entropy.summed_cross_entropy(hidden, weight, shift, targets, smoothing).requires_grad
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -79,12 +83,12 @@ def test_cross_entropy_of_logits_by_chunks(dtype: torch.dtype, smoothing: float)
     targets = torch.randint(0, 301, (len(logits),))
     plain = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
     (wanted,) = torch.autograd.grad(plain * 4096, logits)
-    chunked = head.cross_entropy_of_logits(logits, targets, smoothing)
+    chunked = linear_cross_entropy.cross_entropy_of_logits(logits, targets, smoothing)
     (got,) = torch.autograd.grad(chunked * 4096, logits)
     assert (chunked.dtype, got.dtype) == (torch.float32, dtype)
     torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(got, wanted, rtol=1e-5 if dtype is torch.float32 else 8e-3, atol=1e-4)
-    (small,) = torch.autograd.grad(head.cross_entropy_of_logits(logits, targets) * 2.0**-20, logits)
+    (small,) = torch.autograd.grad(linear_cross_entropy.cross_entropy_of_logits(logits, targets) * 2.0**-20, logits)
     (as_small,) = torch.autograd.grad(cross_entropy(logits.float(), targets, reduction="sum") * 2.0**-20, logits)
     torch.testing.assert_close(small, as_small, rtol=1e-2, atol=2.0**-24)
 
@@ -109,7 +113,7 @@ def test_a_trained_head_and_what_is_before_it(
         cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast" and net.dtype is torch.float32)
         net.train().zero_grad()
         with cast:
-            assert not fused or head.is_fusible(net, batch["input_ids"])
+            assert not fused or linear_cross_entropy.is_fusible(net, batch["input_ids"])
             total = objective.total(net, batch) if fused else plain(monkeypatch, net, objective, batch)
         (total / 7).backward()
         return total.item(), {n: p.grad.double().clone() for n, p in net.named_parameters() if p.grad is not None}
@@ -141,7 +145,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_plain_path() -> None:
     (truth,) = torch.autograd.grad(true / 300, exact)
     plain = cross_entropy(linear(hidden, weight).float(), targets, reduction="sum")
     (before,) = torch.autograd.grad(plain / 300, hidden)
-    fused = head.summed_cross_entropy(hidden, weight, None, targets)
+    fused = linear_cross_entropy.summed_cross_entropy(hidden, weight, None, targets)
     (after,) = torch.autograd.grad(fused / 300, hidden)
     assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
     assert (after - truth).norm() < 1.1 * (before - truth).norm()
@@ -149,7 +153,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_plain_path() -> None:
 
 def plain(monkeypatch: pytest.MonkeyPatch, net: Any, objective: Sft, batch: dict[str, Any]) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(head, "is_fusible", lambda *_: False)
+        patch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
         return objective.total(net, batch)
 
 
@@ -158,7 +162,7 @@ def plain(monkeypatch: pytest.MonkeyPatch, net: Any, objective: Sft, batch: dict
 def test_the_loss_of_a_model_and_its_gradients(packed: bool, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     net, objective = adapted(llama()).train(), Sft(label_smoothing=smoothing)
     batch = objective.collate(ROWS, packed)
-    assert head.is_fusible(net, batch["input_ids"])
+    assert linear_cross_entropy.is_fusible(net, batch["input_ids"])
     fused = objective.total(net, batch)
     fused.backward()
     got = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -192,7 +196,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_other_heads_keep_the_plain_path(name: str) -> None:
     net = CASES[name]()
-    assert not head.is_fusible(net, torch.tensor([[1, 2, 3]]))
+    assert not linear_cross_entropy.is_fusible(net, torch.tensor([[1, 2, 3]]))
 
 
 def test_a_scale_behind_the_head_is_seen() -> None:
@@ -204,9 +208,13 @@ def test_a_scale_behind_the_head_is_seen() -> None:
     }  # fmt: skip
     ids = torch.tensor([[1, 2, 3, 4]])
     for scale in (0.25, 4.0):
-        assert not head.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=scale))), ids)
-        assert not head.is_fusible(frozen(GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=scale))), ids)
-    assert head.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=1.0))), ids)
+        assert not linear_cross_entropy.is_fusible(
+            frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=scale))), ids
+        )
+        assert not linear_cross_entropy.is_fusible(
+            frozen(GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=scale))), ids
+        )
+    assert linear_cross_entropy.is_fusible(frozen(CohereForCausalLM(CohereConfig(**shape, logit_scale=1.0))), ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -222,10 +230,10 @@ def test_a_cap_is_seen_where_logits_are_so_small_that_it_changes_none(dtype: tor
         logits = net(input_ids=ids).logits
     hook.remove()
     assert torch.equal(made[0], logits), "not to be told by the model's own logits"
-    assert not head.is_fusible(net, ids)
+    assert not linear_cross_entropy.is_fusible(net, ids)
     net.config.final_logit_softcapping = None
-    head._plain.clear()
-    assert head.is_fusible(net, ids)
+    linear_cross_entropy._plain.clear()
+    assert linear_cross_entropy.is_fusible(net, ids)
 
 
 class Added(torch.nn.Module):
@@ -258,7 +266,7 @@ class Added(torch.nn.Module):
     ],
 )
 def test_whatever_is_done_to_the_logits_is_seen(change: Any, plain: bool) -> None:
-    assert head.is_fusible(Added(change), torch.tensor([[1, 2, 3]])) is plain
+    assert linear_cross_entropy.is_fusible(Added(change), torch.tensor([[1, 2, 3]])) is plain
 
 
 def test_a_head_that_gets_the_last_token_only_is_seen() -> None:
@@ -266,8 +274,8 @@ def test_a_head_that_gets_the_last_token_only_is_seen() -> None:
         def forward(self, **inputs: Any) -> Any:
             return self.net(**inputs, logits_to_keep=1)
 
-    assert not head.is_fusible(Last(None), torch.tensor([[1, 2, 3]]))
-    assert not head.is_fusible(Last(None), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert not linear_cross_entropy.is_fusible(Last(None), torch.tensor([[1, 2, 3]]))
+    assert not linear_cross_entropy.is_fusible(Last(None), torch.tensor([[1, 2, 3], [4, 5, 6]]))
 
 
 def test_a_mixture_of_experts_with_a_loss_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,36 +289,36 @@ def test_a_mixture_of_experts_with_a_loss_of_its_router(monkeypatch: pytest.Monk
     }  # fmt: skip
     net, objective = adapted(frozen(MixtralForCausalLM(MixtralConfig(**shape)))).train(), Sft()
     batch = objective.collate(ROWS)
-    assert head.is_fusible(net, batch["input_ids"])
+    assert linear_cross_entropy.is_fusible(net, batch["input_ids"])
     fused = objective.total(net, batch)
     assert fused.item() == pytest.approx(plain(monkeypatch, net, objective, batch).item(), rel=1e-6)
 
 
 def test_what_may_change_is_looked_at_each_time() -> None:
     net, ids = frozen(llama(tie_word_embeddings=True)), torch.tensor([[1, 2, 3]])
-    assert head.is_fusible(net, ids)
-    assert head.is_fusible(net.train(), ids)
-    assert head.is_fusible(net.eval().bfloat16(), ids)
+    assert linear_cross_entropy.is_fusible(net, ids)
+    assert linear_cross_entropy.is_fusible(net.train(), ids)
+    assert linear_cross_entropy.is_fusible(net.eval().bfloat16(), ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert head.is_fusible(net, ids)
+        assert linear_cross_entropy.is_fusible(net, ids)
     with torch.autocast("cpu", dtype=torch.float16):
-        assert not head.is_fusible(net, ids)
-    assert not head.is_fusible(net.half(), ids)
+        assert not linear_cross_entropy.is_fusible(net, ids)
+    assert not linear_cross_entropy.is_fusible(net.half(), ids)
     net.float().get_input_embeddings().weight.requires_grad_(True)
-    assert head.is_fusible(net, ids), "trained, too"
+    assert linear_cross_entropy.is_fusible(net, ids), "trained, too"
 
 
 def test_a_head_that_computes_in_float16_within_the_model_only() -> None:
     """As accelerate prepares a model: what is outside of its forward pass knows no autocast."""
     net, ids = frozen(llama()), torch.tensor([[1, 2, 3]])
     net.forward = torch.autocast("cpu", dtype=torch.float16)(net.forward)
-    assert not head.is_fusible(net, ids)
-    assert head.is_plain(net, ids)
+    assert not linear_cross_entropy.is_fusible(net, ids)
+    assert linear_cross_entropy.is_plain(net, ids)
 
 
 def test_finding_out_draws_no_random_numbers() -> None:
     net = adapted(llama(), lora_dropout=0.5).train()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert head.is_fusible(net, torch.tensor([[1, 2, 3]]))
+    assert linear_cross_entropy.is_fusible(net, torch.tensor([[1, 2, 3]]))
     assert torch.equal(before, torch.get_rng_state())

@@ -14,7 +14,8 @@ from loratune import loop
 from loratune.commands import opened_model
 from loratune.encode import Row
 from loratune.errors import Place
-from loratune.methods import Lora, lowrank
+from loratune.kernels import lora_linear
+from loratune.methods import Lora
 from tests.conftest import Fit, logits
 from tests.test_sft import llama
 
@@ -40,7 +41,7 @@ def both(dtype: torch.dtype, bias: bool, kind: str | None = None, **changes: Any
             net.is_loaded_in_4bit = True  # or PEFT takes it for a plain one
         config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"], **changes)
         if ours:
-            config._register_custom_module(lowrank.modules())
+            config._register_custom_module(lora_linear.modules())
         net = get_peft_model(net, config)
         layer = net.base_model.model[0]
         with torch.no_grad():
@@ -171,14 +172,14 @@ def test_layers_together_are_each_alone(given: str) -> None:
         torch.manual_seed(0)
         config = LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", rank_pattern={"k_proj": 4})
         if ours:
-            config._register_custom_module(lowrank.modules())
+            config._register_custom_module(lora_linear.modules())
         net = get_peft_model(Heads().requires_grad_(False), config).train()
         torch.manual_seed(1)
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
         if ours:
-            lowrank.join(net)
+            lora_linear.join(net)
         states = {name: torch.randn(2, 5, 64).requires_grad_() for name in "xy"}
         layers = [getattr(net.base_model.model, name) for name in ("q_proj", "k_proj", "v_proj")]
         outs = [layer(states[name]) for layer, name in zip(layers, given, strict=True) if name != "-"]
@@ -220,7 +221,7 @@ def test_an_adapter_that_is_loaded_goes_the_same_way(fit: Fit, prompts: list[tor
     with again.model.disable_adapter():
         assert not torch.equal(logits(again.model, prompts), wanted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowrank, "fits", lambda layer: False)  # PEFT's way
+        patch.setattr(lora_linear, "fits", lambda layer: False)  # PEFT's way
         assert torch.equal(logits(again.model, prompts), wanted) == (dtype == "float32")
 
 

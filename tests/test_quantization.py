@@ -12,7 +12,7 @@ import transformers
 from loratune import model, quantization
 from loratune.commands import merge
 from loratune.errors import ModelError
-from loratune.methods.lowrank import is_of_bitsandbytes
+from loratune.kernels.lora_linear import is_of_bitsandbytes
 from loratune.recipe import Int8, Model, Nf4, NoQuantization
 from tests import tiny
 from tests.conftest import Fit, adapted, logits

@@ -12,7 +12,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from loratune.methods import Lora, lowrank, recompute
+from loratune.kernels import lora_linear, norm_swiglu
+from loratune.methods import Lora
 from tests.test_sft import llama
 
 BOTH = [torch.float32, torch.bfloat16]
@@ -32,7 +33,7 @@ def norm(kind: Any = LlamaRMSNorm) -> torch.nn.Module:
 
 def installed(module: torch.nn.Module) -> bool:
     """Install, and return whether anything came of it."""
-    recompute.install(module, again=True)
+    norm_swiglu.install(module, again=True)
     return "forward" in vars(module)
 
 
@@ -91,7 +92,7 @@ def adapted(dtype: torch.dtype, ours: bool, monkeypatch: pytest.MonkeyPatch, **c
     base = llama().to(dtype)
     with monkeypatch.context() as patch:
         if not ours:
-            patch.setattr(recompute, "install", lambda model, again: None)
+            patch.setattr(norm_swiglu, "install", lambda model, again: None)
         net = Lora(r=4, **changes).apply(base, lambda: [])
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -190,11 +191,11 @@ def test_a_state_that_is_edited_in_place_is_another_state(what: str) -> None:
     plain = _Edited(what).requires_grad_(False)
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
     theirs = inject_adapter_in_model(config, copy.deepcopy(plain))
-    config._register_custom_module(lowrank.modules())
+    config._register_custom_module(lora_linear.modules())
     ours = inject_adapter_in_model(config, copy.deepcopy(plain))
     ours.load_state_dict(theirs.state_dict())
-    lowrank.join(ours)
-    recompute.install(ours, again=True)
+    lora_linear.join(ours)
+    norm_swiglu.install(ours, again=True)
     assert "forward" in vars(ours.norm)
     x = torch.randn(2, 5, 64)
     if what == "between two layers":  # a backward pass would refuse it, with or without us

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from loratune import attention
 from loratune.encode import Row
 from loratune.errors import Place
-from loratune.objectives import Sft, head
+from loratune.kernels import linear_cross_entropy, packed_attention
+from loratune.objectives import Sft
 from loratune.sharing import Layout
 from tests import tiny
 
@@ -146,7 +146,7 @@ def test_scores_never_hold_all_logits_in_float32(capped: bool, dtype: torch.dtyp
     for mine, plain in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, plain, rtol=close, atol=close)
     logits = objective.count(batch) * words
-    assert logits > 4 * head.ROWS["cpu"] * words
+    assert logits > 4 * linear_cross_entropy.ROWS["cpu"] * words
     if not capped:
         assert max(seen.numbers.values()) < logits / 3
     if dtype is not torch.float32:
@@ -164,7 +164,7 @@ def test_an_eval_loss_in_float16_holds_few_logits() -> None:
             found = objective.total(net, batch)
         assert max(seen.numbers.values()) < objective.count(batch) * words / 3
         assert found.item() == pytest.approx(plain_scores(net, batch)[0].sum().item(), rel=1e-4)
-    assert not head.is_fusible(net, batch["input_ids"])
+    assert not linear_cross_entropy.is_fusible(net, batch["input_ids"])
 
 
 @pytest.mark.parametrize("case", ["float32", "autocast", "bfloat16", "beside an adapter", "capped", "capped bfloat16"])
@@ -182,7 +182,7 @@ def test_training_a_head_never_holds_all_logits_in_float32(case: str) -> None:
         with Largest() as seen:
             objective.total(net.train(), batch).backward()
     logits = objective.count(batch) * words
-    assert logits > 8 * head.ROWS["cpu"] * head.TRAINED * words
+    assert logits > 8 * linear_cross_entropy.ROWS["cpu"] * linear_cross_entropy.TRAINED * words
     if not case.startswith("capped"):
         assert max(seen.numbers.values()) < logits / 3
     elif case == "capped bfloat16":  # but the cap of transformers' own is float32 nowhere else than in its tanh
@@ -397,9 +397,9 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(("noise", "layout"), [(0.0, "packed"), (5.0, "packed"), (0.0, "shared")])
 def test_a_micro_batch_is_waited_for_once_at_most(noise: float, layout: Layout) -> None:
-    attention.register()
+    packed_attention.register()
     net, objective = llama().train(), Sft(neftune=noise)
-    net.set_attn_implementation(attention.NAME)
+    net.set_attn_implementation(packed_attention.NAME)
     net.lm_head.weight.requires_grad_(False)
     objective.total(net, objective.collate(ROWS, layout))  # the head is looked at once
     batch = objective.collate(ROWS, layout)

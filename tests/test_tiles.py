@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from loratune import longrow, sharing, tiles, tiling
+from loratune import sharing
+from loratune.kernels import cpu_attention, cpu_long_rows, cpu_tiling
 from tests.test_sharing import alike, row
 
 
@@ -35,16 +36,19 @@ def gradients(out: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor
 TILE = 64
 LENGTHS = [
     [1], [5, 1, 9], [TILE], [TILE + 1, 3], [2 * TILE + 7, TILE - 1], [3, 2 * TILE, 5 * TILE + 1, 7, 4 * TILE],
-    [tiling.TILES * tiling.LARGEST + 1, 9, 3 * TILE],
+    [cpu_tiling.TILES * cpu_tiling.LARGEST + 1, 9, 3 * TILE],
 ]  # fmt: skip
-LONG = [[tiles.LONG + 1], [7, tiles.LONG + 9, TILE, 3, tiles.LONG + 2]]  # torch's kernel takes some of these
+LONG = [
+    [cpu_attention.LONG + 1],
+    [7, cpu_attention.LONG + 9, TILE, 3, cpu_attention.LONG + 2],
+]  # torch's kernel takes some of these
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
 @pytest.mark.parametrize("lengths", LENGTHS + LONG)
 def test_float32_is_sdpas(lengths: list[int], groups: int) -> None:
     parts = made(sum(lengths), groups, torch.float32, of_value=16 if lengths in LONG else 24)
-    got = gradients(tiles.attend(*parts, lengths, 0.3), parts)
+    got = gradients(cpu_attention.attend(*parts, lengths, 0.3), parts)
     for mine, other in zip(got, gradients(by_rows(parts, lengths, 0.3), parts), strict=True):
         assert mine.shape == other.shape
         assert (mine - other).norm() < 2e-6 * other.norm() + 1e-6
@@ -52,7 +56,7 @@ def test_float32_is_sdpas(lengths: list[int], groups: int) -> None:
 
 def near(lengths: list[int]) -> float:
     """Return what is near in bfloat16: half its step, or a little more if all probabilities are kept, and so rounded."""
-    return (1.1 if max(lengths) <= tiles.KEPT else 1.0) * 2**-8
+    return (1.1 if max(lengths) <= cpu_attention.KEPT else 1.0) * 2**-8
 
 
 @pytest.mark.parametrize("lengths", LENGTHS[1:] + LONG)
@@ -61,7 +65,9 @@ def test_bfloat16_is_as_near_to_the_truth_as_sdpa(lengths: list[int]) -> None:
     exact = [part.detach().double().requires_grad_() for part in parts]
     truth = gradients(by_rows(exact, lengths, 0.25), exact)
     sdpas = gradients(by_rows(parts, lengths, 0.25), parts)
-    for mine, other, true in zip(gradients(tiles.attend(*parts, lengths, 0.25), parts), sdpas, truth, strict=True):
+    for mine, other, true in zip(
+        gradients(cpu_attention.attend(*parts, lengths, 0.25), parts), sdpas, truth, strict=True
+    ):
         assert (mine - true).norm() < max(1.2 * (other - true).norm(), near(lengths) * true.norm())
 
 
@@ -70,37 +76,37 @@ def test_long_rows_go_through_torchs_kernel_and_values_wider_than_keys_do_not(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
-    kernel = longrow.KERNEL
-    monkeypatch.setattr(longrow, "KERNEL", lambda *given, **named: used.append(1) or kernel(*given, **named))
-    lengths = [tiles.LONG, tiles.LONG + 1, 3]
+    kernel = cpu_long_rows.KERNEL
+    monkeypatch.setattr(cpu_long_rows, "KERNEL", lambda *given, **named: used.append(1) or kernel(*given, **named))
+    lengths = [cpu_attention.LONG, cpu_attention.LONG + 1, 3]
     for of_value, times in ((24, 0), (16, 1)):
         parts = made(sum(lengths), 2, dtype, of_value)
-        tiles.attend(*parts, lengths, 0.25)
+        cpu_attention.attend(*parts, lengths, 0.25)
         assert len(used) == times
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("common", [0, 40])
 def test_probabilities_of_short_rows_are_kept_in_bfloat16(common: int, dtype: torch.dtype) -> None:
-    lengths = [tiles.KEPT, 100, 90, 41, tiles.LONG - 1]
+    lengths = [cpu_attention.KEPT, 100, 90, 41, cpu_attention.LONG - 1]
     pack = shared(lengths, common)
     whole = [len(pack.places[row]) for row in pack.order]
     parts = made(len(pack.ids), 2, dtype)
     found = []
     with torch.autograd.graph.saved_tensors_hooks(lambda part: found.append(part) or part, lambda part: part):
         places = torch.from_numpy(np.concatenate([pack.places[row] for row in pack.order]))
-        tiles.attend(*parts, pack.own, 0.25, places, whole)
+        cpu_attention.attend(*parts, pack.own, 0.25, places, whole)
     kept = [part for part in found if part.dim() == 5]
-    expected = 6 * tiles.scores_kept(pack.own, whole)
+    expected = 6 * cpu_attention.scores_kept(pack.own, whole)
     assert expected > 0
     assert sum(part.numel() for part in kept) == (expected if dtype is torch.bfloat16 else 0)
-    assert all(part.shape[1:3] == (2, 3) and part.shape[-1] <= tiles.KEPT for part in kept)
+    assert all(part.shape[1:3] == (2, 3) and part.shape[-1] <= cpu_attention.KEPT for part in kept)
 
 
 # rows that begin alike, as the first of each pair does: within a tile, over several, and in torch's kernel
 BEGINNINGS = [
     ([30, 20, 31], 9), ([TILE + 9, 3 * TILE, TILE, 5], TILE), ([150, 200, 90, 201, 260], 70),
-    ([5 * TILE + 1, 5 * TILE, 130], 2 * TILE + 1), ([tiles.LONG + 5, 80, tiles.LONG + 90, 300], 50),
+    ([5 * TILE + 1, 5 * TILE, 130], 2 * TILE + 1), ([cpu_attention.LONG + 5, 80, cpu_attention.LONG + 90, 300], 50),
 ]  # fmt: skip
 
 
@@ -127,7 +133,7 @@ def test_what_rows_share_is_as_if_it_stood_in_each(
         out = by_rows([part.index_select(2, places) for part in parts], whole, 0.25)
         return torch.cat([of[:, -own:] for of, own in zip(out.split(whole, dim=1), pack.own, strict=True)], dim=1)
 
-    got = gradients(tiles.attend(*parts, pack.own, 0.25, places, whole), parts)
+    got = gradients(cpu_attention.attend(*parts, pack.own, 0.25, places, whole), parts)
     exact = [part.detach().double().requires_grad_() for part in parts]
     truth = gradients(written_out(exact), exact)
     sdpas = gradients(written_out(parts), parts)
@@ -140,15 +146,15 @@ def test_what_rows_share_is_as_if_it_stood_in_each(
 def test_what_no_row_asks_for_is_hardly_computed() -> None:
     """64 rows of 30 tokens behind a common beginning of 300: their tiles begin there."""
     lengths, own = [330] * 64, [330, *[30] * 63]
-    alone, others = tiling.tilings(lengths, own, list(range(64)))
+    alone, others = cpu_tiling.tilings(lengths, own, list(range(64)))
     assert (alone.rows, alone.first) == ((0,), 0)
     assert (others.rows, others.first, others.tile) == (tuple(range(1, 64)), 288, 48)
 
 
 def test_rows_of_one_length_lie_beside_one_another_and_a_small_one_is_no_group_of_its_own() -> None:
-    (together,) = tiling.tilings([186, 186, 180, 175, 60], [186, 162, 156, 150, 35], [0, 1, 2, 3, 4])
+    (together,) = cpu_tiling.tilings([186, 186, 180, 175, 60], [186, 162, 156, 150, 35], [0, 1, 2, 3, 4])
     assert together.rows == (0, 1, 2, 3, 4)
-    apart = tiling.tilings([600, *[20] * 40], [600, *[20] * 40], list(range(41)))
+    apart = cpu_tiling.tilings([600, *[20] * 40], [600, *[20] * 40], list(range(41)))
     assert sorted(len(group.rows) for group in apart) == [1, 40]
 
 
@@ -156,12 +162,12 @@ def test_rows_of_one_length_lie_beside_one_another_and_a_small_one_is_no_group_o
 def test_every_row_has_its_tiles(pairs: list[tuple[int, int]]) -> None:
     lengths, own = [max(pair) for pair in pairs], [min(pair) for pair in pairs]
     chosen = [row for row in range(len(pairs)) if lengths[row] != 7]
-    groups = tiling.tilings(lengths, own, chosen)
+    groups = cpu_tiling.tilings(lengths, own, chosen)
     assert sorted(row for group in groups for row in group.rows) == chosen
-    assert len(groups) == 1 or sum(group.tiles for group in groups) <= tiling.TOGETHER
+    assert len(groups) == 1 or sum(group.tiles for group in groups) <= cpu_tiling.TOGETHER
     for group in groups:
         longest = lengths[group.rows[0]]
         assert longest == max(lengths[row] for row in group.rows)
         assert group.first <= min(lengths[row] - own[row] for row in group.rows)
-        assert 1 <= -(-(longest - group.first) // group.tile) == group.tiles <= tiling.TILES
-        assert group.first % tiling.STEP == group.tile % tiling.STEP == 0
+        assert 1 <= -(-(longest - group.first) // group.tile) == group.tiles <= cpu_tiling.TILES
+        assert group.first % cpu_tiling.STEP == group.tile % cpu_tiling.STEP == 0

@@ -21,7 +21,8 @@ from loratune.config import decode, yaml_nodes
 from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
-from loratune.objectives import Sft, head
+from loratune.kernels import linear_cross_entropy
+from loratune.objectives import Sft
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.system import files, regex_match, storage
 
@@ -287,7 +288,7 @@ def _losses(loaded: model.Loaded, rows: Rows) -> list[dict[str, float]]:
     order = np.argsort(-rows.lengths, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
     longest = int(np.argmax(rows.lengths))
-    plain = head.is_plain(loaded.model, torch.from_numpy(rows[longest].ids).long()[None].to(device))
+    plain = linear_cross_entropy.is_plain(loaded.model, torch.from_numpy(rows[longest].ids).long()[None].to(device))
     budget = fit.scoring_tokens(loaded, int(rows.lengths[longest]), AUTO_TOKENS[device.type], plain)
     done = 0
     with torch.no_grad():

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, bases, checkpoint, compiler, fingerprint, guard, model, quantization, recipe, tokenizing
+from loratune import adapter, bases, checkpoint, fingerprint, guard, model, quantization, recipe, tokenizing
 from loratune.config import decode, yaml_nodes
 from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
-from loratune.methods import lowrank
+from loratune.kernels import lora_linear, torch_compile
 from loratune.recipe import Model, Recipe
 from loratune.system import files, regex_match  # fmt: skip
 
@@ -167,7 +167,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         ModelError: when its tensors don't fit the base, one is missing, too many or not finite, or it changes nothing.
         SafetyError: when it is a pickle, or its config would run or fetch code.
     """
-    with compiler.later():
+    with torch_compile.later():
         from peft import LoraConfig, PeftConfig, PeftModel
 
     adapter.check(folder)
@@ -181,10 +181,10 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                 net.load_adapter(str(folder), adapter_name=name)
             else:
                 config = PeftConfig.from_pretrained(str(folder))
-                if isinstance(config, LoraConfig) and not lowrank.misfits(net):
-                    config._register_custom_module(lowrank.modules())
+                if isinstance(config, LoraConfig) and not lora_linear.misfits(net):
+                    config._register_custom_module(lora_linear.modules())
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
-                lowrank.join(net)
+                lora_linear.join(net)
         adapter.check_complete(net, folder, name)
     except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
         _detach(net, name, known)

@@ -19,7 +19,8 @@ from pydantic_core import PydanticCustomError
 
 from loratune.config.section import Section, as_tuple
 from loratune.errors import listed
-from loratune.methods import lowrank, recompute, saved, targets
+from loratune.kernels import lora_linear, norm_swiglu
+from loratune.methods import saved, targets
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,7 @@ class Lora(Section):
         config = self._config(model)
         few_passes = self._slower(model) is None
         if few_passes:
-            config._register_custom_module(lowrank.modules())
+            config._register_custom_module(lora_linear.modules())
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         _in_float32(peft_model)
         if self.init == "eva":
@@ -132,8 +133,8 @@ class Lora(Section):
         if self.init == "loftq":
             self._start_from_quantization_error(peft_model)
         if few_passes:
-            lowrank.join(peft_model)
-        recompute.install(peft_model, again=few_passes)
+            lora_linear.join(peft_model)
+        norm_swiglu.install(peft_model, again=few_passes)
         return peft_model
 
     def notes(self, model: PreTrainedModel) -> list[str]:
@@ -150,7 +151,7 @@ class Lora(Section):
             return "`method.lora_dropout`"
         if self.bias != "none":
             return f"`method.bias: {self.bias}`"
-        others = lowrank.misfits(model)
+        others = lora_linear.misfits(model)
         return f"the base has layers in {listed(others)}" if others else None
 
     def state(

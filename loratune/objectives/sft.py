@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.objectives import head
+from loratune.kernels import linear_cross_entropy
 
 if TYPE_CHECKING:
     import torch
@@ -80,13 +80,15 @@ class Sft(Section):
         """
         smoothing = self.label_smoothing if model.training else 0.0
         inner = _inner(model)
-        if head.is_fusible(inner, batch["input_ids"]):
-            layer = head.layer_of(inner)
-            with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
+        if linear_cross_entropy.is_fusible(inner, batch["input_ids"]):
+            layer = linear_cross_entropy.layer_of(inner)
+            with linear_cross_entropy.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
                 model(**inputs(batch), use_cache=False)
-            return head.summed_cross_entropy(found[0], layer.weight, layer.bias, batch["targets"], smoothing)
+            return linear_cross_entropy.summed_cross_entropy(
+                found[0], layer.weight, layer.bias, batch["targets"], smoothing
+            )
         logits, targets = self._predictions(model, batch)
-        return head.cross_entropy_of_logits(logits, targets, smoothing)
+        return linear_cross_entropy.cross_entropy_of_logits(logits, targets, smoothing)
 
     def scores(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return sums per row of a padded micro-batch, each of shape (rows,), for an evaluation.
@@ -100,13 +102,15 @@ class Sft(Section):
 
         inner = _inner(model)
         # gradients of chunks would keep all of their logits
-        if not torch.is_grad_enabled() and head.is_plain(inner, batch["input_ids"]):
-            layer = head.layer_of(inner)
-            with head.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
+        if not torch.is_grad_enabled() and linear_cross_entropy.is_plain(inner, batch["input_ids"]):
+            layer = linear_cross_entropy.layer_of(inner)
+            with linear_cross_entropy.caught(layer, batch["predicts"]) as found, self._noise(inner, batch):
                 model(**inputs(batch), use_cache=False)
-            losses, right = head.losses_and_hits(found[0], layer, batch["targets"])
+            losses, right = linear_cross_entropy.losses_and_hits(found[0], layer, batch["targets"])
         else:
-            losses, right = head.losses_and_hits(self._predictions(model, batch)[0], None, batch["targets"])
+            losses, right = linear_cross_entropy.losses_and_hits(
+                self._predictions(model, batch)[0], None, batch["targets"]
+            )
         row = batch["predicts"] // batch["labels"].shape[1]
         zeros = torch.zeros(len(batch["labels"]), device=losses.device)
         return (
@@ -229,7 +233,7 @@ def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
     """
 
     def select(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (head.at(inputs[0], positions),)
+        return (linear_cross_entropy.at(inputs[0], positions),)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from loratune import tiles
 from loratune.console import Report
-from loratune.objectives import head
+from loratune.kernels import cpu_attention, linear_cross_entropy
 from tests.conftest import Fit
 from tests.faults import scene
 
@@ -73,7 +72,7 @@ def test_stopped_after_one_step(fit: Fit, tmp_path: Path, optimizer: str, packin
 def test_stopped_after_one_step_in_bfloat16(fit: Fit, tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch):
     """Head without logits, LoRA in few passes, attention by tiles: all that float32 above leaves out."""
     ways: list[str] = []
-    for module, name in ((tiles, "attend"), (head, "summed_cross_entropy")):
+    for module, name in ((cpu_attention, "attend"), (linear_cross_entropy, "summed_cross_entropy")):
         monkeypatch.setattr(module, name, _noted(module.__dict__[name], name, ways))
     _every(fit, tmp_path, "adamw", packing, [13], "bfloat16")
     assert set(ways) == {"summed_cross_entropy", *(["attend"] if packing == "on" else [])}

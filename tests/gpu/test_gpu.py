@@ -13,9 +13,10 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import apart, attention
+from loratune import apart
 from loratune.commands import evaluate
 from loratune.encode import Row
+from loratune.kernels import packed_attention
 from loratune.objectives import Sft
 from loratune.optimizers import bnb
 from loratune.sharing import Layout
@@ -124,8 +125,8 @@ def test_packed_rows_in_one_kernel_are_padded_rows(name: str, dtype: torch.dtype
     exact, wanted = loss_and_gradients(net, ROWS, "padded")
     net = net.to(dtype)
     padded, near = loss_and_gradients(net, ROWS, "padded")
-    attention.register()
-    net.set_attn_implementation(attention.NAME)
+    packed_attention.register()
+    net.set_attn_implementation(packed_attention.NAME)
     for layout in ("packed", "shared"):
         packed, found = loss_and_gradients(net, ROWS, layout)
         assert abs(packed - exact) <= 3 * abs(padded - exact) + 1e-3 * exact
@@ -152,13 +153,13 @@ def test_packs_in_bfloat16_go_through_the_kernel_and_not_by_a_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
-    whole = attention._varlen
+    whole = packed_attention._varlen
 
     def spy(query: torch.Tensor, *given: Any) -> torch.Tensor:
         calls.append(query.shape[2])
         return whole(query, *given)
 
-    monkeypatch.setattr(attention, "_varlen", spy)
+    monkeypatch.setattr(packed_attention, "_varlen", spy)
     done = run(tmp_path, model={"dtype": "bfloat16"}, train={"batch_size": 8, "epochs": 2})
     facts = json.loads((done.folder / "run.json").read_text())["batching"]
     assert (facts["packed"], facts["by"]) == (True, "rows")
@@ -173,8 +174,8 @@ def test_the_self_test_on_the_gpu(name: str) -> None:
     three = apart._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
     autocast = Accelerator().autocast
     alone, _ = apart._logits(net, Sft(), [three[-1]], autocast, "padded")
-    attention.register()
-    net.set_attn_implementation(attention.NAME)
+    packed_attention.register()
+    net.set_attn_implementation(packed_attention.NAME)
     for layout in ("packed", "shared"):
         told = apart.why_not(net.eval(), Sft(), three, alone, autocast, "half", layout)
         assert ("with the row before it" in told) if name in models.STATEFUL else told == ""
@@ -184,9 +185,9 @@ def test_a_full_pack_costs_no_mask() -> None:
     """16,384 tokens of 32 rows: a mask of all pairs takes 256 MiB, the kernel for packed rows needs none."""
     net = models.made("Llama", {"max_position_embeddings": 1024}, torch.bfloat16).cuda()
     rows = models.rows([512] * 32)
-    attention.register()
+    packed_attention.register()
     peaks = {}
-    for name in (attention.NAME, "sdpa"):
+    for name in (packed_attention.NAME, "sdpa"):
         net.set_attn_implementation(name)
         loss_and_gradients(net, rows, "packed")  # kernels and gradients have their memory now
         torch.cuda.synchronize()
@@ -194,7 +195,7 @@ def test_a_full_pack_costs_no_mask() -> None:
         before = torch.cuda.memory_allocated()
         loss_and_gradients(net, rows, "packed")
         peaks[name] = torch.cuda.max_memory_allocated() - before
-    assert peaks[attention.NAME] < peaks["sdpa"] - 2**28
+    assert peaks[packed_attention.NAME] < peaks["sdpa"] - 2**28
 
 
 # ---------------------------------------------------------------- a large vocabulary

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import attention, model, sharing, tiles
+from loratune import model, sharing
+from loratune.kernels import cpu_attention, linear_cross_entropy, packed_attention
 from loratune.methods import Lora
-from loratune.objectives import Sft, head
+from loratune.objectives import Sft
 from loratune.recipe import Model, Nf4
 from loratune.sharing import Layout
 from tests import tiny
@@ -63,8 +64,8 @@ def gradients(net: Any, parts: Sequence[Any], layout: Layout, objective: Sft | N
     objective = objective or Sft()
     batches = [objective.collate(part, layout) for part in parts]
     count = sum(objective.count(batch) for batch in batches)
-    kind = "sdpa" if layout == "padded" else attention.NAME
-    attention.register()
+    kind = "sdpa" if layout == "padded" else packed_attention.NAME
+    packed_attention.register()
     net.get_base_model().set_attn_implementation(kind)
     net.zero_grad()
     total = 0.0
@@ -87,7 +88,7 @@ def error(mine: Gradients, truth: Gradients) -> float:
 def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Count how often attention goes by tiles and the head without logits."""
     counts = {"tiles": 0, "head": 0}
-    attend, summed = tiles.attend, head.summed_cross_entropy
+    attend, summed = cpu_attention.attend, linear_cross_entropy.summed_cross_entropy
 
     def tiled(*args: Any) -> Any:
         counts["tiles"] += 1
@@ -97,8 +98,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["head"] += 1
         return summed(*args)
 
-    monkeypatch.setattr(tiles, "attend", tiled)
-    monkeypatch.setattr(head, "summed_cross_entropy", fused)
+    monkeypatch.setattr(cpu_attention, "attend", tiled)
+    monkeypatch.setattr(linear_cross_entropy, "summed_cross_entropy", fused)
     return counts
 
 
@@ -119,8 +120,8 @@ def test_packed_or_padded_at_once_or_accumulated_is_equally_near_to_the_truth(
     found = {name: gradients(net, *way) for name, way in ways.items()}
     assert used == {"tiles": 2 * (1 + 3 + 1 + len(parts)), "head": 1 + 6 + 1 + 3 + 1 + len(parts)}  # 2 layers
     with monkeypatch.context() as patch:
-        patch.setattr(head, "is_fusible", lambda *_: False)
-        patch.setattr("loratune.methods.lowrank.fits", lambda _: False)
+        patch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
+        patch.setattr("loratune.kernels.lora_linear.fits", lambda _: False)
         plain = gradients(net, [ROWS], "padded")
     errors = {name: error(one, truth) for name, (_, one) in {**found, "PEFT's layers, padded": plain}.items()}
     with capsys.disabled():
@@ -154,7 +155,7 @@ def test_an_evaluation_draws_no_gradient_and_gives_the_plain_loss(
     with torch.no_grad():
         fused = objective.total(net, batch)
         scored = objective.scores(net, batch)[0].sum()
-        monkeypatch.setattr(head, "is_fusible", lambda *_: False)
+        monkeypatch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
         plain = objective.total(net, batch)
     assert used["head"] == 1
     assert not fused.requires_grad
@@ -197,7 +198,7 @@ def test_a_four_bit_base_keeps_a_head_without_logits(base: Path, used: dict[str,
     found = {layout: gradients(net, [ROWS], layout) for layout in LAYOUTS}
     assert used["head"] == 3
     with monkeypatch.context() as patch:
-        patch.setattr(head, "is_fusible", lambda *_: False)
+        patch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
         loss, plain = gradients(net, [ROWS], "padded")
     assert found["padded"][0] == pytest.approx(loss, rel=1e-6)
     assert error(found["padded"][1], plain) < 2**-7

@@ -15,8 +15,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from loratune import batches, data, model, tokenizing
 from loratune.encode import Encoder
-from loratune.methods import Lora, lowrank
-from loratune.objectives import Sft, head
+from loratune.kernels import linear_cross_entropy, lora_linear
+from loratune.methods import Lora
+from loratune.objectives import Sft
 from tests.conftest import Fit, Trained
 from tests.test_sft import llama, rows
 
@@ -94,8 +95,8 @@ def test_six_steps_are_those_of_transformers_trainer(
     eps is put above it there; `test_gradients_are_as_near_to_the_truth` says that the rounding is all.
     """
     if way == "plain":
-        monkeypatch.setattr(head, "is_fusible", lambda *_: False)
-        monkeypatch.setattr(lowrank, "fits", lambda _: False)
+        monkeypatch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
+        monkeypatch.setattr(lora_linear, "fits", lambda _: False)
     ours = fit(
         rows=48,
         data={"packing": "off" if way == "plain" else "auto"},
@@ -154,8 +155,8 @@ def test_gradients_are_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch, cap
         return {name: p.grad.double() for name, p in net.named_parameters() if p.requires_grad}
 
     found["as it comes"] = gradients(torch.float32)
-    monkeypatch.setattr(head, "is_fusible", lambda *_: False)
-    monkeypatch.setattr(lowrank, "fits", lambda _: False)
+    monkeypatch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
+    monkeypatch.setattr(lora_linear, "fits", lambda _: False)
     found["plain"], truth = gradients(torch.float32), gradients(torch.float64)
     worst = {
         way: max(float((one[name] - true).abs().max() / true.abs().max()) for name, true in truth.items())

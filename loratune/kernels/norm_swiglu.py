@@ -15,7 +15,7 @@ from functools import cache, partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from loratune.methods import elementwise
+from loratune.kernels import elementwise
 
 if TYPE_CHECKING:
     import torch

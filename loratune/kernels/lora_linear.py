@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from loratune.methods import recompute
+from loratune.kernels import norm_swiglu
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ def fits(layer: Any) -> bool:
     import torch
 
     plain = type(layer) is torch.nn.Linear
-    return (plain or _in_4_bits(layer)) and recompute.precision(layer) in (torch.float32, torch.bfloat16)
+    return (plain or _in_4_bits(layer)) and norm_swiglu.precision(layer) in (torch.float32, torch.bfloat16)
 
 
 def misfits(model: Any) -> list[str]:
@@ -71,7 +71,7 @@ def modules() -> dict[Any, Any]:
 
         @staticmethod
         def forward(
-            ctx: Any, x: torch.Tensor, again: recompute.Again, scales: list[float],
+            ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, scales: list[float],
             weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
         ) -> tuple[torch.Tensor, ...]:  # fmt: skip
             """Take what gives the weight of each layer, and bias, A and B of each; return what each layer gives."""
@@ -142,7 +142,7 @@ def modules() -> dict[Any, Any]:
         merged: Any
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            version = recompute.version(x)
+            version = norm_swiglu.version(x)
             made: dict[Any, torch.Tensor] = getattr(x, "_made", {}).get(version, {})  # edited since: another state
             if self in made:
                 return made.pop(self)
@@ -153,7 +153,7 @@ def modules() -> dict[Any, Any]:
             given = [part for layer in layers for part in layer._tensors()]
             scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
             weights = [layer._weight for layer in layers]
-            outs = LowRank.apply(x, recompute.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
+            outs = LowRank.apply(x, norm_swiglu.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
             if len(layers) > 1:
                 x._made = {version: dict(zip(layers[1:], outs[1:], strict=True))}  # type: ignore[attr-defined]
             return outs[0]  # type: ignore[no-any-return]
@@ -161,7 +161,7 @@ def modules() -> dict[Any, Any]:
         def _tensors(self) -> tuple[torch.Tensor | None, ...]:
             name = self.active_adapters[0]
             bias = self.base_layer.bias
-            wanted = bias if bias is None else bias.to(recompute.precision(self))
+            wanted = bias if bias is None else bias.to(norm_swiglu.precision(self))
             return wanted, self.lora_A[name].weight, self.lora_B[name].weight
 
         def _weight(self) -> torch.Tensor:
@@ -185,7 +185,7 @@ def modules() -> dict[Any, Any]:
                 and type(self.lora_dropout[names[0]]) is torch.nn.Identity
                 and self.lora_B[names[0]].bias is None
                 and fits(base)
-                and x.dtype == recompute.precision(base)
+                and x.dtype == norm_swiglu.precision(base)
                 and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
                 and not torch.is_autocast_enabled(x.device.type)
             )

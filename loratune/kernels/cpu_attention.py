@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from loratune.longrow import LongRow
-from loratune.tiling import Tiling, tilings
+from loratune.kernels.cpu_long_rows import LongRow
+from loratune.kernels.cpu_tiling import Tiling, tilings
 
 LONG = 768  # tokens of a row that torch's kernel takes at least as fast
 KEPT = 256  # tokens of the longest rows whose probabilities are kept in bfloat16

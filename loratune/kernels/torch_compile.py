@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loratune.errors import SetupError
-from loratune.methods import elementwise, recompute
+from loratune.kernels import elementwise, norm_swiglu
 
 LONG = 1e17  # floating point operations of a training on a GPU that is worth compiling for: ten minutes, roughly
 
@@ -75,7 +75,7 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     Raises:
         SetupError: when it was asked for and torch can't compile here, or compiles wrongly.
     """
-    needed = recompute.compile(net)
+    needed = norm_swiglu.compile(net)
     if not needed:
         return False, "nothing is compiled: norms and activations of this training are trained, or no known ones"
     tell("compile  norms and activations: this may take a minute")
@@ -93,5 +93,5 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     if wish == "on":
         hint = "use `auto` or `off`; torch's compiler needs a C++ compiler, and on a GPU the package `triton`"
         raise SetupError(f"`train.compile: on`: torch can't compile here: {wrong}", hint)
-    recompute.compile(net, compiled=False)
+    norm_swiglu.compile(net, compiled=False)
     return False, f"nothing is compiled: torch can't do it here ({wrong})"
