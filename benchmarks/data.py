@@ -52,13 +52,14 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     """Read, tokenize, mask and pack with loratune, then once more from its cache."""
     import logging
 
-    from loratune import bases, data, tokenizing
+    from loratune import data
     from loratune.encode import Encoder
+    from loratune.models import base_files, tokenizing
     from loratune.packing import pack
     from loratune.recipe import Data, Model, Source
 
     logging.disable()
-    bases.quiet()
+    base_files.quiet()
     source = Source(path=str(rows))
     section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
     encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))
@@ -146,11 +147,11 @@ def main() -> None:
         print(json.dumps(arm(given.arm, given.file, given.tokenizer)))
         return
     if given.tokenizer is None:
-        from loratune import bases
+        from loratune.models import base_files
 
         if not BASE.exists():
             sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --tokenizer")
-        given.tokenizer = bases.from_gguf(BASE)
+        given.tokenizer = base_files.from_gguf(BASE)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"

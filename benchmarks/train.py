@@ -244,11 +244,11 @@ def main() -> None:
         print(json.dumps(arm(given.arm, given.folder)))
         return
     if given.model is None:
-        from loratune import bases
+        from loratune.models import base_files
 
         if not BASE.exists():
             sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
-        given.model = bases.from_gguf(BASE)
+        given.model = base_files.from_gguf(BASE)
     case = {
         "model": str(given.model), "dtype": training.precision(), "steps": given.steps, "warm": given.warm,
         "batch_size": given.batch_size,

@@ -46,8 +46,9 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     import numpy as np
     import yaml
 
-    from loratune import batches, data, load_recipe, tokenizing
+    from loratune import batches, data, load_recipe
     from loratune.encode import Encoder
+    from loratune.models import tokenizing
 
     recipe: dict[str, Any] = {
         "model": {"base": case["model"], "dtype": case["dtype"]},
@@ -74,9 +75,9 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
 
 def precision() -> str:
     """Return the precision that loratune takes on this device: bfloat16, or float32 without instructions for it."""
-    from loratune import model
+    from loratune.models import base_model
 
-    return str(model.dtype_of("auto", model.device())).removeprefix("torch.")
+    return str(base_model.dtype_of("auto", base_model.device())).removeprefix("torch.")
 
 
 def model_config(case: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune import guard
 from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
+from loratune.models import safety
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ def check(folder: Path) -> None:
         ModelError: naming what is damaged, not finite, or without effect.
         SafetyError: when it is a pickle, or its config would run or fetch code or lead out of its folder.
     """
-    guard.check_folder(folder)
-    config = guard.read_object(folder / CONFIG)
+    safety.check_folder(folder)
+    config = safety.read_object(folder / CONFIG)
     problems = [Problem(message, Place(str(folder / CONFIG)), "an adapter needs none of it: take the key out")
                 for message in _hooks(config)]  # fmt: skip
     if problems:
@@ -60,7 +60,7 @@ def check(folder: Path) -> None:
 
 def changes_biases(folder: Path) -> bool:
     """Return whether an adapter brings bias vectors: PEFT puts them in the place of the base's own, which are lost."""
-    return guard.read_object(folder / CONFIG).get("bias") not in (None, "none")
+    return safety.read_object(folder / CONFIG).get("bias") not in (None, "none")
 
 
 def check_complete(net: PeftModel, folder: Path, name: str) -> None:
@@ -71,7 +71,7 @@ def check_complete(net: PeftModel, folder: Path, name: str) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    found = guard.header_of(folder / TENSORS).tensors
+    found = safety.header_of(folder / TENSORS).tensors
     wanted = get_peft_model_state_dict(net, adapter_name=name, save_embedding_layers=False)
     allowed = get_peft_model_state_dict(
         net, adapter_name=name, save_embedding_layers=True
@@ -133,7 +133,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        guard.header_of(file)
+        safety.header_of(file)
         return dict(load_file(file))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = shorten(str(error), 200)

@@ -17,7 +17,7 @@ from loratune.data import Rows
 from loratune.encode import Row
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import packed_attention
-from loratune.model import Loaded
+from loratune.models.base_model import Loaded
 from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
 from loratune.sharing import Layout

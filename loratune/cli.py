@@ -235,10 +235,10 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
     import loratune
-    from loratune import bases
     from loratune.commands.evaluate import show
+    from loratune.models import base_files
 
-    bases.check_subject(subject)
+    base_files.check_subject(subject)
     result = loratune.evaluate(
         subject, data=data, format=format_, base=base, limit=limit, generate=generate, max_new_tokens=max_new_tokens,
         batch_size=batch_size, temperature=temperature, regex=regex, choices=choices.split(",") if choices else None, out=out,
@@ -260,9 +260,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Fold an adapter into its base model and compare the two before anything is kept."""
     import loratune
-    from loratune import bases
+    from loratune.models import base_files
 
-    bases.check_subject(subject, hub=False)
+    base_files.check_subject(subject, hub=False)
     result = loratune.merge(
         subject, out, dtype=dtype, base=base, tolerance=tolerance,
         allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
@@ -298,9 +298,9 @@ def chat(
 ) -> None:
     """Talk to a model; /base and /adapter swap adapters on one loaded base."""
     import loratune
-    from loratune import bases
+    from loratune.models import base_files
 
-    bases.check_subject(subject)
+    base_files.check_subject(subject)
     loratune.chat(
         subject,
         prompt=prompt,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loratune import bases, inputs, rows, store, unread, workers
+from loratune import inputs, rows, store, unread, workers
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.ledger import Counts, Ledger
+from loratune.models import base_files
 from loratune.prepare import Prepared
 from loratune.recipe import Data, Recipe, Source
 from loratune.store import Store
@@ -141,7 +142,7 @@ def load(
     """
     given = [inputs.of(source, name) for source in sources]
     key = inputs.key(sources, given, data, encoder, name)
-    folder = bases.cache() / "rows"
+    folder = base_files.cache() / "rows"
     damaged = False
     try:
         found = store.find(folder, key) if key else None

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from loratune import quantization
 from loratune.activations import Plan
 from loratune.console import size
 from loratune.data import Rows
 from loratune.footprint import Cost
 from loratune.kernels import linear_cross_entropy
-from loratune.model import Loaded, count_parameters
+from loratune.models import quantization
+from loratune.models.base_model import Loaded, count_parameters
 from loratune.recipe import Recipe
 from loratune.system import limits
 

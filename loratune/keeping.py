@@ -13,22 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import (
-    activations,
-    bases,
-    checkpoint,
-    configs,
-    drift,
-    fingerprint,
-    fit,
-    lock,
-    model,
-    modelfolder,
-    states,
-    stops,
-    telling,
-    tokenizerfiles,
-)
+from loratune import activations, checkpoint, drift, fit, lock, states, stops, telling
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
@@ -36,6 +21,7 @@ from loratune.console import Report
 from loratune.data import Rows
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.footprint import Cost
+from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
 from loratune.states import Randomness
 from loratune.system import storage  # fmt: skip
@@ -83,7 +69,7 @@ class Job:
     origin: dict[str, Any]
     ends: tuple[int, ...]
     tokenizer: Any
-    loaded: model.Loaded
+    loaded: base_model.Loaded
     net: Any
     initial: dict[str, torch.Tensor]
     optimizer: Any
@@ -131,7 +117,7 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
         job.recipe.method.load(job.net, found.folder)
         checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
     except (RuntimeError, ValueError, KeyError) as error:
-        if model.is_out_of_memory(error):
+        if base_model.is_out_of_memory(error):
             raise
         what = str(error).splitlines()[0]
         hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
@@ -185,7 +171,9 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
         job.recipe.method.save(job.net, folder, None, {})
         write_origin(job, folder)
         if job.recipe.method.type == "full":
-            configs.write_config(folder, bases.folder_of(job.recipe.model), job.net.config, _name(job.net.dtype))
+            config_files.write_config(
+                folder, base_files.folder_of(job.recipe.model), job.net.config, _name(job.net.dtype)
+            )
 
     if job.first:
         states.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
@@ -204,17 +192,17 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 def write_origin(job: Job, folder: Path) -> None:
     """Write beside an adapter or model what it stands on, and where its answers end."""
     fingerprint.write(folder, job.origin)
-    stops.write_config(folder, bases.folder_of(job.recipe.model), job.ends)
+    stops.write_config(folder, base_files.folder_of(job.recipe.model), job.ends)
 
 
 def write_readable(job: Job, folder: Path) -> None:
     """Write the tokenizer, and what else other programs look for beside the weights."""
-    base = bases.folder_of(job.recipe.model)
+    base = base_files.folder_of(job.recipe.model)
     if job.recipe.method.type == "full":
         trust = job.facts["trust_remote_code"]
-        modelfolder.complete(folder, base, job.net.config, _name(job.loaded.dtype), job.tokenizer, trust=trust)
+        model_folder.complete(folder, base, job.net.config, _name(job.loaded.dtype), job.tokenizer, trust=trust)
     else:
-        tokenizerfiles.write(folder, base, job.tokenizer, alone=True)
+        tokenizer_files.write(folder, base, job.tokenizer, alone=True)
 
 
 def check_code(job: Job) -> None:
@@ -224,7 +212,7 @@ def check_code(job: Job) -> None:
         RunFolderError: when a file of its name lies there that no run wrote.
     """
     if job.first and job.recipe.method.type == "full" and job.facts["trust_remote_code"]:
-        checkpoint.check_foreign(job.folder, modelfolder.code(bases.folder_of(job.recipe.model)))
+        checkpoint.check_foreign(job.folder, model_folder.code(base_files.folder_of(job.recipe.model)))
 
 
 def check_space(job: Job, resume: bool) -> None:

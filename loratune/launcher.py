@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from loratune import model
 from loratune.errors import Problem, SetupError
+from loratune.models import base_model
 from loratune.recipe import Recipe
 
 _TORCHRUN = "start with `torchrun --nproc_per_node N -m loratune train RECIPE`, or with no launcher for one process"
@@ -42,8 +42,8 @@ def accelerator(recipe: Recipe) -> Accelerator:
         SetupError: when the launch asks for an engine that is not used here, or its processes can't meet.
     """
     check(os.environ)
-    where = model.device()
-    dtype = model.dtype_of(recipe.model.dtype, where)
+    where = base_model.device()
+    dtype = base_model.dtype_of(recipe.model.dtype, where)
     mixed = "no"
     if dtype is torch.float16:
         mixed = "fp16"  # small gradients need the scaler
@@ -64,7 +64,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
             dynamo_backend="no",
         )
     except (ValueError, RuntimeError, OSError) as error:
-        if model.is_out_of_memory(error):
+        if base_model.is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SetupError(f"the processes of this training can't be set up: {reason}", _TORCHRUN) from None
@@ -88,7 +88,7 @@ def check(environment: Mapping[str, str]) -> None:
     problems = [
         Problem(f"{name} is set: this launch asks for {engine}, which is not used here", hint=_TORCHRUN)
         for name, engine in _ENGINES.items()
-        if model.is_true(environment.get(name, ""))
+        if base_model.is_true(environment.get(name, ""))
     ]
     if device := environment.get("ACCELERATE_TORCH_DEVICE"):
         hint = "CUDA_VISIBLE_DEVICES says which GPUs there are"

@@ -15,7 +15,7 @@ import torch
 from loratune.batches import Batch
 from loratune.encode import Row
 from loratune.errors import TrainingError
-from loratune.model import is_out_of_memory
+from loratune.models.base_model import is_out_of_memory
 from loratune.sharing import Layout
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time

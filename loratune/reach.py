@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from loratune import generate
 from loratune.data import Rows
 from loratune.errors import DataError, Place, Problem
+from loratune.models import generate
 
 
 def check(net: Any, rows: Rows, remedy: str) -> str | None:

@@ -21,11 +21,11 @@ from loratune.config.yaml_nodes import Tree
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.formats import Auto, Format
 from loratune.methods import Lora, Method
+from loratune.models.chat_templates import TEMPLATES
 from loratune.objectives import Objective, Sft
 from loratune.optimizers import AdamW, Optimizer
 from loratune.schedules import Cosine, Schedule
 from loratune.system import files, run_files
-from loratune.templates import TEMPLATES
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -19,29 +19,23 @@ from accelerate.utils import set_seed
 from loratune import (
     activations,
     apart,
-    bases,
     batches,
     card,
     checkpoint,
     data,
     drift,
-    fingerprint,
     fit,
     footprint,
-    generate,
     keeping,
     launcher,
     loop,
-    model,
     plot,
-    quantization,
     reach,
     readers,
     signals,
     states,
     stops,
     telling,
-    tokenizing,
 )
 from loratune.checkpoint import Found, Progress
 from loratune.console import Report, duration, size
@@ -51,6 +45,7 @@ from loratune.errors import Interrupted, Place, Problem, SetupError, StorageErro
 from loratune.keeping import Job
 from loratune.kernels import torch_compile
 from loratune.methods import saved
+from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
 from loratune.recipe import Recipe
 from loratune.schedules import rate, warmup_steps
 from loratune.signals import Signals
@@ -96,7 +91,7 @@ def train(
     Raises:
         LoratuneError: any of its kinds; `exit_code` says which.
     """
-    bases.quiet()
+    base_files.quiet()
     fit.keep_few_products()
     fit.expand_segments()
     folder = Path(recipe.output)
@@ -133,7 +128,7 @@ def train(
                 raise
             raise signals.interrupted(asked.number, 0) from None
         except (MemoryError, RuntimeError) as error:
-            if not model.is_out_of_memory(error):
+            if not base_model.is_out_of_memory(error):
                 raise
             raise SetupError(f"out of memory on {facts['device']}", fit.advice(recipe, facts)) from None
         except OSError as error:
@@ -157,13 +152,13 @@ def _prepare(
         encoder = Encoder(tokenizer)
         train_rows, eval_rows = data.of(recipe, encoder, counting)
     full = recipe.method.type == "full"
-    section = model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
-    loaded = model.load(section, full, where, trust, tokenizer)
+    section = base_model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
+    loaded = base_model.load(section, full, where, trust, tokenizer)
     quantization.check(recipe, loaded.quantization)
     remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
     reached = [reach.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
     loaded.notes += dict.fromkeys(note for note in reached if note)
-    loaded.notes += model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
+    loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
     trained_ends = stops.of_rows(train_rows, encoder)
     origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}
     ends = stops.joined(trained_ends, stops.of_template(encoder))

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from loratune import fingerprint, guard
 from loratune.data import Rows
 from loratune.encode import Encoder
 from loratune.errors import Place, listed
 from loratune.formats import Conversation, RowError
+from loratune.models import fingerprint, safety
 from loratune.system import storage
 
 NAME = "generation_config.json"
@@ -116,9 +116,9 @@ def write_config(target: Path, base: Path, ends: Iterable[int]) -> None:
         base: folder of the base model.
         ends: of the trained turns; they come first, for readers that take one.
     """
-    config, given = guard.read_object(base / "config.json"), {}
+    config, given = safety.read_object(base / "config.json"), {}
     if (base / NAME).is_file():
-        given = guard.read_object(base / NAME)
+        given = safety.read_object(base / NAME)
     else:  # without the file transformers takes them from config.json, so they must be in the new one
         text = config.get("text_config")
         places = (config, text if isinstance(text, dict) else {})

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import batches, model
+from loratune import batches
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.console import Report, size
 from loratune.data import DAMAGED, Rows
+from loratune.models import base_model
 from loratune.recipe import Recipe
 from loratune.rows import chosen
 from loratune.schedules import warmup_steps
@@ -39,7 +40,7 @@ def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     return {
         "recipe_sha256": recipe.hash(),
         "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({model.threads()} threads)",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({base_model.threads()} threads)",
         "processes": accelerator.num_processes,
         "versions": versions,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -113,7 +114,7 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 
 def tell_start(
-    report: Report, recipe: Recipe, loaded: model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
+    report: Report, recipe: Recipe, loaded: base_model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
     on_disk: int, plan: Plan, batching: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
@@ -140,7 +141,7 @@ def tell_start(
         if one is not None and one.unkept:
             report.problem(f"         not kept for the next run: {one.unkept.splitlines()[0]}")
             break
-    trainable, total = model.count_parameters(net)
+    trainable, total = base_model.count_parameters(net)
     report.note(
         f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
         f"({100 * trainable / total:.2f} %), "

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import bases, recipe, run
+from loratune import recipe, run
+from loratune.models import base_files
 from tests import tiny
 
 torch.set_num_threads(1)  # the models are tiny, and the machine may be shared
@@ -50,7 +51,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CI", "1")
-    bases.quiet()
+    base_files.quiet()
 
 
 @pytest.fixture(scope="session")

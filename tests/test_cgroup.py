@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import fit, model, workers
+from loratune import fit, workers
+from loratune.models import base_model
 from loratune.system import limits
 
 OLD = "12:cpu,cpuacct:{0}\n5:memory:{0}\n1:name=systemd:{0}\n"
@@ -92,9 +93,9 @@ def test_torch_computes_with_no_more_threads_than_there_is_time_for(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     place(NEW, "/", {"cpu.max": "300000 100000"})
-    assert model.threads() == 3
+    assert base_model.threads() == 3
     place(NEW, "/", {"cpu.max": "max 100000"})
-    assert model.threads() == 64
+    assert base_model.threads() == 64
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's word: torch has read it
     place(NEW, "/", {"cpu.max": "300000 100000"})
-    assert model.threads() == 64
+    assert base_model.threads() == 64

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import model
 from loratune.commands import opened_model
 from loratune.commands.chat import chat
 from loratune.commands.conversation import HELP, Conversation
 from loratune.errors import ModelError, UsageError
+from loratune.models import base_model
 from tests import templates, tiny
 
 LONGEST = 10
@@ -34,7 +34,7 @@ LONGEST = 10
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float32 on every machine, so that answers can be compared."""
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: False)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: False)
 
 
 @pytest.fixture(scope="module")

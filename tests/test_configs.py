@@ -10,8 +10,8 @@ import pytest
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loratune import configs, fingerprint
 from loratune.commands.merge import merge
+from loratune.models import config_files, fingerprint
 from tests import tiny
 from tests.conftest import Fit
 
@@ -92,7 +92,7 @@ def test_old_names_mean_the_same(name: str, tmp_path: Path) -> None:
     config = getattr(transformers, kind)(**settings)
     config.save_pretrained(tmp_path)
     before = read(tmp_path)
-    configs.write_config(tmp_path, None, config, "float32")
+    config_files.write_config(tmp_path, None, config, "float32")
     after = read(tmp_path)
     assert {key: after[key] for key in after.keys() - before.keys() - OWN} == {
         k: v for k, v in old.items() if k not in before
@@ -109,7 +109,7 @@ def test_what_was_trained_goes_before_what_the_base_says(tmp_path: Path) -> None
         config.save_pretrained(tmp_path / place)
         told = {**read(tmp_path / place), **about}
         (tmp_path / place / "config.json").write_text(json.dumps(told))
-    configs.write_config(tmp_path / "made", tmp_path / "base", config, "float32")
+    config_files.write_config(tmp_path / "made", tmp_path / "base", config, "float32")
     assert read(tmp_path / "made")["rms_norm_eps"] == 1e-5
     assert read(tmp_path / "made")["sliding_window"] == 4096  # means the same: it is switched off
 
@@ -120,20 +120,22 @@ def test_a_text_model_out_of_a_larger_one(tmp_path: Path) -> None:
     told = {"model_type": "gemma3", "text_config": {**inner.to_dict(), "of_its_own": 1}, "vision_config": {"a": 1}}
     (tmp_path / "base" / "config.json").write_text(json.dumps(told))
     inner.save_pretrained(tmp_path)
-    configs.write_config(tmp_path, tmp_path / "base", inner, "float32")
+    config_files.write_config(tmp_path, tmp_path / "base", inner, "float32")
     assert read(tmp_path)["of_its_own"] == 1
     assert "vision_config" not in read(tmp_path)
 
 
 def test_nested_configs_have_both_names(tmp_path: Path) -> None:
-    both = configs._with_old_names({"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}})
+    both = config_files._with_old_names(
+        {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}}
+    )
     assert both["text_config"]["rope_theta"] == 7.0
 
 
 def test_a_copy_with_old_names_is_the_same_base(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "a", rope_parameters={**LLAMA3, "rope_theta": 500000.0})
     before = fingerprint.of_folder(base)
-    configs.write_config(base, None, AutoModelForCausalLM.from_pretrained(base).config, "float32")
+    config_files.write_config(base, None, AutoModelForCausalLM.from_pretrained(base).config, "float32")
     assert read(base)["rope_theta"] == 500000.0
     assert fingerprint.of_folder(base) == before
     told = {**read(base), "rope_theta": 1.0}  # says something else

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loratune import apart, fit, launcher, model, recipe, states
+from loratune import apart, fit, launcher, recipe, states
 from loratune.encode import Row
 from loratune.errors import Place
 from loratune.kernels import packed_attention
+from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.optimizers import bnb
 from tests import tiny
@@ -129,8 +130,8 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
 def test_what_is_said_of_a_precision(
     monkeypatch: pytest.MonkeyPatch, asked: str, dtype: torch.dtype, bf16: bool, full: bool, told: list[str]
 ) -> None:
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: bf16)
-    found = model.precision_notes(asked, dtype, torch.device("cuda"), full)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: bf16)
+    found = base_model.precision_notes(asked, dtype, torch.device("cuda"), full)
     assert len(found) == len(told)
     assert all(words in line for words, line in zip(told, found, strict=True))
 

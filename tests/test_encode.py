@@ -13,7 +13,7 @@ import pytest
 from loratune.encode import Encoder, Row
 from loratune.errors import ModelError, Place
 from loratune.formats import Chat, Completion, Conversation, RowError, Text
-from loratune.tokenizing import with_template
+from loratune.models.tokenizing import with_template
 from tests import templates, tiny
 from tests.templates import FAMILIES, Family
 

@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import fit, generate, metrics, model, recipe, rows
+from loratune import fit, metrics, recipe, rows
 from loratune.commands import evaluate, merge
 from loratune.commands.evaluate import evaluate
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.formats import Chat
+from loratune.models import base_model, generate
 from loratune.objectives import Sft
 from loratune.system import regex_match
 from tests import tiny
@@ -25,7 +26,7 @@ from tests import tiny
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float32 on every machine, so that numbers can be compared."""
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: False)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: False)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_another_runtime_error_is_none_of_memory(run: Path, monkeypatch: pytest.
 
 
 def test_tokens_scored_at_once_go_by_the_free_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = model.load(recipe.Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
+    loaded = base_model.load(recipe.Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
     for free, plain, tokens in ((None, True, 4096), (1 << 34, True, 4096), (1 << 24, True, 1024), (1 << 10, True, 128)):
         monkeypatch.setattr(fit, "free_memory", lambda where, left=free: left)
         assert fit.scoring_tokens(loaded, 200, 4096, plain) == tokens

@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, console, guard, inputs, prepare, recipe, rows
+from loratune import cli, console, inputs, prepare, recipe, rows
 from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
 from loratune.encode import Encoder
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
+from loratune.models import safety
 from loratune.recipe import Data, Source
 from loratune.rows import Block
 from loratune.system import files, regex_match, storage
@@ -90,7 +91,7 @@ def test_what_is_no_file_is_not_opened(
     for read in (
         inputs._input,
         lambda name: yaml_nodes.read_text(Path(name)),
-        lambda name: guard.read_object(Path(name)),
+        lambda name: safety.read_object(Path(name)),
     ):
         with pytest.raises(LoratuneError) as told:
             read(str(tmp_path / "x"))
@@ -132,7 +133,7 @@ def test_a_pipe_in_a_model_folder(base: Path, tmp_path: Path, name: str) -> None
     (home / name).unlink(missing_ok=True)
     os.mkfifo(home / name)
     with pytest.raises(ModelError, match=f"{name}: is a pipe, not a file"):
-        guard.check_folder(home)
+        safety.check_folder(home)
 
 
 def test_nothing_is_put_in_the_place_of_a_device(tmp_path: Path) -> None:
@@ -369,13 +370,13 @@ def test_configs_that_are_nested_without_end(tmp_path: Path) -> None:
     for depth, read in ((99, True), (101, False), (900, False), (100_000, False)):
         path.write_text('{"a":' * depth + "1" + "}" * depth)
         if read:
-            assert guard.read_object(path)["a"]
+            assert safety.read_object(path)["a"]
             continue
         with pytest.raises(ModelError, match="is no JSON: "):
-            guard.read_object(path)
+            safety.read_object(path)
     path.write_bytes(b'{"a": "' + b"a" * (40 << 20) + b'"}')
     with pytest.raises(ModelError, match="is longer than 33,554,432 bytes"):
-        guard.read_object(path)
+        safety.read_object(path)
 
 
 # ---------------------------------------------------------------- regular expressions

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import bases, cli, fingerprint, recipe, run
+from loratune import cli, recipe, run
 from loratune.commands import chat, opened_model
 from loratune.errors import BaseMismatchError, ModelError
+from loratune.models import base_files, fingerprint
 from loratune.recipe import Model
 from loratune.system import storage
 from tests import tiny
@@ -260,12 +261,12 @@ def test_a_gguf_file_is_hashed_again_only_when_it_changes(tmp_path: Path) -> Non
         file.write_bytes(content)
         for _ in range(2):
             with file.open("rb") as stream:
-                assert bases._digest(file, stream) == hashlib.sha256(content).hexdigest()
+                assert base_files._digest(file, stream) == hashlib.sha256(content).hexdigest()
                 left = stream.read()
         assert left == content  # the second time nothing was read
 
 
 def test_a_gguf_base_has_the_fingerprint_of_its_folder(tmp_path: Path, base: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("loratune.bases.from_gguf", lambda path: base)
+    monkeypatch.setattr("loratune.models.base_files.from_gguf", lambda path: base)
     section = Model(base=str(tmp_path / "model.gguf"))
     assert fingerprint.of_base(section) == fingerprint.of_folder(base)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loratune import model
 from loratune.console import Report
+from loratune.models import base_model
 from loratune.system import garbage
 from tests.conftest import Fit
 
@@ -25,7 +25,7 @@ def test_seldom_and_then_as_before() -> None:
 
 def test_a_run_looks_for_it_as_usual_once_it_trains(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, int] = {}
-    load, step = model.load, Report.step
+    load, step = base_model.load, Report.step
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         seen["loading"] = gc.get_threshold()[0]
@@ -35,7 +35,7 @@ def test_a_run_looks_for_it_as_usual_once_it_trains(fit: Fit, monkeypatch: pytes
         seen["training"] = gc.get_threshold()[0]
         step(self, done)
 
-    monkeypatch.setattr(model, "load", loading)
+    monkeypatch.setattr(base_model, "load", loading)
     monkeypatch.setattr(Report, "step", stepping)
     fit()
     assert seen == {"loading": garbage.NEW, "training": gc.get_threshold()[0]}

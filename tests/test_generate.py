@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from loratune import generate
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.errors import DataError, UsageError
+from loratune.models import generate
 from tests import tiny
 
 POSITIONS = 64

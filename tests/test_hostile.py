@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import model, recipe, run, templating, tokenizing
+from loratune import recipe, run
 from loratune.commands import evaluate, inspect, opened_model
 from loratune.config import section
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
+from loratune.models import base_model, template_check, tokenizing
 from loratune.recipe import Model
 from loratune.system import storage
 from tests import templates, tiny
@@ -114,7 +115,7 @@ def test_a_hostile_template_is_refused(base: Path, tmp_path: Path, template: str
 def test_what_was_refused_is_not_remembered_as_harmless(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(SafetyError):
-            templating.check(ESCAPES["an item"], {}, Place("here"), tmp_path / "known")
+            template_check.check(ESCAPES["an item"], {}, Place("here"), tmp_path / "known")
 
 
 def test_there_are_enough_of_them() -> None:
@@ -142,26 +143,26 @@ def test_templates_of_real_families_are_fine(family: templates.Family, tmp_path:
 
 def test_templates_that_only_refuse_or_fail_are_fine(tmp_path: Path) -> None:
     for text in ("{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{% if %}", "{{ messages[7].content }}", ""):
-        templating.check(text, {}, Place("here"), tmp_path / "known")
+        template_check.check(text, {}, Place("here"), tmp_path / "known")
 
 
 def test_a_template_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    templating.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
-    monkeypatch.setattr(templating.subprocess, "run", lambda *_, **__: pytest.fail("a second time"))
-    templating.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
+    template_check.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
+    monkeypatch.setattr(template_check.subprocess, "run", lambda *_, **__: pytest.fail("a second time"))
+    template_check.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
 
 
 def test_the_child_sees_no_secret_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
-    real = templating.subprocess.run
+    real = template_check.subprocess.run
 
     def spy(*arguments: Any, **options: Any) -> Any:
         seen.append(options["env"])
         return real(*arguments, **options)
 
     monkeypatch.setenv("HF_TOKEN", "canary")
-    monkeypatch.setattr(templating.subprocess, "run", spy)
-    templating.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
+    monkeypatch.setattr(template_check.subprocess, "run", spy)
+    template_check.check(tiny.CHATML, {}, Place("here"), tmp_path / "known")
     assert set(seen[0]) <= {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}
 
 
@@ -284,7 +285,7 @@ def test_a_hostile_model_folder_is_refused(base: Path, tmp_path: Path, name: str
     code(folder)
     FOLDERS[name](folder)
     for load in (
-        lambda: model.load(Model(base=str(folder))),
+        lambda: base_model.load(Model(base=str(folder))),
         lambda: opened_model.load(opened_model.open_subject(str(folder))),
         lambda: run.train(recipe.load(tiny.write_recipe(tmp_path, folder, rows=8))),
     ):
@@ -317,7 +318,7 @@ def test_a_harmless_folder_loads_and_nothing_in_it_is_run(base: Path, tmp_path: 
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     HARMLESS[name](folder)
-    assert model.load(Model(base=str(folder))).model is not None
+    assert base_model.load(Model(base=str(folder))).model is not None
     assert not list(Path().iterdir()), "a canary was touched"
 
 
@@ -329,11 +330,11 @@ def test_links_inside_the_cache_of_the_hub_are_fine(base: Path, tmp_path: Path) 
     for number, file in enumerate(sorted(base.iterdir())):
         shutil.copy(file, home / "blobs" / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    assert model.load(Model(base=str(snapshot))).model is not None
+    assert base_model.load(Model(base=str(snapshot))).model is not None
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(base / "config.json")
     with pytest.raises(SafetyError, match="leads out"):
-        model.load(Model(base=str(snapshot)))
+        base_model.load(Model(base=str(snapshot)))
 
 
 # what a hub id leads to, through the cache of the hub in a process of its own, as its folder is fixed at import
@@ -364,7 +365,7 @@ def test_hub_models_are_checked_before_transformers_sees_them(
     import subprocess
     import sys
 
-    from loratune import fingerprint
+    from loratune.models import fingerprint
 
     home = tmp_path / "hub" / "models--some--model"
     (home / "refs").mkdir(parents=True)
@@ -489,7 +490,7 @@ def test_damaged_configs_are_a_message(base: Path, tmp_path: Path, name: str, te
     shutil.copytree(base, folder)
     (folder / name).write_text(text)
     with pytest.raises(ModelError):
-        model.load(Model(base=str(folder)))
+        base_model.load(Model(base=str(folder)))
 
 
 def test_weights_that_are_no_safetensors(base: Path, tmp_path: Path) -> None:
@@ -497,6 +498,6 @@ def test_weights_that_are_no_safetensors(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, folder)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ModelError):
-        model.load(Model(base=str(folder)))
+        base_model.load(Model(base=str(folder)))
     assert not list(Path().iterdir()), "a canary was touched"
     torch.manual_seed(0)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from loratune import model, quantization
 from loratune.commands import merge
 from loratune.errors import ModelError
 from loratune.kernels.lora_linear import is_of_bitsandbytes
+from loratune.models import base_model, quantization
 from loratune.recipe import Int8, Model, Nf4, NoQuantization
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
@@ -48,7 +48,7 @@ def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_what_is_loaded_is_told(stored: dict[str, Path], kind: str) -> None:
-    loaded = model.load(Model(base=str(stored[kind]), dtype="float32"), where=CPU)
+    loaded = base_model.load(Model(base=str(stored[kind]), dtype="float32"), where=CPU)
     assert loaded.quantization == kind
     assert loaded.notes == [f"the base's files hold {kind} weights: it is used as it is"]
 
@@ -67,7 +67,7 @@ def test_a_stored_base_trains_as_one_quantized_here(
 
 
 def test_an_evaluation_does_not_change_gradients(stored: dict[str, Path]) -> None:
-    net = model.load(Model(base=str(stored["nf4"]), dtype="float32"), where=CPU).model
+    net = base_model.load(Model(base=str(stored["nf4"]), dtype="float32"), where=CPU).model
     ids = torch.tensor([list(range(40, 60))])
 
     def gradient() -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_method_that_its_weights_do_not_allow(
 
 def test_another_quantization_than_the_stored_one(stored: dict[str, Path]) -> None:
     with pytest.raises(ModelError) as raised:
-        model.load(Model(base=str(stored["nf4"]), quantization=Int8()), where=CPU)
+        base_model.load(Model(base=str(stored["nf4"]), quantization=Int8()), where=CPU)
     assert "`model.quantization: int8`, and its files are quantized as `nf4` already" in str(raised.value)
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_is_merged_into_what_the_stored_weights_stand_for(
 
 def test_experts_that_stay_in_16_bits_are_told_with_their_bytes(fit: Fit, tmp_path: Path) -> None:
     base = _save(tmp_path / "moe", "mixtral")
-    loaded = model.load(Model(base=str(base), dtype="bfloat16", quantization=Nf4()), where=CPU)
+    loaded = base_model.load(Model(base=str(base), dtype="bfloat16", quantization=Nf4()), where=CPU)
     (told,) = loaded.notes
     experts = 2 * 4 * (256 * 64 + 64 * 128) * 2  # layers x experts x (gate, up and down) x bytes
     routers = 2 * 4 * 64 * 2
@@ -151,7 +151,7 @@ def test_experts_that_stay_in_16_bits_are_told_with_their_bytes(fit: Fit, tmp_pa
 
 
 def test_a_plain_model_says_nothing(base: Path) -> None:
-    loaded = model.load(Model(base=str(base), dtype="float32"), where=CPU)
+    loaded = base_model.load(Model(base=str(base), dtype="float32"), where=CPU)
     assert (loaded.quantization, loaded.notes) == ("none", [])
-    four_bits = model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=CPU)
+    four_bits = base_model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=CPU)
     assert (four_bits.quantization, four_bits.notes) == ("nf4", [])

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from loratune import bases, ropes
 from loratune.errors import ModelError
+from loratune.models import base_files, rope_scaling
 from tests import tiny
 from tests.other_readers import gguf_file, older
 
@@ -25,11 +25,11 @@ def test_the_table_is_that_of_transformers(factor: float, context: int) -> None:
     config = LlamaConfig(head_dim=64, rope_parameters={**rope, "rope_theta": 500000.0})
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
-    table = ropes.factors(rope, 500000.0, 32)
+    table = rope_scaling.factors(rope, 500000.0, 32)
     assert torch.allclose(plain / scaled, torch.tensor(table), rtol=1e-5)
     said = {"original_context_length": context} if context != 8192 else {}
-    assert ropes.llama3(table, 500000.0, said) == rope
-    assert ropes.llama3([*table[:-1], 3.0], 500000.0, said) is None
+    assert rope_scaling.llama3(table, 500000.0, said) == rope
+    assert rope_scaling.llama3([*table[:-1], 3.0], 500000.0, said) is None
 
 
 def base_of(folder: Path, **changes: object) -> Path:
@@ -47,7 +47,7 @@ def base_of(folder: Path, **changes: object) -> Path:
 
 def test_a_gguf_of_a_scaled_llama_is_the_same_model(tmp_path: Path, prompts: list[torch.Tensor]) -> None:
     base = base_of(tmp_path / "base", rope_parameters={**LLAMA3, "rope_theta": 500000.0})
-    made = bases.from_gguf(gguf_file.write(base, tmp_path / "llama.gguf"))
+    made = base_files.from_gguf(gguf_file.write(base, tmp_path / "llama.gguf"))
     config = json.loads((made / "config.json").read_text())
     assert config["rope_parameters"] == {**LLAMA3, "rope_theta": 500000.0}
     assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, LLAMA3)
@@ -81,7 +81,7 @@ def test_scaling_in_the_metadata(said: dict[str, object], rope: dict[str, object
     config = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     if rope is None:
         with pytest.raises(ModelError, match="positions are scaled"):
-            ropes.complete(config, file)
+            rope_scaling.complete(config, file)
         return
-    ropes.complete(config, file)
+    rope_scaling.complete(config, file)
     assert config.rope_parameters == {**rope, "rope_theta": 1e4}

@@ -14,10 +14,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import apart, batches, checkpoint, data, lock, loop, recipe, run, tokenizing
+from loratune import apart, batches, checkpoint, data, lock, loop, recipe, run
 from loratune.config.section import Section
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
+from loratune.models import tokenizing
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.system import storage
 from tests import tiny
@@ -196,7 +197,7 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_saved_in_its_precision(fit:
 def test_bfloat16_without_instructions_for_it_is_told(
     fit: Fit, fast: bool, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("loratune.model.computes_in_bf16", lambda where: fast)
+    monkeypatch.setattr("loratune.models.base_model.computes_in_bf16", lambda where: fast)
     fit(rows=8, model={"dtype": dtype})
     assert ("bfloat16 is slow here" in capsys.readouterr().err) == (dtype == "bfloat16" and not fast)
 

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from loratune import bases, data, rows, splits, telling
+from loratune import data, rows, splits, telling
 from loratune.cli import app
 from loratune.config.yaml_nodes import parse
 from loratune.encode import Encoder
 from loratune.errors import DataError
+from loratune.models import base_files
 from loratune.recipe import Data, Source, from_tree
 from tests import tiny
 
@@ -128,7 +129,7 @@ def test_eval_tells_what_it_does_not_read(tmp_path: Path) -> None:
         assert f"data: {folder}: train.jsonl is left out: named for another split, train" in done.output
         assert "not read, though something stands there: `score` (1 rows)" in done.output
         assert (data.DAMAGED in done.output) == (cache == "damaged")
-        for file in (bases.cache() / "rows").rglob("*.arrow"):
+        for file in (base_files.cache() / "rows").rglob("*.arrow"):
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
             file.write_bytes(content)

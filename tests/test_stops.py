@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loratune
-from loratune import card, data, model, stops, store
+from loratune import card, data, stops, store
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
 from loratune.encode import Encoder, Row
 from loratune.errors import ModelError, Place
+from loratune.models import base_model
 from loratune.recipe import Data, Source
 from tests import templates, tiny
 
@@ -30,7 +31,7 @@ END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: False)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: False)
 
 
 def make_base(folder: Path, template: str | None) -> Path:

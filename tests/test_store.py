@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import bases, data, inputs, rows, store, workers
+from loratune import data, inputs, rows, store, workers
 from loratune.data import Rows
 from loratune.encode import Encoder
 from loratune.errors import DataError, Place, SetupError, StorageError
 from loratune.formats import Chat, RowError, Text
+from loratune.models import base_files
 from loratune.recipe import Data, Source
 from loratune.system import limits
 from loratune.words import Tokens
@@ -303,7 +304,7 @@ def test_processes_read_what_one_reads(tmp_path: Path, request: pytest.FixtureRe
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", mixed())), weight=0.5)
     rules = {"max_length": 200, "on_long": "drop", "on_bad_row": "skip", "duplicates": "drop", "max_lost": 1.0}
     alone = load(source, **rules)
-    shutil.rmtree(bases.cache())
+    shutil.rmtree(base_files.cache())
     request.getfixturevalue("shared")
     together = load(source, **rules)
     assert not together.cached
@@ -318,7 +319,7 @@ def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Also where the shapes of conversations are forgotten all the time."""
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(400, seed=3))))
     wanted = content(load(source))
-    shutil.rmtree(bases.cache())
+    shutil.rmtree(base_files.cache())
     monkeypatch.setattr(rows, "BLOCK", 1 << 10)
     monkeypatch.setattr(limits, "cores", lambda: 7)
     assert content(load(source)) == wanted
@@ -335,7 +336,7 @@ def test_processes_render_what_one_renders(tmp_path: Path, request: pytest.Fixtu
     (family,) = (one for one in templates.FAMILIES if one.name == "qwen3")
     thinking = Encoder(family.tokenizer())
     alone = content(load(source, thinking))
-    shutil.rmtree(bases.cache())
+    shutil.rmtree(base_files.cache())
     request.getfixturevalue("shared")
     assert content(load(source, thinking)) == alone
 
@@ -402,7 +403,7 @@ def test_numbers_seen_before() -> None:
 def test_rows_are_the_same_from_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(60))))
     whole = content(load(source))
-    shutil.rmtree(bases.cache())
+    shutil.rmtree(base_files.cache())
     monkeypatch.setattr(store, "BATCH", 300)
     parted = load(source)
     assert len(parted.store._batches) > 5

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loratune import bases, cli
+from loratune import cli
 from loratune.commands import opened_model
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
 from loratune.errors import ModelError
+from loratune.models import base_files
 from loratune.recipe import Model
 from tests import tiny
 from tests.conftest import Fit
@@ -104,7 +105,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name / file).write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(bases, "_check_reachable", None)
+    monkeypatch.setattr(base_files, "_check_reachable", None)
     return tmp_path
 
 
@@ -139,7 +140,7 @@ def test_a_name_that_is_no_folder_and_no_hub_id(command: str, name: str, hint: s
 @pytest.mark.parametrize("name", ["gpt2", "owner/name", "Qwen/Qwen2.5-0.5B-Instruct", "a", "owner/with_underscore-1.0"])
 def test_names_a_hub_may_have(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    bases.check_name(name)
+    base_files.check_name(name)
 
 
 class Silence:
@@ -165,7 +166,7 @@ def test_without_a_network_one_try_is_made(name: str, tmp_path: Path, monkeypatc
     Silence.asked = 0
     began = time.perf_counter()
     with pytest.raises(ModelError) as error:
-        bases.check(Model(base=name), name, False)
+        base_files.check(Model(base=name), name, False)
     assert Silence.asked == 1
     assert time.perf_counter() - began < 60
     (problem,) = error.value.problems
@@ -178,5 +179,5 @@ def test_a_cached_model_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.HfApi", Silence)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, revision: "/cached/config.json")
     Silence.asked = 0
-    bases._check_reachable(Model(base="owner/name"), "owner/name")
+    base_files._check_reachable(Model(base="owner/name"), "owner/name")
     assert Silence.asked == 0

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from loratune import modelfolder, tokenizerfiles
 from loratune.commands.merge import merge
+from loratune.models import model_folder, tokenizer_files
 from tests import tiny
 from tests.conftest import Fit
 
@@ -43,7 +43,7 @@ def older(folder: Path, form: str = "jinja") -> Path:
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): file.read_bytes()
-        for file in tokenizerfiles._found(folder, tokenizerfiles.PATTERNS)
+        for file in tokenizer_files._found(folder, tokenizer_files.PATTERNS)
     }
 
 
@@ -96,10 +96,10 @@ def test_named_templates_come_along_unless_another_is_trained(tmp_path: Path) ->
     assert set(tokens.chat_template) == {"default", "tools"}
     for name in ("same", "other"):
         (tmp_path / name).mkdir()
-    tokenizerfiles.write(tmp_path / "same", base, tokens, alone=True)
+    tokenizer_files.write(tmp_path / "same", base, tokens, alone=True)
     assert files(tmp_path / "same") == files(base)
     tokens.chat_template = OTHER
-    tokenizerfiles.write(tmp_path / "other", base, tokens, alone=True)
+    tokenizer_files.write(tmp_path / "other", base, tokens, alone=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == OTHER
 
 
@@ -113,7 +113,7 @@ def test_without_a_config_beside_them_they_still_cut_texts_in_the_same_way(said:
     (base / "tokenizer_config.json").write_text(json.dumps({**config, **({"tokenizer_class": said} if said else {})}))
     target = tmp_path / "adapter"
     target.mkdir()
-    tokenizerfiles.write(target, base, tokens, alone=True)
+    tokenizer_files.write(target, base, tokens, alone=True)
     found = AutoTokenizer.from_pretrained(target)
     assert found(TEXT).input_ids == tokens(TEXT).input_ids
     assert found.decode(found(TEXT).input_ids) == TEXT
@@ -125,7 +125,7 @@ def test_without_a_config_beside_them_they_still_cut_texts_in_the_same_way(said:
 def test_a_tokenizer_without_files_is_written_for_older_readers(tmp_path: Path) -> None:
     tokens = tiny.tokenizer()
     (tmp_path / "nothing").mkdir()
-    tokenizerfiles.write(tmp_path, tmp_path / "nothing", tokens, alone=True)
+    tokenizer_files.write(tmp_path, tmp_path / "nothing", tokens, alone=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
@@ -140,7 +140,7 @@ def test_code_comes_along_only_where_it_was_trusted(tmp_path: Path) -> None:
     for trust in (False, True):
         target = tmp_path / str(trust)
         tiny.save(target)
-        modelfolder.complete(target, base, tiny.model(tokens).config, "float32", tokens, trust=trust)
+        model_folder.complete(target, base, tiny.model(tokens).config, "float32", tokens, trust=trust)
         assert (target / "modeling_own.py").is_file() == trust
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from loratune import tokenizing
 from loratune.errors import ModelError
+from loratune.models import tokenizing
 from loratune.recipe import Model
 from tests import tiny
 

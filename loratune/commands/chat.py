@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 
-from loratune import bases, console, model
+from loratune import console
 from loratune.commands import chat_input, opened_model
 from loratune.commands.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
+from loratune.models import base_files, base_model
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
 AGAIN = "Ctrl-C once more, or /exit, leaves"
 
 
-@model.or_out_of_memory("close other programs, or take a smaller base model")
+@base_model.or_out_of_memory("close other programs, or take a smaller base model")
 def chat(
     name: str | Path,
     prompt: str | None = None,
@@ -48,7 +49,7 @@ def chat(
     Raises:
         LoratuneError: any of its kinds.
     """
-    bases.quiet()
+    base_files.quiet()
     torch.manual_seed(seed)
     what = opened_model.open_subject(str(name), base, trust_remote_code)
     loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import adapter, fingerprint, generate, model, stops
+from loratune import adapter, stops
 from loratune.commands import opened_model
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
 from loratune.formats import RowError
+from loratune.models import base_model, fingerprint, generate
 
 COMMANDS = {
     "/adapter": ("[NAME|FOLDER]", "answer with an adapter: a loaded one by its name, another by its folder"),
@@ -66,7 +67,7 @@ class Conversation:
     """
 
     def __init__(
-        self, loaded: model.Loaded, what: opened_model.Subject, system: str | None, max_new_tokens: int, temperature: float,
+        self, loaded: base_model.Loaded, what: opened_model.Subject, system: str | None, max_new_tokens: int, temperature: float,
         allow_base_mismatch: bool, write: Callable[[str], None],
     ):  # fmt: skip
         self.loaded, self.base, self.allow_base_mismatch = loaded, what.base, allow_base_mismatch
@@ -84,7 +85,7 @@ class Conversation:
         if system:
             self._set_system(system)
 
-    @model.or_out_of_memory("/reset forgets what was said; shorter answers (--max-new-tokens) take less, too")
+    @base_model.or_out_of_memory("/reset forgets what was said; shorter answers (--max-new-tokens) take less, too")
     def say(self, text: str) -> str:
         """Answer a message, passing the answer on as it is written, and remember both.
 
@@ -123,7 +124,7 @@ class Conversation:
                 self.turns += [asked, {"role": "assistant", "content": answer}]
         return answer
 
-    @model.or_out_of_memory("fewer adapters at once, or close other programs")
+    @base_model.or_out_of_memory("fewer adapters at once, or close other programs")
     def command(self, line: str) -> str:
         """Carry out a line that begins with `/` and return what to tell.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import adapter, bases, console, data, fit, generate, loop, metrics, model, outputs, reach, stops
+from loratune import adapter, console, data, fit, loop, metrics, outputs, reach, stops
 from loratune.batches import AUTO_TOKENS, in_length_order
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
@@ -22,6 +22,7 @@ from loratune.data import DAMAGED, Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.kernels import linear_cross_entropy
+from loratune.models import base_files, base_model, generate
 from loratune.objectives import Sft
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.system import files, regex_match, storage
@@ -73,7 +74,7 @@ class Evaluation:
         }
 
 
-@model.or_out_of_memory("--batch-size 1 answers one row at a time, --no-generate none; or close other programs")
+@base_model.or_out_of_memory("--batch-size 1 answers one row at a time, --no-generate none; or close other programs")
 def evaluate(
     name: str | Path,
     data: str | None = None,
@@ -115,7 +116,7 @@ def evaluate(
     Raises:
         LoratuneError: any of its kinds.
     """
-    bases.quiet()
+    base_files.quiet()
     if regex is not None:
         regex_match.check(regex)
     tell = console.Report()
@@ -234,7 +235,7 @@ def _about(rows: Rows) -> Iterator[str]:
     yield from rows.told_unread()
 
 
-def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.Loaded]]:
+def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_model.Loaded]]:
     """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
     if what.adapter is not None:
         loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
@@ -249,19 +250,19 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, model.L
         yield "adapter", replace(loaded, notes=[])
         return
     if what.original is not None and what.original.base != what.base.base:
-        original = _ready(model.load(what.original, trust=what.trust))
+        original = _ready(base_model.load(what.original, trust=what.trust))
         opened_model.check_base(what, original, what.original, allow_mismatch)
         yield "base", original
-    yield "model", _ready(model.load(what.base, trust=what.trust))
+    yield "model", _ready(base_model.load(what.base, trust=what.trust))
 
 
-def _ready(loaded: model.Loaded) -> model.Loaded:
+def _ready(loaded: base_model.Loaded) -> base_model.Loaded:
     loaded.model.eval()
     return loaded
 
 
 def _with_room(
-    loaded: model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: console.Report
+    loaded: base_model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: console.Report
 ) -> dict[int, tuple[list[int], str]]:
     """Return the questions that leave a position for an answer; tell what is longer than the model's positions.
 
@@ -282,7 +283,7 @@ def _with_room(
     return left
 
 
-def _losses(loaded: model.Loaded, rows: Rows) -> list[dict[str, float]]:
+def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
     """Return sums of each row: nats, right tokens, trained tokens."""
     objective, device = Sft(), loaded.device
     order = np.argsort(-rows.lengths, kind="stable")
@@ -317,7 +318,7 @@ def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
 
 
 def _answers(
-    loaded: model.Loaded, questions: dict[int, tuple[list[int], str]], max_new_tokens: int, batch_size: int,
+    loaded: base_model.Loaded, questions: dict[int, tuple[list[int], str]], max_new_tokens: int, batch_size: int,
     temperature: float, progress: Any, ends: Sequence[int],
 ) -> dict[int, str]:  # fmt: skip
     torch.manual_seed(0)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from loratune import bases, console, data, tokenizing
+from loratune import console, data
 from loratune.data import Rows
 from loratune.encode import Encoder, Row
 from loratune.errors import UsageError
+from loratune.models import base_files, tokenizing
 from loratune.recipe import Recipe
 
 
@@ -70,7 +71,7 @@ def inspect(
         UsageError: when there is no such row.
         DataError: when the rows can't be used, as `train` would say.
     """
-    bases.quiet()
+    base_files.quiet()
     tokenizer = tokenizing.of(recipe, trust_remote_code)
     encoder = Encoder(tokenizer)
     with console.Report().counting("reading rows") as progress:

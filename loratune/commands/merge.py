@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from loratune import bases, card, configs, console, fingerprint, guard, model, modelfolder, outputs, stops, tokenizing
+from loratune import card, console, outputs, stops
 from loratune.commands import opened_model
 from loratune.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
+from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, safety, tokenizing
 from loratune.system import files, storage  # fmt: skip
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -52,7 +53,9 @@ class Merge:
     base_differs: tuple[str, ...] = ()
 
 
-@model.or_out_of_memory("a merge holds the base in float32, 4 bytes a weight, in main memory: close other programs")
+@base_model.or_out_of_memory(
+    "a merge holds the base in float32, 4 bytes a weight, in main memory: close other programs"
+)
 def merge(
     name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None,
     allow_base_mismatch: bool = False, trust_remote_code: bool = False,
@@ -78,7 +81,7 @@ def merge(
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
-    bases.quiet()
+    base_files.quiet()
     tell = console.Report()
     target = files.local(out)
     if files.there(target) and (not target.is_dir() or any(target.iterdir())):
@@ -92,7 +95,7 @@ def merge(
     )  # float32: the sum W + s B A is rounded once, at the end
     for line in loaded.notes:
         tell.problem(line)
-    wanted = _dtype(dtype, bases.folder_of(what.base))
+    wanted = _dtype(dtype, base_files.folder_of(what.base))
     prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
     with_adapter = _logits(loaded.model, prompts)
     merged = _fold(loaded.model, folder)
@@ -127,10 +130,10 @@ def _dtype(name: str, base: Path) -> torch.dtype:
     """
     if name != "auto":
         return _DTYPES[name]
-    config = guard.read_object(base / configs.CONFIG)
+    config = safety.read_object(base / config_files.CONFIG)
     numbers: dict[str, int] = {}
-    for file in guard.weight_files(base):
-        for entry in guard.header_of(file).tensors.values():
+    for file in safety.weight_files(base):
+        for entry in safety.header_of(file).tensors.values():
             numbers[entry.dtype] = numbers.get(entry.dtype, 0) + math.prod(entry.shape)
     most = max(numbers, key=lambda one: numbers[one])
     if most in _ON_DISK and "quantization_config" not in config:
@@ -174,9 +177,9 @@ def _write(
     storage.check_space(target.parent, needed, "the merged model", "free some space, or name another folder with --out")
 
     def write(folder: Path) -> None:
-        base, source = bases.folder_of(what.base), _tokenizer_source(what, tokenizer)
+        base, source = base_files.folder_of(what.base), _tokenizer_source(what, tokenizer)
         merged.save_pretrained(folder)
-        modelfolder.complete(folder, base, merged.config, done.dtype, tokenizer, source, what.trust)
+        model_folder.complete(folder, base, merged.config, done.dtype, tokenizer, source, what.trust)
         stops.write_config(folder, base, ends)
         storage.write_text(folder / "README.md", _card(done, tokenizer, what, ends))
 
@@ -197,8 +200,8 @@ def _card(done: Merge, tokenizer: Any, what: opened_model.Subject, ends: Sequenc
 
 def _tokenizer_source(what: opened_model.Subject, tokenizer: Any) -> Path:
     """Return where the merged model's tokenizer files come from: the base, unless the adapter has another tokenizer."""
-    base, adapter = bases.folder_of(what.base), what.adapter
-    if adapter is None or not (adapter / configs.TOKENIZER).is_file():
+    base, adapter = base_files.folder_of(what.base), what.adapter
+    if adapter is None or not (adapter / config_files.TOKENIZER).is_file():
         return base
     of_base = fingerprint.of_tokenizer(tokenizing.load(what.base, trust=what.trust))
     return base if of_base["sha256"] == fingerprint.of_tokenizer(tokenizer)["sha256"] else adapter

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, bases, checkpoint, fingerprint, guard, model, quantization, recipe, tokenizing
+from loratune import adapter, checkpoint, recipe
 from loratune.config import decode, yaml_nodes
 from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.kernels import lora_linear, torch_compile
+from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
 from loratune.recipe import Model, Recipe
 from loratune.system import files, regex_match  # fmt: skip
 
@@ -91,14 +92,14 @@ def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tup
         ModelError: as `open_subject`, and when there is no such folder: an adapter is never on the hub.
         UsageError: when it is a whole model.
     """
-    bases.check_subject(name, hub=False)
+    base_files.check_subject(name, hub=False)
     found = open_subject(name, base, trust)
     if found.adapter is None:
         raise UsageError(Problem("is a whole model, no adapter", Place(name), "name a run or an adapter folder"))
     return found, found.adapter
 
 
-def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> model.Loaded:
+def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> base_model.Loaded:
     """Load a subject's base model with its adapter on top, ready to use.
 
     Args:
@@ -121,13 +122,13 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
     return loaded
 
 
-def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> model.Loaded:
+def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> base_model.Loaded:
     """Load a subject's base model without its adapter, which is checked all the same; see `load`."""
     full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
     if subject.adapter is not None:
         adapter.check(subject.adapter)  # before minutes go into loading the base
-    loaded = model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
+    loaded = base_model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
     loaded.tokenizer = tokenizer(subject)
     if exact and loaded.quantization != "none":
         loaded.model = quantization.dequantized(loaded.model)
@@ -140,7 +141,7 @@ def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = Fals
     return loaded
 
 
-def check_base(subject: Subject, loaded: model.Loaded, section: Model, allow_mismatch: bool) -> None:
+def check_base(subject: Subject, loaded: base_model.Loaded, section: Model, allow_mismatch: bool) -> None:
     """Hold a loaded base against the one a subject was trained on; what there is to tell is added to its notes.
 
     Raises:
@@ -172,7 +173,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
 
     adapter.check(folder)
     file = folder / "adapter_config.json"
-    regex_match.check_modules(guard.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
+    regex_match.check_modules(safety.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
     try:
         with warnings.catch_warnings():
@@ -234,7 +235,7 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
         return section.model_copy(update={"base": _local(base)})
     if known is not None:
         return _still_there(known.model)
-    config = guard.read_object(folder / "adapter_config.json")
+    config = safety.read_object(folder / "adapter_config.json")
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name and (about := fingerprint.read(folder)) is not None:  # of a base that has no name elsewhere
         name, revision = about["base"].get("name"), about["base"].get("revision")
@@ -265,5 +266,5 @@ def _local(name: str) -> str:
     path = files.local(name)
     if files.there(path):
         return str(path.resolve())
-    bases.check_name(name)
+    base_files.check_name(name)
     return name

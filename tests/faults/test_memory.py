@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from loratune import fit as fits
-from loratune import keeping, model, run
+from loratune import keeping, run
 from loratune.errors import SetupError
+from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.system import storage
 from tests.conftest import Fit
@@ -76,7 +77,7 @@ def test_a_base_that_does_not_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     ],
 )  # fmt: skip
 def test_which_errors_are_about_memory(error: Exception, memory: bool):
-    assert model.is_out_of_memory(error) == memory
+    assert base_model.is_out_of_memory(error) == memory
 
 
 GB = 10**9

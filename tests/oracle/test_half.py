@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import model, sharing
+from loratune import sharing
 from loratune.kernels import cpu_attention, linear_cross_entropy, packed_attention
 from loratune.methods import Lora
+from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.recipe import Model, Nf4
 from loratune.sharing import Layout
@@ -193,7 +194,7 @@ def test_what_is_trained_beside_the_adapter_gets_its_gradient(name: str):
 
 def test_a_four_bit_base_keeps_a_head_without_logits(base: Path, used: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     section = Model(base=str(base), dtype="bfloat16", quantization=Nf4())
-    net = adapted(model.load(section, where=torch.device("cpu")).model)
+    net = adapted(base_model.load(section, where=torch.device("cpu")).model)
     assert type(net.get_output_embeddings()) is torch.nn.Linear
     found = {layout: gradients(net, [ROWS], layout) for layout in LAYOUTS}
     assert used["head"] == 3

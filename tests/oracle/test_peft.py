@@ -12,11 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loratune import model, tokenizing
 from loratune.commands import opened_model
 from loratune.errors import ModelError
 from loratune.methods import Lora, saved
 from loratune.methods.lora import _best_of_rank
+from loratune.models import base_model, tokenizing
 from loratune.recipe import Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, Trained, logits
@@ -122,7 +122,7 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
     )
     with torch.device("meta"):
         net = Lora(r=16).apply(LlamaForCausalLM(config), lambda: [])
-    trained, everything = model.count_parameters(net)
+    trained, everything = base_model.count_parameters(net)
     # r x (in + out) of q, k, v, o, gate, up and down
     by_hand = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert trained == by_hand == 41_943_040
@@ -226,14 +226,14 @@ def test_loftq_starts_nearer_to_the_full_base_than_plain_nf4(fit: Fit, base: Pat
     losses = loftq.column("loss")
     assert losses[0] > losses[1] > losses[2]
     again = PeftModel.from_pretrained(
-        model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model,
+        base_model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model,
         loftq.folder,
     )
     assert torch.equal(logits(again, prompts), logits(loftq.net, prompts))
 
     torch.manual_seed(0)
     full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    plain = model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model
+    plain = base_model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model
     away = float((logits(plain, prompts) - logits(full, prompts)).norm())
     start = Lora(r=16, init="loftq").apply(plain, lambda: [])
     nearer = float((logits(start, prompts) - logits(full, prompts)).norm())
@@ -249,7 +249,9 @@ def test_variants_over_an_nf4_base(fit: Fit, base: Path, prompts: list[torch.Ten
     )
     losses = done.column("loss")
     assert losses[0] > losses[1] > losses[2]
-    quantized = model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model
+    quantized = base_model.load(
+        Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")
+    ).model
     assert torch.equal(logits(PeftModel.from_pretrained(quantized, done.folder), prompts), logits(done.net, prompts))
 
 

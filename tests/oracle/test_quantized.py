@@ -10,8 +10,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from loratune import model
 from loratune.errors import ModelError
+from loratune.models import base_model
 from loratune.recipe import Fp4, Int8, Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, logits
@@ -21,7 +21,7 @@ FOUR_BIT = [(kind, double) for kind in ("nf4", "fp4") for double in (True, False
 
 
 def _load(base: Path, quantization: Any) -> Any:
-    return model.load(Model(base=str(base), dtype="float32", quantization=quantization), where=CPU).model
+    return base_model.load(Model(base=str(base), dtype="float32", quantization=quantization), where=CPU).model
 
 
 def _four_bit(kind: str, double: bool) -> Any:
@@ -143,14 +143,14 @@ def test_a_4_bit_base_keeps_no_more_of_a_token_than_a_plain_one(fit: Fit, dtype:
 def test_parameters_of_a_quantized_base_count_as_the_matrices_they_stand_for(base: Path, quantization: Any):
     net = _load(base, quantization)
     number = sum(parameter.numel() for parameter in tiny.model(tiny.tokenizer()).parameters())
-    assert model.count_parameters(net)[1] == number
+    assert base_model.count_parameters(net)[1] == number
 
 
 def test_trained_parameters_are_the_adapters(fit: Fit, base: Path, capsys: pytest.CaptureFixture[str]):
     done = fit(model={"quantization": "nf4"}, method={"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]})
     adapter = 2 * 4 * ((64 + 64) + (64 + 32))  # layers x r x (in + out) of q and v
     number = sum(parameter.numel() for parameter in tiny.model(tiny.tokenizer()).parameters())
-    assert model.count_parameters(done.net) == (adapter, number + adapter)
+    assert base_model.count_parameters(done.net) == (adapter, number + adapter)
     assert f"{adapter:,} of {number + adapter:,} parameters trained" in capsys.readouterr().err
 
 
@@ -162,7 +162,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", [Nf4(), Fp4()], ids=lambda q: q.type)
 def test_layers_that_a_cpu_would_get_wrong_are_refused(narrow: Path, kind: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("loratune.model.computes_in_bf16", lambda where: True)
+    monkeypatch.setattr("loratune.models.base_model.computes_in_bf16", lambda where: True)
     with pytest.raises(ModelError) as caught:
         _load(narrow, kind)
     text = str(caught.value)
@@ -173,7 +173,7 @@ def test_layers_that_a_cpu_would_get_wrong_are_refused(narrow: Path, kind: Any, 
 
 
 def test_other_cpus_take_them(narrow: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("loratune.model.computes_in_bf16", lambda where: False)
+    monkeypatch.setattr("loratune.models.base_model.computes_in_bf16", lambda where: False)
     _load(narrow, Nf4())
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loratune import checkpoint, model, states
+from loratune import checkpoint, states
 from loratune.console import Report
 from loratune.errors import RunFolderError, StorageError
+from loratune.models import base_model
 from tests.conftest import Fit, Trained
 
 SECTIONS: dict[str, Any] = {
@@ -98,12 +99,12 @@ def test_a_run_keeps_its_precision_on_another_machine(
 ):
     """`dtype: auto` chooses by the device; a resume does not choose again."""
     sections = {**SECTIONS, "model": {"dtype": "auto"}}
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: begun)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: begun)
     straight = fit("straight", **sections)
     with _stop_after(5):
         fit("stopped", **sections)
     capsys.readouterr()
-    monkeypatch.setattr(model, "computes_in_bf16", lambda where: not begun)
+    monkeypatch.setattr(base_model, "computes_in_bf16", lambda where: not begun)
     resumed = fit("stopped", resume=True, **sections)
     dtype = "bfloat16" if begun else "float32"
     assert resumed.facts()["dtype"] == straight.facts()["dtype"] == dtype

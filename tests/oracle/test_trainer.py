@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from loratune import batches, data, model, tokenizing
+from loratune import batches, data
 from loratune.encode import Encoder
 from loratune.kernels import linear_cross_entropy, lora_linear
 from loratune.methods import Lora
+from loratune.models import base_model, tokenizing
 from loratune.objectives import Sft
 from tests.conftest import Fit, Trained
 from tests.test_sft import llama, rows
@@ -50,7 +51,7 @@ def _trainer(
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=recipe.method.r, lora_alpha=recipe.method.lora_alpha, target_modules="all-linear"
     )
-    net = get_peft_model(model.load(recipe.model).model, lora)
+    net = get_peft_model(base_model.load(recipe.model).model, lora)
     assert {type(m) for m in net.modules() if isinstance(m, LoraLayer)} == {Linear}, "PEFT's own layers"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -176,7 +177,7 @@ def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):
     counts = [sum(label != -100 for label in labels[1:]) for labels in columns["labels"][:8]]
     micro = [sum(counts[i : i + 2]) for i in range(0, 8, 2)]
     assert len(set(micro)) > 1, micro
-    loaded = model.load(whole.recipe.model).model.eval()
+    loaded = base_model.load(whole.recipe.model).model.eval()
     sums = []
     for i in range(8):
         with torch.no_grad():

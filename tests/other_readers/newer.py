@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import bases
 from loratune.commands import opened_model
+from loratune.models import base_files
 from tests import tiny
 from tests.other_readers import gguf_file
 
@@ -69,13 +69,13 @@ def write(folder: Path, name: str) -> None:
 
 def main(folder: Path, older: str) -> int:
     os.environ.update(HF_HUB_OFFLINE="1", LORATUNE_CACHE=str(folder / "cache"), CI="1")
-    bases.quiet()
+    base_files.quiet()
     script = str(Path(__file__).parent / "older.py")
     subprocess.run([older, script, "make", str(folder)], check=True)
     for base in sorted(folder.glob("*/base")):
         write(folder, base.parent.name)
     file = gguf_file.write(folder / "llama" / "base", folder / "llama.gguf")
-    made = bases.from_gguf(file)
+    made = base_files.from_gguf(file)
     expect(folder / "gguf" / "base", made, load(folder / "llama" / "base"))  # what the file was made of
     (folder / "gguf" / "work").mkdir()
     run = train(folder / "gguf" / "work" / "lora", file)

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratune import _probe
 from loratune.errors import Place, Problem, SafetyError, SetupError, shorten
+from loratune.models import _template_probe
 
 LONGEST = 1_000_000  # characters of a template; the longest in use has some 30,000
 _NEEDED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # by some builds of Python, to start
@@ -37,7 +37,7 @@ def check(template: str, tokens: Mapping[str, str], place: Place, known: Path) -
         SetupError: when no child process can be started.
     """
     about = json.dumps({"template": template, "tokens": dict(tokens)})
-    program = Path(_probe.__file__)
+    program = Path(_template_probe.__file__)
     remembered = known / hashlib.sha256(program.read_bytes() + about.encode("utf-8", "surrogatepass")).hexdigest()
     if remembered.exists():
         return
@@ -69,7 +69,7 @@ def _ask(program: Path, about: str) -> str | None:
         reason = shorten(done.stderr.strip().rpartition("\n")[2], 200)
         raise SetupError(f"the process that checks the chat template does not start: {reason}")
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"takes more than {_probe.CPU_SECONDS} s of time to render a few words"
+        return f"takes more than {_template_probe.CPU_SECONDS} s of time to render a few words"
     try:
         refused = json.loads(answer)["refused"]
     except (ValueError, KeyError, TypeError):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import bases, configs, guard
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
+from loratune.models import base_files, config_files, safety
 from loratune.recipe import Model
 from loratune.system import files
 
@@ -80,14 +80,14 @@ def of_base(section: Model) -> Fingerprint:
     Raises:
         ModelError: when there are no whole safetensors files.
     """
-    return of_folder(bases.folder_of(section))
+    return of_folder(base_files.folder_of(section))
 
 
 def of_folder(folder: Path) -> Fingerprint:
     """Take the fingerprint of a folder with config.json and safetensors files; see `of_base`."""
     try:
-        config = guard.read_object(folder / "config.json")
-        headers = {file: guard.header_of(file) for file in guard.weight_files(folder)}
+        config = safety.read_object(folder / "config.json")
+        headers = {file: safety.header_of(file) for file in safety.weight_files(folder)}
         whole = sum(file.stat().st_size for file in headers) <= WHOLE
         seen: dict[str, dict[str, str]] = {}
         for file, header in headers.items():
@@ -101,7 +101,8 @@ def of_folder(folder: Path) -> Fingerprint:
     except (OSError, ValueError) as error:
         raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None
     return Fingerprint(
-        _lasting(configs.without_old_names(config)), {part: _digest(tensors) for part, tensors in sorted(seen.items())}
+        _lasting(config_files.without_old_names(config)),
+        {part: _digest(tensors) for part, tensors in sorted(seen.items())},
     )
 
 

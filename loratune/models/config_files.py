@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratune import guard
+from loratune.models import safety
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 GENERIC = "PreTrainedTokenizerFast"  # the class every version reads: tokenizer.json as it stands
@@ -33,8 +33,8 @@ def write_config(target: Path, base: Path | None, config: Any, dtype: str) -> No
         config: of the model in memory: what is written must mean the same.
         dtype: of the weights in `target`, such as `bfloat16`.
     """
-    written = guard.read_object(target / CONFIG)
-    given = _same_model(guard.read_object(base / CONFIG), written) if base is not None else {}
+    written = safety.read_object(target / CONFIG)
+    given = _same_model(safety.read_object(base / CONFIG), written) if base is not None else {}
     joined = _joined(given, written)
     joined |= {key: written[key] for key in _misread(joined, config) if key in written}
     both = _with_old_names(joined)
@@ -55,7 +55,7 @@ def without_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def for_older_readers(folder: Path) -> None:
     """Rewrite tokenizer_config.json as transformers 5 saves it in the words of transformers 4, which both read."""
-    config = guard.read_object(folder / TOKENIZER)
+    config = safety.read_object(folder / TOKENIZER)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = GENERIC
     if isinstance(config.get("extra_special_tokens"), list):

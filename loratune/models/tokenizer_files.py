@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, fingerprint, guard
+from loratune.models import config_files, fingerprint, safety
 from loratune.system import run_files
 
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
@@ -31,7 +31,7 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
     clear(target)
     if not any(_found(source, run_files.TOKENIZER)):
         tokenizer.save_pretrained(target)
-        configs.for_older_readers(target)
+        config_files.for_older_readers(target)
         return
     own = template_of(source)
     changed = _normal(tokenizer.chat_template) != own
@@ -57,7 +57,7 @@ def template_of(folder: Path) -> dict[str, str]:
         more = {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATES).glob("*.jinja")}
         return {**more, "default": (folder / TEMPLATE).read_text(encoding="utf-8")}
     if (folder / CONFIG).is_file():
-        return _normal(guard.read_object(folder / CONFIG).get("chat_template"))
+        return _normal(safety.read_object(folder / CONFIG).get("chat_template"))
     return {}
 
 
@@ -67,11 +67,13 @@ def _write_template(target: Path, source: Path, template: Any) -> None:
     if (source / TEMPLATE).is_file():
         (target / TEMPLATE).write_bytes(named.get("default", "").encode())  # its line ends are part of it
     if (source / _OLD_TEMPLATE).is_file():
-        configs.write(target / _OLD_TEMPLATE, {"chat_template": named.get("default", "")})
-    config = guard.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
+        config_files.write(target / _OLD_TEMPLATE, {"chat_template": named.get("default", "")})
+    config = safety.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
     if "chat_template" in config or not (source / TEMPLATE).is_file():
         several = [{"name": name, "template": text} for name, text in named.items()]
-        configs.write(target / CONFIG, {**config, "chat_template": template if isinstance(template, str) else several})
+        config_files.write(
+            target / CONFIG, {**config, "chat_template": template if isinstance(template, str) else several}
+        )
 
 
 def _name_class(target: Path, tokenizer: Any) -> None:
@@ -79,21 +81,21 @@ def _name_class(target: Path, tokenizer: Any) -> None:
 
     Without config.json some readers take another class than beside it, which may cut texts in another way.
     """
-    config = guard.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
+    config = safety.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
     if config.get("tokenizer_class") and _is_same(target, tokenizer):
         return
-    configs.write(target / CONFIG, {**config, "tokenizer_class": configs.GENERIC})
+    config_files.write(target / CONFIG, {**config, "tokenizer_class": config_files.GENERIC})
     if not _is_same(target, tokenizer):
         clear(target)
         tokenizer.save_pretrained(target)
-        configs.for_older_readers(target)
+        config_files.for_older_readers(target)
 
 
 def _is_same(folder: Path, tokenizer: Any) -> bool:
     """Return whether a folder's files, read alone, give a tokenizer."""
     from transformers import AutoTokenizer
 
-    if "auto_map" in guard.read_object(folder / CONFIG):
+    if "auto_map" in safety.read_object(folder / CONFIG):
         return True  # made by code of its own, which is not run for this
     try:
         found = fingerprint.of_tokenizer(AutoTokenizer.from_pretrained(folder))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, tokenizerfiles
+from loratune.models import config_files, tokenizer_files
 from loratune.system import run_files
 
 
@@ -24,8 +24,8 @@ def complete(
         source: folder it was loaded from; None for `base`.
         trust: code of the base's own was let run: it comes along.
     """
-    configs.write_config(target, base, config, dtype)
-    tokenizerfiles.write(target, source or base, tokenizer, alone=False)
+    config_files.write_config(target, base, config, dtype)
+    tokenizer_files.write(target, source or base, tokenizer, alone=False)
     copied = [*run_files.PROCESSORS, *(code(base) if trust else ())]
     for name in copied:
         if (base / name).is_file():

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from typing import Any
 
-from loratune import bases, templating
 from loratune.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
+from loratune.models import base_files, template_check
+from loratune.models.chat_templates import TEMPLATES
 from loratune.recipe import Data, Model, Recipe
 from loratune.system import child_process, files
-from loratune.templates import TEMPLATES
 from loratune.turns import FOLD, marks_comment
 
 
@@ -40,14 +40,14 @@ def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
         ModelError: when there is none.
         SafetyError: when its files would run code or lead out of their folder.
     """
-    folder = folder or bases.local_folder(section)
-    bases.check(section, folder, trust)
+    folder = folder or base_files.local_folder(section)
+    base_files.check(section, folder, trust)
     tokenizer = None if "torch" in sys.modules or trust else _by_child(folder, section.revision)
     if tokenizer is None:
         try:
             tokenizer = _transformers().from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
         except Exception as error:  # its files come from elsewhere: they can fail in any way
-            raise bases.unusable(section.base, error, "tokenizer") from None
+            raise base_files.unusable(section.base, error, "tokenizer") from None
     templates = tokenizer.chat_template or ()
     for template in templates.values() if isinstance(templates, dict) else [templates] if templates else ():
         check_template(template, tokenizer, folder)
@@ -68,7 +68,7 @@ def _by_child(folder: str, revision: str | None) -> Any:
     transformers imports torch where it can, for any tokenizer, though none needs it to be pickled or used.
     """
     done = subprocess.run(
-        child_process.command("loratune.tokenizing"), input=pickle.dumps((folder, revision)), capture_output=True,
+        child_process.command("loratune.models.tokenizing"), input=pickle.dumps((folder, revision)), capture_output=True,
         env=child_process.environment(),
     )  # fmt: skip
     return None if done.returncode else pickle.loads(done.stdout)
@@ -90,7 +90,7 @@ def check_template(template: str, tokenizer: Any, source: str) -> None:
         SafetyError: when it takes too long, too much memory, or reaches out of its sandbox.
     """
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    templating.check(template, tokens, Place(source), bases.cache() / "templates")
+    template_check.check(template, tokens, Place(source), base_files.cache() / "templates")
 
 
 def with_template(tokenizer: Any, data: Data) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from loratune import bases, quantization, tokenizing
 from loratune.errors import SetupError
+from loratune.models import base_files, quantization, tokenizing
 from loratune.recipe import Model
 from loratune.system import limits
 
@@ -170,11 +170,11 @@ def load(
     dtype = dtype_of(section.dtype, where, full)
     exact_products()
     torch.set_num_threads(threads())
-    folder = bases.local_folder(section)
+    folder = base_files.local_folder(section)
     if tokenizer is None:
         tokenizer = tokenizing.load(section, folder, trust)
     else:
-        bases.check(section, folder, trust)
+        base_files.check(section, folder, trust)
     loaded = Loaded(None, tokenizer, where, dtype)
     arguments: dict[str, Any] = {}
     if section.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -205,7 +205,7 @@ def _config(section: Model, folder: str, trust: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
     except Exception as error:  # its files come from elsewhere: they can fail in any way
-        raise bases.unusable(section.base, error, "model") from None
+        raise base_files.unusable(section.base, error, "model") from None
 
 
 def _from_pretrained(
@@ -221,7 +221,7 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise bases.unusable(section.base, error, "model") from None
+        raise base_files.unusable(section.base, error, "model") from None
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from loratune import configs, guard, ropes
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
+from loratune.models import config_files, rope_scaling, safety
 from loratune.recipe import Model
 from loratune.system import files
 
@@ -81,11 +81,11 @@ def from_gguf(file: Path) -> Path:
         if "quantization_config" in model.config:
             del model.config.quantization_config
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        ropes.complete(model.config, file)
+        rope_scaling.complete(model.config, file)
         model.to(torch.bfloat16).save_pretrained(staging)
-        configs.write_config(staging, None, model.config, "bfloat16")
+        config_files.write_config(staging, None, model.config, "bfloat16")
         tokenizer.save_pretrained(staging)
-        configs.for_older_readers(staging)
+        config_files.for_older_readers(staging)
         staging.rename(target)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if (target / "config.json").exists():  # another process was faster
@@ -132,17 +132,17 @@ def check(section: Model, folder: str, trust: bool) -> None:
     if os.path.isabs(folder) and not os.path.exists(folder):
         raise ModelError(Problem("no such folder", Place(folder), "name where the base lies now"))
     if Path(folder).is_dir():
-        guard.check_folder(Path(folder), trust, section.attention)
+        safety.check_folder(Path(folder), trust, section.attention)
         return
     _check_reachable(section, folder)
     files: dict[str, Path] = {}
-    for name in guard.CONFIGS:
+    for name in safety.CONFIGS:
         try:
             files[name] = Path(hf_hub_download(folder, name, revision=section.revision))
         except (OSError, ValueError, EntryNotFoundError) as error:
             if name == "config.json" or not isinstance(error, EntryNotFoundError):
                 raise unusable(section.base, error, "model") from None  # unseen files are not loaded
-    guard.check_configs(files, trust, section.attention)
+    safety.check_configs(files, trust, section.attention)
 
 
 def check_subject(name: str, hub: bool = True) -> None:
@@ -219,7 +219,7 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
         remedy = "use one that transformers knows, or read that code and give --trust-remote-code"
         return SafetyError(Problem("the model wants to run code of its own", Place(base), remedy))
     if "does not appear to have a file named model.safetensors" in str(error):
-        return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), guard.CONVERT))
+        return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), safety.CONVERT))
     hint = None
     if not Path(base).is_absolute():
         hint = nearby(base) or "there is no such folder either; one in a recipe is named relative to it"

@@ -1,0 +1,1 @@
+"""A base model and its tokenizer: found, checked, loaded, fingerprinted, asked for answers."""
