@@ -52,10 +52,10 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     """Read, tokenize, mask and pack with loratune, then once more from its cache."""
     import logging
 
-    from loratune import data
-    from loratune.encode import Encoder
+    from loratune.data import dataset
+    from loratune.data.bin_packing import pack
+    from loratune.data.encode import Encoder
     from loratune.models import base_files, tokenizing
-    from loratune.packing import pack
     from loratune.recipe import Data, Model, Source
 
     logging.disable()
@@ -64,11 +64,11 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
     encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))
     began = time.perf_counter()
-    found = data.load([source], section, encoder)
+    found = dataset.load([source], section, encoder)
     packs = pack(found.lengths, LENGTH)
     seconds = time.perf_counter() - began
     again = time.perf_counter()
-    assert data.load([source], section, encoder).cached
+    assert dataset.load([source], section, encoder).cached
     return {
         "seconds": seconds,
         "tokens": found.counts.tokens,

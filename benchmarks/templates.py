@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tokenizer is that of the tests
 
-from loratune.encode import Encoder
+from loratune.data.encode import Encoder
+from loratune.data.formats import Conversation, RowError
 from loratune.errors import Place
-from loratune.formats import Conversation, RowError
 from tests import tiny
 
 _SPECIAL = re.compile(

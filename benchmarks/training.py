@@ -46,8 +46,9 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     import numpy as np
     import yaml
 
-    from loratune import batches, data, load_recipe
-    from loratune.encode import Encoder
+    from loratune import load_recipe
+    from loratune.data import batches, dataset
+    from loratune.data.encode import Encoder
     from loratune.models import tokenizing
 
     recipe: dict[str, Any] = {
@@ -66,7 +67,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
     loaded = load_recipe(folder / "recipe.yaml")
-    found, _ = data.of(loaded, Encoder(tokenizing.of(loaded)))
+    found, _ = dataset.of(loaded, Encoder(tokenizing.of(loaded)))
     steps = batches.batches(found, case["batch_size"], case["batch_size"], 0, case["steps"])
     rows = [row for batch in steps for micro in batch.micro for row in micro]
     told = [{"input_ids": r.ids.tolist(), "labels": np.where(r.trained, r.ids, -100).tolist()} for r in rows]

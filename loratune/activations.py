@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratune import batches
 from loratune.apart import Packing
 from loratune.console import size
-from loratune.data import Rows
+from loratune.data import batches
+from loratune.data.dataset import Rows
 from loratune.errors import ModelError
 from loratune.footprint import Cost
 from loratune.recipe import Recipe

@@ -12,15 +12,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune import batches, loop, sharing
-from loratune.data import Rows
-from loratune.encode import Row
+from loratune import loop
+from loratune.data import batches, prefix_sharing
+from loratune.data.dataset import Rows
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import packed_attention
 from loratune.models.base_model import Loaded
 from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
-from loratune.sharing import Layout
 
 LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
 LOOKED_AT = 48  # first and last tokens of a row whose logits are compared
@@ -261,7 +262,7 @@ def _logits(
     device = next(net.parameters()).device
     batch = loop.on(device, objective.collate(rows, layout))
     if layout == "shared":
-        places = sharing.lay(rows).places[-1]  # the very last token is not among them
+        places = prefix_sharing.lay(rows).places[-1]  # the very last token is not among them
     else:
         count = len(rows[-1].ids)
         places = np.arange(batch["input_ids"].numel() - count, batch["input_ids"].numel() - 1)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from loratune.activations import Plan
 from loratune.console import size
-from loratune.data import Rows
+from loratune.data.dataset import Rows
 from loratune.footprint import Cost
 from loratune.kernels import linear_cross_entropy
 from loratune.models import quantization

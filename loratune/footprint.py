@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loratune import loop, states
 from loratune.apart import Packing
-from loratune.data import Rows
-from loratune.encode import Row
+from loratune.data.dataset import Rows
+from loratune.data.encode import Row
 from loratune.kernels import cpu_attention
 from loratune.recipe import Recipe
 

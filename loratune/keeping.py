@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import activations, checkpoint, drift, fit, lock, states, stops, telling
+from loratune import activations, checkpoint, drift, fit, lock, states, telling
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.checkpoint import Found, Progress
 from loratune.console import Report
-from loratune.data import Rows
+from loratune.data import end_tokens
+from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.footprint import Cost
 from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, tokenizer_files
@@ -192,7 +193,7 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 def write_origin(job: Job, folder: Path) -> None:
     """Write beside an adapter or model what it stands on, and where its answers end."""
     fingerprint.write(folder, job.origin)
-    stops.write_config(folder, base_files.folder_of(job.recipe.model), job.ends)
+    end_tokens.write_config(folder, base_files.folder_of(job.recipe.model), job.ends)
 
 
 def write_readable(job: Job, folder: Path) -> None:

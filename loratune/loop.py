@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
-from loratune.batches import Batch
-from loratune.encode import Row
+from loratune.data.batches import Batch
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import TrainingError
 from loratune.models.base_model import is_out_of_memory
-from loratune.sharing import Layout
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
 

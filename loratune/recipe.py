@@ -18,8 +18,8 @@ from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
 from loratune.config.section import BareWord, Cadence, Inside, Section, Share, as_tuple
 from loratune.config.yaml_nodes import Tree
+from loratune.data.formats import Auto, Format
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
-from loratune.formats import Auto, Format
 from loratune.methods import Lora, Method
 from loratune.models.chat_templates import TEMPLATES
 from loratune.objectives import Objective, Sft

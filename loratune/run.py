@@ -19,10 +19,8 @@ from accelerate.utils import set_seed
 from loratune import (
     activations,
     apart,
-    batches,
     card,
     checkpoint,
-    data,
     drift,
     fit,
     footprint,
@@ -30,17 +28,16 @@ from loratune import (
     launcher,
     loop,
     plot,
-    reach,
     readers,
     signals,
     states,
-    stops,
     telling,
 )
 from loratune.checkpoint import Found, Progress
 from loratune.console import Report, duration, size
-from loratune.data import Rows
-from loratune.encode import Encoder, Row
+from loratune.data import batches, dataset, end_tokens, model_limits
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.keeping import Job
 from loratune.kernels import torch_compile
@@ -150,19 +147,19 @@ def _prepare(
     tokenizer = tokenizing.of(recipe, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         encoder = Encoder(tokenizer)
-        train_rows, eval_rows = data.of(recipe, encoder, counting)
+        train_rows, eval_rows = dataset.of(recipe, encoder, counting)
     full = recipe.method.type == "full"
     section = base_model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = base_model.load(section, full, where, trust, tokenizer)
     quantization.check(recipe, loaded.quantization)
     remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
-    reached = [reach.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
+    reached = [model_limits.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
     loaded.notes += dict.fromkeys(note for note in reached if note)
     loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
-    trained_ends = stops.of_rows(train_rows, encoder)
-    origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": stops.named(trained_ends, tokenizer)}
-    ends = stops.joined(trained_ends, stops.of_template(encoder))
-    loaded.notes += stops.notes(trained_ends, stops.of_model(loaded.model, tokenizer), tokenizer)
+    trained_ends = end_tokens.of_rows(train_rows, encoder)
+    origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": end_tokens.named(trained_ends, tokenizer)}
+    ends = end_tokens.joined(trained_ends, end_tokens.of_template(encoder))
+    loaded.notes += end_tokens.notes(trained_ends, end_tokens.of_model(loaded.model, tokenizer), tokenizer)
     chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
     set_seed(settings.seed)

@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import batches
 from loratune.activations import Plan
 from loratune.apart import Packing
 from loratune.console import Report, size
-from loratune.data import DAMAGED, Rows
+from loratune.data import batches
+from loratune.data.dataset import DAMAGED, Rows
+from loratune.data.row_files import chosen
 from loratune.models import base_model
 from loratune.recipe import Recipe
-from loratune.rows import chosen
 from loratune.schedules import warmup_steps
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")

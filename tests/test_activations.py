@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, batches, footprint, keeping, recipe
+from loratune import activations, footprint, keeping, recipe
 from loratune import fit as fits
 from loratune.activations import BUDGETS, Plan
 from loratune.apart import Packing
+from loratune.data import batches
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import ModelError, SetupError
 from loratune.footprint import Cost
 from loratune.kernels import cpu_attention
 from loratune.models import quantization
 from loratune.objectives import Sft
-from loratune.sharing import Layout
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit

@@ -12,12 +12,13 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune import apart, packing, sharing
-from loratune.encode import Row
+from loratune import apart
+from loratune.data import bin_packing, prefix_sharing
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import Place
 from loratune.kernels import cpu_attention, packed_attention
 from loratune.objectives import Sft, sft
-from loratune.sharing import Layout
 from tests.test_sharing import alike
 
 WINDOW = 16
@@ -100,7 +101,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None
     net, objective = made(name, EXACT[name]), Sft()
     loss, gradients = measured(net, [objective.collate([row]) for row in ROWS])
     use(net, by)
-    packs = packing.pack(np.array([len(row.ids) for row in ROWS]), 50)
+    packs = bin_packing.pack(np.array([len(row.ids) for row in ROWS]), 50)
     assert len(packs) < len(ROWS)
     whole, parts = (
         [objective.collate(ROWS, layout="packed")],
@@ -150,7 +151,7 @@ def test_loss_and_gradients_of_rows_that_share_are_those_of_padded_rows(name: st
     net, objective = made(name, EXACT[name]), Sft()
     loss, gradients = measured(net, [objective.collate([row]) for row in BEGINNING])
     use(net, "rows")
-    parts = sharing.cut(BEGINNING, 50)
+    parts = prefix_sharing.cut(BEGINNING, 50)
     assert len(parts) > 1
     for chosen in ([BEGINNING], parts):  # at once, and accumulated
         micro = [objective.collate(part, "shared") for part in chosen]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import fit, workers
+from loratune import fit
+from loratune.data import workers
 from loratune.models import base_model
 from loratune.system import limits
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from loratune import apart, fit, launcher, recipe, states
-from loratune.encode import Row
+from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import packed_attention
 from loratune.models import base_model

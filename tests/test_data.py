@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import batches, data, recipe, store
-from loratune.data import Rows
-from loratune.encode import Encoder, Row
+from loratune import recipe
+from loratune.data import batches, dataset, row_cache
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Chat, Completion, Text
+from loratune.data.ledger import Ledger
 from loratune.errors import DataError, Place
-from loratune.formats import Chat, Completion, Text
-from loratune.ledger import Ledger
 from loratune.recipe import Data, Source
 from tests import tiny
 
@@ -28,7 +29,7 @@ def load(folder: Path, rows: list[dict[str, Any]], weight: float = 1, **section:
     path = tiny.write_jsonl(folder / "rows.jsonl", rows)
     source = Source(path=str(path), weight=weight)
     section.setdefault("max_lost", 1.0)
-    return data.load([source], Data(train=(source,), **section), ENCODER)
+    return dataset.load([source], Data(train=(source,), **section), ENCODER)
 
 
 def refused(folder: Path, rows: list[dict[str, Any]], **section: Any) -> str:
@@ -49,14 +50,14 @@ def made(
     weights: list[float] | None = None,
 ) -> Rows:
     """Return rows of given lengths; the ids tell the row, all but the first token are trained."""
-    writer = store.Writer(folder)
+    writer = row_cache.Writer(folder)
     for index, length in enumerate(lengths):
         row = Row(np.full(length, index, np.int32), np.ones(length, bool), Place("made", index + 1))
         content = contents[index] if contents else index
         writer.add(row, weights[index] if weights else 1.0, content, content)
     read = len(set(contents)) if contents else len(lengths)
     found = writer.commit({"counts": {}, "formats": {}}, None)
-    counts = data.Counts(read=read, kept=read, tokens=sum(lengths))
+    counts = dataset.Counts(read=read, kept=read, tokens=sum(lengths))
     return Rows(found, np.arange(len(lengths)), counts)
 
 
@@ -198,7 +199,7 @@ def test_progress_and_weights_of_several_sources(tmp_path: Path) -> None:
         path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", texts(*[4] * number))
         sources.append(Source(path=str(path), weight=weight))
     told: list[tuple[int, float]] = []
-    rows = data.load(sources, Data(train=tuple(sources), format=Text()), ENCODER, lambda *now: told.append(now))
+    rows = dataset.load(sources, Data(train=tuple(sources), format=Text()), ENCODER, lambda *now: told.append(now))
     assert told == [(300, 0.5), (600, 1.0)]
     assert rows.weights.tolist() == [1.0] * 300 + [0.5] * 300
     assert [Path(place.source).name for place in places(rows)] == ["a.jsonl"] * 300 + ["b.jsonl"] * 300
@@ -207,23 +208,23 @@ def test_progress_and_weights_of_several_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "fraction", "held"), [(100, 0.1, 10), (7, 0.5, 4), (5, 0.01, 1), (2, 0.99, 1)])
 def test_hold_out(tmp_path: Path, number: int, fraction: float, held: int) -> None:
     rows = made(tmp_path, np.arange(2, number + 2))
-    train, test = data.hold_out(rows, fraction, seed=3)
+    train, test = dataset.hold_out(rows, fraction, seed=3)
     chosen = [place.line for place in places(test)]
     rest = [place.line for place in places(train)]
     assert len(chosen) == held
     assert sorted(chosen + rest) == list(range(1, number + 1))
     assert (rest, chosen) == (sorted(rest), sorted(chosen))
-    again = data.hold_out(rows, fraction, seed=3)[1]
+    again = dataset.hold_out(rows, fraction, seed=3)[1]
     assert [place.line for place in places(again)] == chosen
     assert train.counts.tokens == train.lengths.sum()
     assert test.counts.trained_tokens == (test.lengths - 1).sum()
     if number == 100:
-        assert [p.line for p in places(data.hold_out(rows, fraction, seed=4)[1])] != chosen
+        assert [p.line for p in places(dataset.hold_out(rows, fraction, seed=4)[1])] != chosen
 
 
 def test_pieces_of_one_row_are_held_out_together(tmp_path: Path) -> None:
     rows = made(tmp_path, [5] * 12, [index // 3 for index in range(12)])  # four rows in three pieces each
-    train, test = data.hold_out(rows, 0.25, seed=1)
+    train, test = dataset.hold_out(rows, 0.25, seed=1)
     assert (len(train), len(test)) == (9, 3)
     assert not set(train.contents) & set(test.contents)
     assert (train.counts.held_out, test.counts.kept) == (1, 1)
@@ -231,7 +232,7 @@ def test_pieces_of_one_row_are_held_out_together(tmp_path: Path) -> None:
 
 def test_hold_out_needs_two_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs at least two rows"):
-        data.hold_out(made(tmp_path, [5]), 0.5, 0)
+        dataset.hold_out(made(tmp_path, [5]), 0.5, 0)
 
 
 # ---------------------------------------------------------------- order and batches
@@ -429,7 +430,7 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
         return recipe.load(path)
 
     with pytest.raises(DataError) as caught:
-        data.of(loaded(), ENCODER)
+        dataset.of(loaded(), ENCODER)
     assert str(caught.value).replace(f"{tmp_path}/", "") == "\n".join(
         [
             "eval.jsonl:2: stands in the training rows too: train.jsonl:2",
@@ -437,14 +438,14 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
             "  take them out of one of the two, or set data.overlap: allow",
         ]
     )
-    assert len(data.of(loaded(overlap="allow"), ENCODER)[1] or []) == 2
+    assert len(dataset.of(loaded(overlap="allow"), ENCODER)[1] or []) == 2
 
 
 def test_twins_are_held_out_together(tmp_path: Path) -> None:
     rows = load(tmp_path, texts(*range(4, 14)) * 2, format=Text())
     assert rows.counts.duplicates == 10
     for seed in range(20):
-        train, test = data.hold_out(rows, 0.2, seed)
+        train, test = dataset.hold_out(rows, 0.2, seed)
         assert not set(train.contents) & set(test.contents)
         assert (train.counts.held_out, test.counts.read) == (4, 4)
         assert train.counts.read == train.counts.kept + train.counts.held_out
@@ -453,7 +454,7 @@ def test_twins_are_held_out_together(tmp_path: Path) -> None:
 def test_only_the_first_rows_of_a_source(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", texts(5, 6, 7, 8))
     source = Source(path=str(path), max_rows=3)
-    rows = data.load([source], Data(train=(source,), format=Text()), ENCODER)
+    rows = dataset.load([source], Data(train=(source,), format=Text()), ENCODER)
     assert rows.lengths.tolist() == [5, 6, 7]
     assert rows.counts.read == 3
 
@@ -559,7 +560,7 @@ def test_damaged_files_are_accounted_for(tmp_path: Path, monkeypatch: pytest.Mon
         ledgers.append(Ledger(name, books[-1]))
         return ledgers[-1]
 
-    monkeypatch.setattr(data, "Ledger", ledger)
+    monkeypatch.setattr(dataset, "Ledger", ledger)
     rng = random.Random(11)
     path = tmp_path / "a.jsonl"
     source = Source(path=str(path))
@@ -577,7 +578,7 @@ def test_damaged_files_are_accounted_for(tmp_path: Path, monkeypatch: pytest.Mon
         ledgers.clear()
         books.clear()
         try:
-            rows = data.load([source], section, ENCODER)
+            rows = dataset.load([source], section, ENCODER)
         except DataError:
             counts = ledgers[0].counts
             assert counts.kept == 0 or counts.refused
@@ -589,7 +590,7 @@ def test_damaged_files_are_accounted_for(tmp_path: Path, monkeypatch: pytest.Mon
             counts = rows.counts
             ends["Rows"] += 1
             if len(set(rows.contents.tolist())) > 1 and rng.random() < 0.3:
-                rest, out = data.hold_out(rows, 0.3, seed=1)
+                rest, out = dataset.hold_out(rows, 0.3, seed=1)
                 counts = rest.counts
                 assert out.counts.read == out.counts.kept == counts.held_out > 0
                 ends["held out"] += 1

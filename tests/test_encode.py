@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune.encode import Encoder, Row
+from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Chat, Completion, Conversation, RowError, Text
 from loratune.errors import ModelError, Place
-from loratune.formats import Chat, Completion, Conversation, RowError, Text
 from loratune.models.tokenizing import with_template
 from tests import templates, tiny
 from tests.templates import FAMILIES, Family

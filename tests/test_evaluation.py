@@ -11,12 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import fit, metrics, recipe, rows
+from loratune import fit, metrics, recipe
 from loratune.commands import evaluate, merge
 from loratune.commands.evaluate import evaluate
-from loratune.encode import Encoder
+from loratune.data import row_files
+from loratune.data.encode import Encoder
+from loratune.data.formats import Chat
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
-from loratune.formats import Chat
 from loratune.models import base_model, generate
 from loratune.objectives import Sft
 from loratune.system import regex_match
@@ -324,7 +325,7 @@ def test_rows_by_a_pattern_and_names_that_stand_for_nothing(
         tiny.write_jsonl(tmp_path / "rows" / f"eval-{number}.jsonl", tiny.chats(2, seed=number))
     assert evaluate(base, data="rows/eval-*.jsonl", generate=False).rows == 4
     assert evaluate(base, data="rows/eval-[1].jsonl", generate=False).rows == 2
-    monkeypatch.setattr(rows, "hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(row_files, "hub", lambda *_: pytest.fail("asked the hub"))
     for name in ("rows/x", "rows/eval-3.jsonl", "./x"):
         with pytest.raises(DataError, match=f"no data at `{name}`"):
             evaluate(base, data=name, generate=False)

@@ -20,14 +20,15 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, console, inputs, prepare, recipe, rows
+from loratune import cli, console, recipe
 from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
-from loratune.encode import Encoder
+from loratune.data import cache_key, prepare, row_files
+from loratune.data.encode import Encoder
+from loratune.data.row_files import Block
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
 from loratune.models import safety
 from loratune.recipe import Data, Source
-from loratune.rows import Block
 from loratune.system import files, regex_match, storage
 from tests import tiny
 from tests.conftest import Fit
@@ -89,7 +90,7 @@ def test_what_is_no_file_is_not_opened(
         files.opened(tmp_path / "x")
     assert ODD[make] in str(caught.value.strerror)
     for read in (
-        inputs._input,
+        cache_key._input,
         lambda name: yaml_nodes.read_text(Path(name)),
         lambda name: safety.read_object(Path(name)),
     ):
@@ -110,11 +111,11 @@ def test_rows_out_of_a_pipe_are_refused_with_a_remedy(
         recipe.load(path, ["data.train=x.jsonl"])
     assert "write them to a file first" in str(caught.value)
     with pytest.raises(DataError, match="not a file"):
-        rows.files(tmp_path / "x.jsonl")
+        row_files.files(tmp_path / "x.jsonl")
     (tmp_path / "more").mkdir()
     make(tmp_path / "more" / "y.jsonl")
     with pytest.raises(DataError, match="take it out of the folder"):
-        rows.files(tmp_path / "more")
+        row_files.files(tmp_path / "more")
 
 
 def test_a_recipe_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, base: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/\xfe.jsonl")).write_text('{"text": "a"}\n')
     for source in ("data", "data/*", "data/**/*.jsonl"):
         with pytest.raises(DataError, match=r"\\xfe.jsonl: its name is not UTF-8"):
-            rows.files(tmp_path / source)
+            row_files.files(tmp_path / source)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -209,10 +210,10 @@ def test_folders_that_lead_into_themselves(tmp_path: Path) -> None:
     (tmp_path / "data" / "deep" / "up").symlink_to("..")
     (tmp_path / "data" / "more").symlink_to("../elsewhere")
     wanted = ["a.jsonl", "b.jsonl", "c.jsonl"]
-    assert sorted(file.name for file in rows.files(tmp_path / "data")) == wanted
-    assert sorted(file.name for file in rows.files(tmp_path / "data" / "**" / "*.jsonl")) == wanted
-    assert sorted(file.name for file in rows.files(tmp_path / "data" / "**")) == wanted
-    assert [file.name for file in rows.files(tmp_path / "d*" / "*.jsonl")] == ["a.jsonl"]
+    assert sorted(file.name for file in row_files.files(tmp_path / "data")) == wanted
+    assert sorted(file.name for file in row_files.files(tmp_path / "data" / "**" / "*.jsonl")) == wanted
+    assert sorted(file.name for file in row_files.files(tmp_path / "data" / "**")) == wanted
+    assert [file.name for file in row_files.files(tmp_path / "d*" / "*.jsonl")] == ["a.jsonl"]
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "scandir", refuse)
     for source in ("data", "data/**/*.jsonl"):
         with pytest.raises(DataError, match="closed: can't be read: Permission denied"):
-            rows.files(tmp_path / source)
+            row_files.files(tmp_path / source)
 
 
 # root reads whatever it likes, unless it lays that down
@@ -279,31 +280,31 @@ def test_a_line_that_does_not_end(tmp_path: Path) -> None:
         stream.truncate(100 << 20)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError) as caught:
-        list(rows.read(Source(path=str(path))))
+        list(row_files.read(Source(path=str(path))))
     assert str(caught.value).startswith(f"{path}:3: a line of more than 16,777,216 bytes")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 80 * 1024  # KiB
     path = tmp_path / "a.csv"
     path.write_bytes(b"text\na\n" + b'"' + b"a," * (9 << 20))
     with pytest.raises(DataError, match=r"a.csv:3: a line of more than 16,777,216 bytes"):
-        list(rows.read(Source(path=str(path))))
+        list(row_files.read(Source(path=str(path))))
 
 
 def test_a_row_of_many_long_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is short enough, and so are their lines: what the row takes is what counts."""
-    monkeypatch.setattr(rows, "LONGEST", 1000)
+    monkeypatch.setattr(row_files, "LONGEST", 1000)
     path = tmp_path / "a.csv"
     cell = '"' + "a\n" * 300 + '"'
     path.write_text(f"a,b\nx,{cell}\ny,{cell}\n{cell},{cell}\n")
-    found = rows.read(Source(path=str(path)))
+    found = row_files.read(Source(path=str(path)))
     with pytest.raises(DataError, match=r"a.csv:1102: a line of more than 1,000 bytes"):
         list(found)
     path.write_text(f"a,b\nx,{cell}\ny,{cell}\n")
-    assert len(list(rows.read(Source(path=str(path))))) == 2
+    assert len(list(row_files.read(Source(path=str(path))))) == 2
 
 
 def test_a_text_beyond_all_bounds_is_a_row_that_can_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "TEXT", 100)
-    block = Block(ready=tuple(rows.RawRow(Place("a", line), {"text": "b" * (99 + line)}) for line in (1, 2)))
+    block = Block(ready=tuple(row_files.RawRow(Place("a", line), {"text": "b" * (99 + line)}) for line in (1, 2)))
     kept, lost = prepare.prepare(block, tiny.data(format="text", max_length=200), Encoder(tiny.tokenizer()))
     assert (kept.fate, lost.fate) == ("kept", "refused")
     assert lost.reason == "a text of 101 characters; at most 100 are read: cut it into several rows"
@@ -312,18 +313,18 @@ def test_a_text_beyond_all_bounds_is_a_row_that_can_not_be_read(monkeypatch: pyt
 def test_a_long_line_is_still_a_row(tmp_path: Path) -> None:
     text = "a" * (3 << 20)
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": "b"}])
-    assert [row.value for row in rows.read(Source(path=str(path)))] == [{"text": text}, {"text": "b"}]
+    assert [row.value for row in row_files.read(Source(path=str(path)))] == [{"text": text}, {"text": "b"}]
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.parquet.gz"])
 def test_a_packed_file_that_grows_without_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "WHOLE", 1 << 20)
-    monkeypatch.setattr(rows._whole, "__defaults__", (None, 1 << 20))
-    monkeypatch.setattr(rows, "TEXT", 1 << 20)
+    monkeypatch.setattr(row_files, "WHOLE", 1 << 20)
+    monkeypatch.setattr(row_files._whole, "__defaults__", (None, 1 << 20))
+    monkeypatch.setattr(row_files, "TEXT", 1 << 20)
     path = tmp_path / name
     path.write_bytes(gzip.compress(b" " * (2 << 20)))
     with pytest.raises(DataError, match="is longer than 1,048,576 bytes"):
-        list(rows.read(Source(path=str(path))))
+        list(row_files.read(Source(path=str(path))))
 
 
 def test_a_list_is_read_object_by_object(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_list_is_read_object_by_object(tmp_path: Path) -> None:
         stream.write(b'{"text": "' + b"a" * (20 << 20) + b'"}]')
     assert path.stat().st_size < 1 << 20
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = rows.read(Source(path=str(path)))
+    found = row_files.read(Source(path=str(path)))
     for row in islice(found, 149):
         assert row.value == {"text": "a" * (1 << 20), "n": 12}
     with pytest.raises(DataError) as caught:
@@ -349,7 +350,7 @@ def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * (5 << 20)}]}
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [row])
     source = Source(path=str(path))
-    (block,) = rows.blocks(source)
+    (block,) = row_files.blocks(source)
     assert isinstance(block, Block)
     (found,) = prepare.prepare(block, Data(train=(source,)), Encoder(tiny.tokenizer()))
     assert (found.fate, found.reason) == (
@@ -359,7 +360,7 @@ def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
     said = ({"role": role, "content": "ä"} for role in ("user", "assistant") * 1025)
     path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"messages": list(said)}])
     (found,) = prepare.prepare(
-        next(rows.blocks(Source(path=str(path)))), Data(train=(source,)), Encoder(tiny.tokenizer())
+        next(row_files.blocks(Source(path=str(path)))), Data(train=(source,)), Encoder(tiny.tokenizer())
     )
     told = "a conversation of 2,050 messages; at most 2,048 are rendered: cut it into several rows"
     assert (found.fate, found.reason) == ("refused", told)

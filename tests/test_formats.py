@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from loratune.formats import Chat, Completion, Format, Instruction, Plain, RowError, Text
+from loratune.data.formats import Chat, Completion, Format, Instruction, Plain, RowError, Text
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "ho"}

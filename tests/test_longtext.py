@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loratune import longtext
-from loratune.encode import Encoder
+from loratune.data import long_text
+from loratune.data.encode import Encoder
+from loratune.data.formats import Plain, RowError
 from loratune.errors import Place
-from loratune.formats import Plain, RowError
 from tests import tiny
 
 SOME = "It's 2026: the cat, the dog\n\nand  (two) trees; 字の。字と, über\t'all' of them 😀 said so.\nThey'll run "
@@ -49,7 +49,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(kind: str, length: int, mo
     given: list[int] = []
     tokenized = encoder._tokenized
     monkeypatch.setattr(encoder, "_tokenized", lambda texts: (given.extend(map(len, texts)), tokenized(texts))[1])
-    monkeypatch.setattr(longtext, "LONG", length)
+    monkeypatch.setattr(long_text, "LONG", length)
     found = encoder.encode(example, Place("a"))
     assert found.ids.tolist() == whole.ids.tolist()
     assert found.trained.tolist() == whole.trained.tolist()
@@ -62,7 +62,7 @@ def test_prompt_and_completion_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     encoder = Encoder(trained("words"))
     example = Plain(((SOME * 9, False), (SOME * 8, True)))
     whole = encoder.encode(example, Place("a"))
-    monkeypatch.setattr(longtext, "LONG", 100)
+    monkeypatch.setattr(long_text, "LONG", 100)
     found = encoder.encode(example, Place("a"))
     assert found.ids.tolist() == whole.ids.tolist()
     assert found.trained.tolist() == whole.trained.tolist()
@@ -74,7 +74,7 @@ def test_prompt_and_completion_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_can_not_be_cut_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(longtext, "LONG", 100)
+    monkeypatch.setattr(long_text, "LONG", 100)
     text = "a b " + "c" * 200
     with pytest.raises(RowError, match=r"no end of a word within 100 characters from character 4 on; cut it into"):
         Encoder(trained("words")).encode(Plain(((text, True),)), Place("a"))

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from loratune import loop
 from loratune.commands import opened_model
-from loratune.encode import Row
+from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import lora_linear
 from loratune.methods import Lora

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune import batches
-from loratune.batches import split_packed
-from loratune.encode import Row
+from loratune.data import batches
+from loratune.data.batches import split_packed
+from loratune.data.bin_packing import pack
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import Place
-from loratune.packing import pack
-from loratune.sharing import Layout
 
 LENGTHS = st.integers(1, 60).flatmap(lambda most: st.lists(st.integers(1, most), max_size=60))
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loratune import pages, rows
+from loratune.data import parquet_pages, row_files
+from loratune.data.formats.base import Unreadable
 from loratune.errors import DataError
-from loratune.formats.base import Unreadable
 from loratune.recipe import Source
 
 
@@ -21,8 +21,8 @@ def written(table: pa.Table, **options: Any) -> io.BytesIO:
     return stream
 
 
-def read(path: Path) -> list[rows.RawRow]:
-    return list(rows.read(Source(path=str(path))))
+def read(path: Path) -> list[row_files.RawRow]:
+    return list(row_files.read(Source(path=str(path))))
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -38,8 +38,8 @@ def test_headers_say_what_pages_hold(version: str, dictionary: bool) -> None:
     for group in range(3):
         for index in range(2):
             chunk = metadata.row_group(group).column(index)
-            found = list(pages._pages(chunk, stream))
-            data = [page for page in found if page.kind != pages._DICTIONARY]
+            found = list(parquet_pages._pages(chunk, stream))
+            data = [page for page in found if page.kind != parquet_pages._DICTIONARY]
             assert sum(page.values for page in data) == chunk.num_values == (1000, 5000)[index]
             assert len(found) - len(data) == dictionary
             header = chunk.total_uncompressed_size - sum(page.unpacked for page in found)
@@ -52,7 +52,7 @@ def test_a_header_with_long_statistics_is_read(tmp_path: Path) -> None:
     texts = ["a" * 300_000, "b" * 300_000]
     stream = written(pa.table({"text": texts}), use_dictionary=False, compression="zstd")
     chunk = pq.ParquetFile(stream).metadata.row_group(0).column(0)
-    assert [(page.values, page.unpacked) for page in pages._pages(chunk, stream)] == [(2, 600_014)]
+    assert [(page.values, page.unpacked) for page in parquet_pages._pages(chunk, stream)] == [(2, 600_014)]
 
 
 def test_a_page_that_unpacks_to_too_much_is_refused_before_it_is(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_page_that_unpacks_to_too_much_is_refused_before_it_is(tmp_path: Path)
 
 def test_equal_numbers_in_a_list_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of them is a few bytes in a page, whatever its length."""
-    monkeypatch.setattr(pages, "PAGE", 1 << 20)
+    monkeypatch.setattr(parquet_pages, "PAGE", 1 << 20)
     path = tmp_path / "a.parquet"
     path.write_bytes(written(pa.table({"text": ["a"], "ids": [[7] * 200_000]}), compression="zstd").getvalue())
     assert path.stat().st_size < 2000
@@ -84,12 +84,12 @@ def test_equal_numbers_in_a_list_are_counted(tmp_path: Path, monkeypatch: pytest
 ], ids=["short", "long", "many"])  # fmt: skip
 def test_how_many_rows_are_read_at_once(texts: list[str], most: int) -> None:
     stream = written(pa.table({"text": texts}), dictionary_pagesize_limit=64 << 20)
-    assert pages.rows_at_once(pq.ParquetFile(stream).metadata, stream, "a", 256) == most
+    assert parquet_pages.rows_at_once(pq.ParquetFile(stream).metadata, stream, "a", 256) == most
 
 
 def test_a_cell_that_is_too_long_is_a_row_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and the like are nobody's text: they refuse no row."""
-    monkeypatch.setattr(rows, "LONGEST", 1000)
+    monkeypatch.setattr(row_files, "LONGEST", 1000)
     path = tmp_path / "a.parquet"
     picture = pa.array([None, {"bytes": b"\xff" * 5000, "path": "x"}, None, {"bytes": b"y", "path": "z"}])
     table = pa.table({"text": ["a", "b", "c" * 2000, "d"], "picture": picture})
@@ -103,17 +103,17 @@ def test_a_cell_that_is_too_long_is_a_row_that_can_not_be_read(tmp_path: Path, m
 
 
 def test_a_dictionary_of_long_texts_makes_no_row_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LONGEST", 1000)
+    monkeypatch.setattr(row_files, "LONGEST", 1000)
     texts = [f"{i} " * 100 for i in range(20)] * 3
     pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet")
     assert [row.value for row in read(tmp_path / "a.parquet")] == [{"text": text} for text in texts]
 
 
 def test_long_rows_stand_in_blocks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LARGE", 1000)
+    monkeypatch.setattr(row_files, "LARGE", 1000)
     texts = ["a", "b" * 600, "c" * 600, "d" * 3000, "e"]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    blocks = list(rows.blocks(Source(path=str(tmp_path / "a.parquet"))))
+    blocks = list(row_files.blocks(Source(path=str(tmp_path / "a.parquet"))))
     assert [(len(block.ready), block.large) for block in blocks] == [(2, False), (1, False), (1, True), (1, False)]
     assert abs(sum(block.size for block in blocks) - (tmp_path / "a.parquet").stat().st_size) < len(blocks)
 

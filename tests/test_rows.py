@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loratune import rows
+from loratune.data import row_files
+from loratune.data.formats import Chat, RowError, Text
+from loratune.data.formats.base import Unreadable
 from loratune.errors import DataError
-from loratune.formats import Chat, RowError, Text
-from loratune.formats.base import Unreadable
 from loratune.recipe import Source
 
 ROWS = [{"prompt": "ä 😀", "completion": "one\ntwo"}, {"prompt": "b", "completion": 'say "x", then y'}]
@@ -59,8 +59,8 @@ KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 
 
-def read(path: Path) -> list[rows.RawRow]:
-    return list(rows.read(Source(path=str(path))))
+def read(path: Path) -> list[row_files.RawRow]:
+    return list(row_files.read(Source(path=str(path))))
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:
@@ -215,7 +215,7 @@ def test_a_list_read_in_small_parts_is_the_same(tmp_path: Path, step: int, monke
         ["Expecting ',' delimiter:3"], '[\n\n{"a": tru}]': ["Expecting value:3"], "[1]\n\nx": ["Extra data:3"], "": ["Expecting value:1"],
         '[{"a": "b}]\n': ["Invalid control character at:1"], '\n[{"a": "b': ["Unterminated string starting at:2"],
     }  # fmt: skip
-    monkeypatch.setattr(rows, "BLOCK", step)
+    monkeypatch.setattr(row_files, "BLOCK", step)
     assert told(tmp_path, "a.json", b"\xef\xbb\xbf" + text.encode()) == wanted
     for content, ends in broken.items():
         found = [one for one in told(tmp_path, "a.json", content) if one.startswith("file")]
@@ -231,7 +231,7 @@ def test_a_list_read_in_small_parts_is_the_same(tmp_path: Path, step: int, monke
 @pytest.mark.parametrize("step", [1, 3, 1 << 18])
 def test_the_line_of_what_is_not_utf8(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a character is cut at the end of the file or of a line, and with others around it."""
-    monkeypatch.setattr(rows, "BLOCK", step)
+    monkeypatch.setattr(row_files, "BLOCK", step)
     for name, start in (("a.csv", "text\nä😀\n"), ("a.json", '[\n"ä😀",\n')):
         for wrong in (b"\xc3", b"\xf0\x9f\n", b"\xff\n\xc3\xa4\n", "ä".encode() + b"\x9f"):
             assert told(tmp_path, name, start.encode() + wrong)[-1].startswith(f"file: {name}:3: not UTF-8"), wrong
@@ -334,13 +334,13 @@ def test_an_unknown_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError) as caught:
-        list(rows.read(Source(path="someone/something", split="test")))
+        list(row_files.read(Source(path="someone/something", split="test")))
     assert str(caught.value) == (
         "someone/something[test]: can't be loaded from the hub: no route\n"
         "  name a local file, folder or glob if that was meant"
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
-    found = list(rows.read(Source(path="someone/something")))
+    found = list(row_files.read(Source(path="someone/something")))
     assert [(str(r.place), r.value) for r in found] == [
         (f"someone/something[train] row {i}", value) for i, value in enumerate(ROWS, 1)
     ]
@@ -404,9 +404,9 @@ def test_hidden_files_and_papers_of_a_folder_are_no_rows(tmp_path: Path) -> None
         (tmp_path / name).write_text('{"text": "a"}\n')
     for name in ("requirements.txt", "README.txt", "tale.txt"):
         (tmp_path / name).write_text("words")
-    assert [file.name for file in rows.files(tmp_path)] == ["a.jsonl", "tale.txt"]
+    assert [file.name for file in row_files.files(tmp_path)] == ["a.jsonl", "tale.txt"]
     (tmp_path / "a.jsonl").unlink()
-    found = [file.name for file in rows.files(tmp_path)]  # a folder of texts alone is what it is
+    found = [file.name for file in row_files.files(tmp_path)]  # a folder of texts alone is what it is
     assert found == ["README.txt", "LICENSE.txt", "requirements.txt", "tale.txt"]
 
 
@@ -416,7 +416,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ntext,id,text\na,1,b\n")
     for name, line in (("a.parquet", ""), ("a.csv", ":2")):
         with pytest.raises(DataError) as caught:
-            list(rows.read(Source(path=str(tmp_path / name))))
+            list(row_files.read(Source(path=str(tmp_path / name))))
         assert f"{name}{line}: two columns are named `text`" in str(caught.value)
 
 
@@ -430,7 +430,7 @@ def test_a_column_of_dates_does_not_refuse_a_table(tmp_path: Path) -> None:
         }
     )
     pq.write_table(table, tmp_path / "a.parquet")
-    found = [row.value or {} for row in rows.read(Source(path=str(tmp_path / "a.parquet")))]
+    found = [row.value or {} for row in row_files.read(Source(path=str(tmp_path / "a.parquet")))]
     assert [value["text"] for value in found] == ["a", "b"]
     assert found[0]["far"] == Unreadable("timestamp[us]: date value out of range")
     assert found[1]["far"] is None

@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import apart, batches, checkpoint, data, lock, loop, recipe, run
+from loratune import apart, checkpoint, lock, loop, recipe, run
 from loratune.config.section import Section
-from loratune.encode import Encoder, Row
+from loratune.data import batches, dataset
+from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.models import tokenizing
 from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
@@ -94,7 +95,7 @@ def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatc
 
 def test_the_eval_loss_is_that_of_transformers(fit: Fit):
     done = fit(**HELD_OUT)
-    _, rows = data.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
+    _, rows = dataset.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
     assert rows is not None
     nats = count = 0.0
     done.net.eval()

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from loratune.encode import Row
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.errors import Place
 from loratune.kernels import linear_cross_entropy, packed_attention
 from loratune.objectives import Sft
-from loratune.sharing import Layout
 from tests import tiny
 
 TOKENS = tiny.tokenizer()

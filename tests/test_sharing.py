@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune import batches, sharing
-from loratune.encode import Row
+from loratune.data import batches, prefix_sharing
+from loratune.data.encode import Row
 from loratune.errors import Place
 
 
@@ -45,10 +45,10 @@ def tree(rows: Sequence[Row]) -> set[tuple[int, ...]]:
 
 @given(ROWS)
 def test_each_token_stands_once_and_each_row_is_whole(rows: list[Row]) -> None:
-    shared = sharing.lay(rows)
-    assert len(shared.ids) == len(shared.positions) == len(tree(rows)) == sharing.computed(rows)
+    shared = prefix_sharing.lay(rows)
+    assert len(shared.ids) == len(shared.positions) == len(tree(rows)) == prefix_sharing.computed(rows)
     for one, places in zip(rows, shared.places, strict=True):
-        assert len(places) == sharing.needed(one)
+        assert len(places) == prefix_sharing.needed(one)
         assert shared.ids[places].tolist() == one.ids[: len(places)].tolist()
         assert shared.positions[places].tolist() == list(range(len(places)))
     stands = np.split(np.arange(len(shared.ids)), np.cumsum(shared.own)[:-1])
@@ -60,16 +60,16 @@ def test_each_token_stands_once_and_each_row_is_whole(rows: list[Row]) -> None:
 
 @given(ROWS, st.integers(1, 30))
 def test_parts_hold_each_row_once_and_no_more_tokens_than_fit(rows: list[Row], tokens: int) -> None:
-    parts = sharing.cut(rows, tokens)
+    parts = prefix_sharing.cut(rows, tokens)
     assert sorted(map(id, (one for part in parts for one in part))) == sorted(map(id, rows))
-    assert all(len(part) == 1 or sharing.computed(part) <= tokens for part in parts)
-    if sharing.computed(rows) <= tokens:
+    assert all(len(part) == 1 or prefix_sharing.computed(part) <= tokens for part in parts)
+    if prefix_sharing.computed(rows) <= tokens:
         assert len(parts) == 1
 
 
 def test_parts_are_about_equally_large() -> None:
     rows = [row([1, 2, n, n, n], [True] * 5) for n in range(10, 18)]  # 2 in common and 2 of their own
-    assert [len(part) for part in sharing.cut(rows, 15)] == [4, 4]
+    assert [len(part) for part in prefix_sharing.cut(rows, 15)] == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_parts_are_about_equally_large() -> None:
     [([0, 0, 1, 1, 0, 0], 3), ([0, 0, 0, 0, 0, 1], 5), ([0] * 6, 1), ([1, 0, 0, 0, 0, 0], 1), ([0, 1, 0, 0, 0, 0], 1)],
 )
 def test_nothing_behind_the_last_prediction_is_needed(trained: list[bool], tokens: int) -> None:
-    assert sharing.needed(row(range(6), trained)) == tokens
+    assert prefix_sharing.needed(row(range(6), trained)) == tokens
 
 
 class Given(list[Row]):
@@ -108,5 +108,5 @@ def test_what_is_saved() -> None:
 
 def test_attention_reads_no_more_than_so_many_keys() -> None:
     rows = [row([*range(100), 200 + n, 300 + n], [False] * 100 + [True] * 2) for n in range(64)]
-    parts = sharing.cut(rows, 200)
+    parts = prefix_sharing.cut(rows, 200)
     assert [len(part) for part in parts] == [15, 15, 15, 15, 4], "8 x 200 tokens are read"

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from loratune import data, rows, splits, telling
+from loratune import telling
 from loratune.cli import app
 from loratune.config.yaml_nodes import parse
-from loratune.encode import Encoder
+from loratune.data import dataset, row_files, splits
+from loratune.data.encode import Encoder
 from loratune.errors import DataError
 from loratune.models import base_files
 from loratune.recipe import Data, Source, from_tree
@@ -34,7 +35,7 @@ def lay(folder: Path, *names: str) -> Path:
 
 
 def read(folder: Path, name: str) -> list[str]:
-    return [str(file.relative_to(folder)) for file in rows.chosen(folder, name).files]
+    return [str(file.relative_to(folder)) for file in row_files.chosen(folder, name).files]
 
 
 @pytest.mark.parametrize(
@@ -79,22 +80,26 @@ def test_the_split_that_is_meant_is_read(
     folder = lay(tmp_path / "test", *names)  # what leads to the folder says nothing of its files
     assert read(folder, "train") == train
     assert read(folder, "eval") == held_out
-    assert [str(file.relative_to(folder)) for file in rows.files(folder / "**")] == sorted(names)  # a glob is meant
+    assert [str(file.relative_to(folder)) for file in row_files.files(folder / "**")] == sorted(
+        names
+    )  # a glob is meant
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     folder = lay(tmp_path, *HUB, ".ipynb_checkpoints/a.jsonl")
-    assert rows.chosen(folder).told == (
+    assert row_files.chosen(folder).told == (
         f"{folder}: test.jsonl, validation.jsonl are left out: named for other splits, test and validation "
         "(point data.eval at them to measure on them)",
         f"{folder}: .ipynb_checkpoints/a.jsonl, README.txt are left out: hidden or texts beside rows",
     )
-    assert "test.jsonl, data" not in rows.chosen(folder, "eval").told[0]
+    assert "test.jsonl, data" not in row_files.chosen(folder, "eval").told[0]
     only = lay(tmp_path / "only", "test.jsonl")
-    assert rows.chosen(only).told == (f"{only}: all files are read, though named for another split, test",)
+    assert row_files.chosen(only).told == (f"{only}: all files are read, though named for another split, test",)
     only = lay(tmp_path / "trained", "train.jsonl")
-    assert rows.chosen(only, "eval").told == (f"{only}: all files are read, though named for another split, train",)
-    assert rows.chosen(only).told == ()
+    assert row_files.chosen(only, "eval").told == (
+        f"{only}: all files are read, though named for another split, train",
+    )
+    assert row_files.chosen(only).told == ()
 
 
 def test_rows_of_a_folder_and_of_its_cache(tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_rows_of_a_folder_and_of_its_cache(tmp_path: Path) -> None:
     source = Source(path=str(folder))
     section = Data(train=(source,), eval=(source,))
     for cached in (False, True):
-        train, held_out = (data.load([source], section, encoder, name=name) for name in ("train", "eval"))
+        train, held_out = (dataset.load([source], section, encoder, name=name) for name in ("train", "eval"))
         assert (train.cached, held_out.cached) == (cached, cached)
         assert [train.place(i).source for i in range(len(train))] == [str(folder / HUB[1])]
         assert [held_out.place(i).source for i in range(len(held_out))] == [str(folder / HUB[3])]
@@ -111,7 +116,7 @@ def test_rows_of_a_folder_and_of_its_cache(tmp_path: Path) -> None:
         assert len(told) == 3
         assert all(line.startswith(f"data: {folder}: ") for line in told)
     lay(folder, "train/b.jsonl")
-    assert len(data.load([source], section, encoder)) == 2  # another choice, other rows
+    assert len(dataset.load([source], section, encoder)) == 2  # another choice, other rows
     recipe = f"{{model: {{base: x}}, data: {{train: {folder}, eval: {folder}}}, output: out}}"
     found = telling.sources(from_tree(parse(recipe, "recipe.yaml"), tmp_path))
     assert [Path(one["path"]).name for one in found] == ["train-00000-of-00001.jsonl", "b.jsonl", "validation.jsonl"]
@@ -128,7 +133,7 @@ def test_eval_tells_what_it_does_not_read(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         assert f"data: {folder}: train.jsonl is left out: named for another split, train" in done.output
         assert "not read, though something stands there: `score` (1 rows)" in done.output
-        assert (data.DAMAGED in done.output) == (cache == "damaged")
+        assert (dataset.DAMAGED in done.output) == (cache == "damaged")
         for file in (base_files.cache() / "rows").rglob("*.arrow"):
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1
@@ -164,7 +169,7 @@ def table_of(folder: Path, name: str) -> Source:
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns_that_nobody_asked_for_refuse_no_table(tmp_path: Path, name: str) -> None:
     source, encoder = table_of(tmp_path, name), Encoder(tiny.tokenizer())
-    found = data.load([source], Data(train=(source,)), encoder)
+    found = dataset.load([source], Data(train=(source,)), encoder)
     assert encoder.tokenizer.decode(found[0].ids, skip_special_tokens=True) == "a"
     assert found.unread == ({} if name == "nothing" else {name: 1})
 
@@ -175,13 +180,13 @@ def test_a_column_that_is_no_text_and_needed_is_named(tmp_path: Path, name: str)
     section = Data.model_validate({"train": source, "format": {"type": "text", "text": name}})
     remedy = "" if COLUMNS[name][1] in ("an object", "a list", "a number", "null") else ".*: write that column as text"
     with pytest.raises(DataError, match=f"row 1: `{name}` must be text, given ({COLUMNS[name][1]}){remedy}"):
-        data.load([source], section, Encoder(tiny.tokenizer()))
+        dataset.load([source], section, Encoder(tiny.tokenizer()))
 
 
 def test_a_column_of_a_dictionary_is_text(tmp_path: Path) -> None:
     texts = ["a", "b", "a", None]
     pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet")
-    found = [row.value or {} for row in rows.read(Source(path=str(tmp_path / "a.parquet")))]
+    found = [row.value or {} for row in row_files.read(Source(path=str(tmp_path / "a.parquet")))]
     assert [row["text"] for row in found] == texts
 
 
@@ -189,4 +194,4 @@ def test_keys_of_one_name_within_a_column_are_refused(tmp_path: Path) -> None:
     inner = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
     pq.write_table(pa.table({"text": ["a"], "about": inner}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="two keys of `about` are named `x`"):
-        list(rows.read(Source(path=str(tmp_path / "a.parquet"))))
+        list(row_files.read(Source(path=str(tmp_path / "a.parquet"))))

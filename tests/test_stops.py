@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loratune
-from loratune import card, data, stops, store
+from loratune import card
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
-from loratune.encode import Encoder, Row
+from loratune.data import dataset, end_tokens, row_cache
+from loratune.data.encode import Encoder, Row
 from loratune.errors import ModelError, Place
 from loratune.models import base_model
 from loratune.recipe import Data, Source
@@ -195,24 +196,24 @@ def test_the_snippet_of_a_run_on_text_uses_no_template(
 @pytest.mark.parametrize("family", templates.FAMILIES, ids=lambda family: family.name)
 def test_the_end_a_template_writes(family: templates.Family, tmp_path: Path) -> None:
     encoder = Encoder(family.tokenizer())
-    names = encoder.tokenizer.convert_ids_to_tokens(list(stops.of_template(encoder)))
+    names = encoder.tokenizer.convert_ids_to_tokens(list(end_tokens.of_template(encoder)))
     assert names == [family.end, *(["<|call|>"] if "gpt-oss" in family.name else [])]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row for row in family.rows(12, 0) if not family.refused(row)])
     section = Data.model_validate({"train": str(path), "max_length": 1 << 16, "on_bad_row": "skip", "max_lost": 0.9})
-    ends = stops.of_rows(data.load([Source(path=str(path))], section, encoder), encoder)
+    ends = end_tokens.of_rows(dataset.load([Source(path=str(path))], section, encoder), encoder)
     assert encoder.tokenizer.convert_ids_to_tokens(ends[0]) == family.end
-    assert set(ends) <= set(stops.of_template(encoder))
+    assert set(ends) <= set(end_tokens.of_template(encoder))
 
 
-def stored(rows: list[Row], folder: Path) -> store.Store:
-    writer = store.Writer(folder)
+def stored(rows: list[Row], folder: Path) -> row_cache.Store:
+    writer = row_cache.Writer(folder)
     for number, row in enumerate(rows):
         writer.add(row, 1.0, number, number)
     return writer.commit({}, None)
 
 
 def test_tails_are_those_of_the_last_trained_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "BATCH", 300)
+    monkeypatch.setattr(row_cache, "BATCH", 300)
     generator = np.random.default_rng(0)
     rows, wanted = [], {}
     for _ in range(200):
@@ -238,30 +239,32 @@ def test_where_rows_were_cut_no_turn_ends(tmp_path: Path) -> None:
     texts = ["<|im_start|>a<|im_end|>\n"] * 300 + ["<|im_start|>a"] * 20 + ["b<|im_start|>"]
     rows = [np.array(tokens(text).input_ids, dtype=np.int32) for text in texts]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}])
-    loaded = data.load([Source(path=str(path))], Data.model_validate({"train": str(path), "format": "text"}), encoder)
+    loaded = dataset.load(
+        [Source(path=str(path))], Data.model_validate({"train": str(path), "format": "text"}), encoder
+    )
     loaded.store = stored([Row(ids, np.ones(len(ids), bool), Place("x", 1)) for ids in rows], tmp_path / "rows")
-    assert stops.of_rows(loaded, encoder) == (tokens.convert_tokens_to_ids(END),)
+    assert end_tokens.of_rows(loaded, encoder) == (tokens.convert_tokens_to_ids(END),)
 
 
 def write_base(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
-        (folder / stops.NAME).write_text(json.dumps(generation))
+        (folder / end_tokens.NAME).write_text(json.dumps(generation))
     return folder
 
 
 def test_what_is_written_beside_the_ends(tmp_path: Path) -> None:
     kept = write_base(tmp_path / "a", {"eos_token_id": 9}, {"eos_token_id": [1, 2], "top_p": 0.8})
-    stops.write_config(tmp_path, kept, [2])
-    assert (tmp_path / stops.NAME).read_bytes() == (kept / stops.NAME).read_bytes()
-    stops.write_config(tmp_path, kept, [7, 2])
+    end_tokens.write_config(tmp_path, kept, [2])
+    assert (tmp_path / end_tokens.NAME).read_bytes() == (kept / end_tokens.NAME).read_bytes()
+    end_tokens.write_config(tmp_path, kept, [7, 2])
     assert config(tmp_path) == {"eos_token_id": [7, 2, 1], "top_p": 0.8}
     bare = write_base(tmp_path / "b", {"eos_token_id": 9, "bos_token_id": 8, "vocab_size": 10})
-    stops.write_config(tmp_path, bare, [])
+    end_tokens.write_config(tmp_path, bare, [])
     assert config(tmp_path) == {"eos_token_id": 9, "bos_token_id": 8}
     several = write_base(tmp_path / "c", {"text_config": {"eos_token_id": [4, 5], "pad_token_id": 0}})
-    stops.write_config(tmp_path, several, [6])
+    end_tokens.write_config(tmp_path, several, [6])
     assert config(tmp_path) == {"eos_token_id": [6, 4, 5], "pad_token_id": 0}
 
 
@@ -270,17 +273,17 @@ def test_a_record_that_is_no_record(run: Path, tmp_path: Path) -> None:
     for wrong in ({"x": "y"}, {"x": -1}, {"x": True}, [3]):
         (tmp_path / "loratune.json").write_text(json.dumps({**about, "turn_ends": wrong}))
         with pytest.raises(ModelError, match="is damaged"):
-            stops.of_folder(tmp_path, Encoder(tiny.tokenizer()))
+            end_tokens.of_folder(tmp_path, Encoder(tiny.tokenizer()))
 
 
 def test_what_is_told(tmp_path: Path) -> None:
     tokens = tiny.tokenizer(eos=TEXT_END)
     end, text_end = tokens.convert_tokens_to_ids([END, TEXT_END])
-    assert stops.notes([end], [end, text_end], tokens) == []
-    assert stops.notes([], [end], tokens) == [
+    assert end_tokens.notes([end], [end, text_end], tokens) == []
+    assert end_tokens.notes([], [end], tokens) == [
         "no row ends with a special token: the model does not learn where to stop"
     ]
-    assert stops.notes([end], [], tokens) == ["answers are trained to end with `<|im_end|>`"]
+    assert end_tokens.notes([end], [], tokens) == ["answers are trained to end with `<|im_end|>`"]
 
 
 def test_a_turn_that_ends_otherwise_where_others_follow() -> None:
@@ -291,7 +294,7 @@ def test_a_turn_that_ends_otherwise_where_others_follow() -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nI think' }}{% endif %}"
     )
     encoder = Encoder(tiny.tokenizer(template, ("<|im_start|>", "<|im_end|>", "<|next|>"), eos=TEXT_END))
-    names = encoder.tokenizer.convert_ids_to_tokens(list(stops.of_template(encoder)))
+    names = encoder.tokenizer.convert_ids_to_tokens(list(end_tokens.of_template(encoder)))
     assert names == [END, "<|next|>"]
 
 

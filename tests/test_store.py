@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune import data, inputs, rows, store, workers
-from loratune.data import Rows
-from loratune.encode import Encoder
+from loratune.data import cache_key, dataset, row_cache, row_files, workers
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder
+from loratune.data.fast_bpe import Tokens
+from loratune.data.formats import Chat, RowError, Text
 from loratune.errors import DataError, Place, SetupError, StorageError
-from loratune.formats import Chat, RowError, Text
 from loratune.models import base_files
 from loratune.recipe import Data, Source
 from loratune.system import limits
-from loratune.words import Tokens
 from tests import templates, tiny
 
 ENCODER = Encoder(tiny.tokenizer())
@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def load(source: Source, encoder: Encoder = ENCODER, name: str = "train", **section: Any) -> Rows:
-    return data.load([source], Data(train=(source,), **section), encoder, name=name)
+    return dataset.load([source], Data(train=(source,), **section), encoder, name=name)
 
 
 def content(rows: Rows) -> list[tuple[list[int], list[bool], str, float]]:
@@ -58,7 +58,7 @@ def book(rows: Rows, folder: Path) -> str:
 
 def test_the_second_time_nothing_is_read(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(source)
-    monkeypatch.setattr(rows, "blocks", None)
+    monkeypatch.setattr(row_files, "blocks", None)
     again = load(source)
     monkeypatch.undo()
     assert (first.cached, again.cached) == (False, True)
@@ -113,7 +113,7 @@ def test_a_change_of_anything_is_seen(source: Source, monkeypatch: pytest.Monkey
         Encoder(tiny.tokenizer(bos="<|im_start|>")),
     ):
         assert not load(source, changed).cached
-    monkeypatch.setattr(inputs, "_code", lambda: "another release")
+    monkeypatch.setattr(cache_key, "_code", lambda: "another release")
     assert not load(source).cached
 
 
@@ -127,7 +127,7 @@ def test_a_template_that_writes_the_date_is_good_for_a_day(source: Source, monke
         def today(cls) -> date:
             return date(2100, 1, 1)
 
-    monkeypatch.setattr(inputs, "date", Tomorrow)
+    monkeypatch.setattr(cache_key, "date", Tomorrow)
     assert not load(source, dated).cached
     assert load(source) is not None
     assert load(source).cached
@@ -138,7 +138,7 @@ def test_the_code_that_decides_is_named() -> None:
     import subprocess
     import sys
 
-    listing = "import sys, loratune.prepare; print(*[m for m in sys.modules if m.startswith('loratune.')])"
+    listing = "import sys, loratune.data.prepare; print(*[m for m in sys.modules if m.startswith('loratune.')])"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
     passed = {name.split(".")[1] for name in done.stdout.split()}
     sections = {
@@ -154,8 +154,8 @@ def test_the_code_that_decides_is_named() -> None:
         "optimizers",
         "schedules",
     }
-    assert passed - sections <= set(inputs._MODULES)
-    assert len(inputs._code()) == 32
+    assert passed - sections <= set(cache_key._MODULES)
+    assert len(cache_key._code()) == 32
 
 
 def test_a_lost_share_is_checked_each_time(source: Source) -> None:
@@ -200,7 +200,7 @@ def test_nothing_is_left_of_a_reading_that_fails(source: Source, cache: Path, mo
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data._Account, "add", stop)
+    monkeypatch.setattr(dataset._Account, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         load(source)
     assert list(cache.iterdir()) == []
@@ -211,7 +211,7 @@ def test_a_file_that_is_written_to_while_it_is_read(source: Source, cache: Path)
         os.utime(source.path, ns=(1, 1))
 
     with pytest.raises(DataError, match="changed while it was read"):
-        data.load([source], Data(train=(source,)), ENCODER, touch)
+        dataset.load([source], Data(train=(source,)), ENCODER, touch)
     assert list(cache.iterdir()) == []
 
 
@@ -253,7 +253,7 @@ def test_when_no_folder_can_be_written(source: Source, tmp_path: Path, monkeypat
 def test_a_disk_that_is_full_in_the_middle(
     source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    close = store.Writer._close
+    close = row_cache.Writer._close
 
     def full(*given: Any) -> None:
         if when == "the files are closed":
@@ -261,9 +261,9 @@ def test_a_disk_that_is_full_in_the_middle(
         raise OSError(28, "No space left on device")
 
     if when == "a line is written":
-        monkeypatch.setattr(data.Ledger, "add", full)
+        monkeypatch.setattr(dataset.Ledger, "add", full)
     else:
-        monkeypatch.setattr(store.Writer, "_close", full)
+        monkeypatch.setattr(row_cache.Writer, "_close", full)
     with pytest.raises(StorageError, match="can't be written: No space left on device"):
         load(source)
     assert list(cache.iterdir()) == []
@@ -291,7 +291,7 @@ def test_rows_of_a_hub_data_set_that_lies_in_memory(monkeypatch: pytest.MonkeyPa
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let any file be large enough for two processes, in many blocks."""
     monkeypatch.setattr(workers, "number", lambda size: 2)
-    monkeypatch.setattr(rows, "BLOCK", 1 << 10)
+    monkeypatch.setattr(row_files, "BLOCK", 1 << 10)
 
 
 def mixed() -> list[dict[str, Any]]:
@@ -320,7 +320,7 @@ def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(400, seed=3))))
     wanted = content(load(source))
     shutil.rmtree(base_files.cache())
-    monkeypatch.setattr(rows, "BLOCK", 1 << 10)
+    monkeypatch.setattr(row_files, "BLOCK", 1 << 10)
     monkeypatch.setattr(limits, "cores", lambda: 7)
     assert content(load(source)) == wanted
 
@@ -344,7 +344,7 @@ def test_processes_render_what_one_renders(tmp_path: Path, request: pytest.Fixtu
 def test_a_worker_that_dies_is_told(source: Source, cache: Path, shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = workers._Worker.ask
 
-    def killed(self: Any, block: rows.Block) -> Any:
+    def killed(self: Any, block: row_files.Block) -> Any:
         self.kill()
         return ask(self, block)
 
@@ -363,7 +363,7 @@ def test_workers_end_when_the_reader_stops(source: Source, shared: None, monkeyp
         made.append(self)
 
     monkeypatch.setattr(workers._Worker, "__init__", remember)
-    found = workers.prepared(rows.blocks(source), Data(train=(source,)), ENCODER, 2)
+    found = workers.prepared(row_files.blocks(source), Data(train=(source,)), ENCODER, 2)
     next(found)
     found.close()
     assert len(made) == 2
@@ -374,24 +374,24 @@ def test_workers_end_when_the_reader_stops(source: Source, shared: None, monkeyp
 
 
 def test_blocks_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 64)
+    monkeypatch.setattr(row_files, "BLOCK", 64)
     lines = [json.dumps({"text": "x" * (i % 90)}) for i in range(200)]
     lines[20:20] = ["", "  "]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    blocks = list(rows.blocks(Source(path=str(path))))
+    blocks = list(row_files.blocks(Source(path=str(path))))
     assert len(blocks) > 50
     assert sum(block.size for block in blocks) == path.stat().st_size
     found = [row for block in blocks for row in block.rows()]
     assert [row.place.line for row in found] == [i for i, line in enumerate(lines, 1) if line.strip()]
     assert [row.value for row in found] == [json.loads(line) for line in lines if line.strip()]
     for most in (1, 19, 20, 21, 60):
-        some = rows.read(Source(path=str(path), max_rows=most))
+        some = row_files.read(Source(path=str(path), max_rows=most))
         assert [row.place.line for row in some] == [row.place.line for row in found[:most]]
 
 
 def test_numbers_seen_before() -> None:
-    seen = data._Seen()
+    seen = dataset._Seen()
     numbers = np.random.default_rng(0).integers(0, 100_000, 300_000).tolist()
     known: set[int] = set()
     for number in numbers:
@@ -404,7 +404,7 @@ def test_rows_are_the_same_from_many_batches(tmp_path: Path, monkeypatch: pytest
     source = Source(path=str(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chats(60))))
     whole = content(load(source))
     shutil.rmtree(base_files.cache())
-    monkeypatch.setattr(store, "BATCH", 300)
+    monkeypatch.setattr(row_cache, "BATCH", 300)
     parted = load(source)
     assert len(parted.store._batches) > 5
     assert content(parted) == whole

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from loratune import sharing
+from loratune.data import prefix_sharing
 from loratune.kernels import cpu_attention, cpu_long_rows, cpu_tiling
 from tests.test_sharing import alike, row
 
@@ -110,10 +110,10 @@ BEGINNINGS = [
 ]  # fmt: skip
 
 
-def shared(lengths: list[int], common: int) -> sharing.Shared:
+def shared(lengths: list[int], common: int) -> prefix_sharing.Shared:
     """Return the pack of rows of these lengths: all begin with the same tokens, and every other with twice as many."""
     made = [row(range(1000 * n, 1000 * n + length + 1), [True] * (length + 1)) for n, length in enumerate(lengths)]
-    return sharing.lay(alike(made, common))
+    return prefix_sharing.lay(alike(made, common))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loratune import data, unread
 from loratune.cli import app
-from loratune.data import Rows
-from loratune.encode import Encoder
+from loratune.data import dataset, unread_columns
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder
 from loratune.errors import DataError
 from loratune.recipe import Data, Source
 from tests import tiny
@@ -25,7 +25,7 @@ CALL = {"role": "assistant", "content": None, "function_call": {"name": "f", "ar
 
 def load(folder: Path, rows: list[dict[str, Any]], **section: Any) -> Rows:
     source = Source(path=str(tiny.write_jsonl(folder / "rows.jsonl", rows)))
-    return data.load([source], Data(train=(source,), **section), ENCODER)
+    return dataset.load([source], Data(train=(source,), **section), ENCODER)
 
 
 def rendered(rows: Rows, index: int = 0) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def test_the_bad_answers_of_a_set_can_be_skipped(tmp_path: Path) -> None:
 
 
 def test_calls_of_the_first_api_are_tool_calls() -> None:
-    from loratune.formats import Chat
+    from loratune.data.formats import Chat
 
     functions = [{"name": "f", "parameters": {}}]
     result = {"role": "function", "name": "f", "content": "2"}
@@ -173,7 +173,7 @@ def test_columns_and_keys_that_nobody_reads_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_key_is_read_where_the_template_names_it() -> None:
-    from loratune.formats import Chat
+    from loratune.data.formats import Chat
 
     row = {"messages": [USER, {**ANSWER, "thought": "hm"}], "tools": [{"name": "f"}]}
     assert Chat().unread(row, "{{ message.thought }}{{ tools }}") == []
@@ -183,10 +183,10 @@ def test_a_key_is_read_where_the_template_names_it() -> None:
 def test_many_names_take_little_memory_and_one_line() -> None:
     counts: dict[str, int] = {}
     for number in range(1000):
-        unread.add(counts, [f"key{number}", "id"])
-    assert len(counts) == unread.NAMES + 1
-    assert (counts["id"], counts[unread.OTHERS]) == (1000, 901)
-    (line,) = unread.lines(counts, {})
+        unread_columns.add(counts, [f"key{number}", "id"])
+    assert len(counts) == unread_columns.NAMES + 1
+    assert (counts["id"], counts[unread_columns.OTHERS]) == (1000, 901)
+    (line,) = unread_columns.lines(counts, {})
     assert line.startswith("not read, though something stands there: `key0` (1 rows), `id` (1,000 rows)")
     assert line.endswith("and 89 more")
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as cut
 
-from loratune import encode, words
+from loratune.data import encode, fast_bpe
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -74,7 +74,7 @@ def tokenizer(step: Any, tokens: tuple[AddedToken, ...] = TOKENS, normalizer: An
 def texts(seed: int, number: int) -> list[str]:
     """Return texts of characters and bits that are cut in many ways."""
     draw = random.Random(seed)
-    characters = sorted(words._CHARACTERS)
+    characters = sorted(fast_bpe._CHARACTERS)
     bits = [
         *"abcxyzABZ0189 \n\t.,'\"-_()", " ", "\r\n", "   ", "\n\n", " \n", "'s", "'LL", "don't", "we've", "ÀÉ", "ñ",
         "12345", "²³", "½", "https://", "```\n", "été", "Привет", "λόγος", "“so”", "…", "€5", "😀😀",
@@ -91,7 +91,7 @@ def texts(seed: int, number: int) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ids_and_edges_are_those_of_the_library(family: str, normalizer: Any) -> None:
     backend = tokenizer(FAMILIES[family](), normalizer=normalizer)
-    table = words.of(backend)
+    table = fast_bpe.of(backend)
     assert table is not None
     added = {backend.token_to_id(token.content) for token in TOKENS}
     for text in texts(seed=len(family), number=800):
@@ -111,9 +111,9 @@ def test_the_ids_and_edges_are_those_of_the_library(family: str, normalizer: Any
 
 
 def test_a_full_table_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "KEPT", 40)
+    monkeypatch.setattr(fast_bpe, "KEPT", 40)
     backend = tokenizer(FAMILIES["llama-3"]())
-    table = words.of(backend)
+    table = fast_bpe.of(backend)
     assert table is not None
     for text in texts(seed=5, number=200):
         found = table.encode(text)
@@ -128,7 +128,7 @@ def test_a_full_table_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=ascii,
 )
 def test_other_characters_are_left_to_the_library(text: str) -> None:
-    table = words.of(tokenizer(FAMILIES["qwen-2"](), normalizer=normalizers.NFC()))
+    table = fast_bpe.of(tokenizer(FAMILIES["qwen-2"](), normalizer=normalizers.NFC()))
     assert table is not None
     assert table.encode(f"a {text} b") is None
 
@@ -168,9 +168,9 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_tokenizers_are_left_to_the_library(name: str) -> None:
-    assert words.of(OTHERS[name]()) is None
+    assert fast_bpe.of(OTHERS[name]()) is None
 
 
 def test_a_tokenizer_that_disagrees_is_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_GPT2", r"\p{L}+")
-    assert words.of(tokenizer(FAMILIES["gpt-2"]())) is None
+    monkeypatch.setattr(fast_bpe, "_GPT2", r"\p{L}+")
+    assert fast_bpe.of(tokenizer(FAMILIES["gpt-2"]())) is None

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import adapter, stops
+from loratune import adapter
 from loratune.commands import opened_model
-from loratune.encode import Encoder
+from loratune.data import end_tokens
+from loratune.data.encode import Encoder
+from loratune.data.formats import RowError
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
-from loratune.formats import RowError
 from loratune.models import base_model, fingerprint, generate
 
 COMMANDS = {
@@ -47,7 +48,7 @@ class Speaker:
     def of(cls, folder: Path | None, peft: str | None, tokenizer: Any) -> Speaker:
         """Return who answers with a tokenizer; `folder` is where a run wrote down how answers end, if any did."""
         encoder = Encoder(tokenizer)
-        return cls(folder, peft, encoder, stops.of_folder(folder, encoder))
+        return cls(folder, peft, encoder, end_tokens.of_folder(folder, encoder))
 
 
 class Conversation:

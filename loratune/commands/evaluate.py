@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import adapter, console, data, fit, loop, metrics, outputs, reach, stops
-from loratune.batches import AUTO_TOKENS, in_length_order
+from loratune import adapter, console, fit, loop, metrics, outputs
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
-from loratune.data import DAMAGED, Rows
-from loratune.encode import Encoder, Row
+from loratune.data import dataset, end_tokens, model_limits
+from loratune.data.batches import AUTO_TOKENS, in_length_order
+from loratune.data.dataset import DAMAGED, Rows
+from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.kernels import linear_cross_entropy
 from loratune.models import base_files, base_model, generate
@@ -131,7 +132,7 @@ def evaluate(
         tell.problem(line)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
-    ends = stops.of_folder(what.folder, encoder) if questions else ()
+    ends = end_tokens.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
     # before the model is loaded: a pattern that takes for ever is found on the references most likely
     wanted = dict(zip(questions, regex_match.found(regex, references), strict=True)) if regex and questions else {}
@@ -196,7 +197,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
     if path is None:
         if known is None:
             raise UsageError("no rows to evaluate on", "name them with --data")
-        held_out = data.of(known, encoder)[1]
+        held_out = dataset.of(known, encoder)[1]
         if held_out is None:
             raise UsageError("the run held no rows out", "name some with --data")
     else:
@@ -215,7 +216,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
             section = decode.decode(Data, yaml_nodes.parse(json.dumps(fields), "--data"))
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
-        held_out = data.load([Source(path=section.train[0].path)], section, encoder, name="eval")
+        held_out = dataset.load([Source(path=section.train[0].path)], section, encoder, name="eval")
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
 
 
@@ -269,7 +270,7 @@ def _with_room(
     Raises:
         DataError: when a row can't be run through the model.
     """
-    if told := reach.check(loaded.model, rows, "leave them out, or shorten them"):
+    if told := model_limits.check(loaded.model, rows, "leave them out, or shorten them"):
         tell.problem(told)
     limit = generate.positions(loaded.model)
     if limit is None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from loratune import console, data
-from loratune.data import Rows
-from loratune.encode import Encoder, Row
+from loratune import console
+from loratune.data import dataset
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder, Row
 from loratune.errors import UsageError
 from loratune.models import base_files, tokenizing
 from loratune.recipe import Recipe
@@ -75,9 +76,9 @@ def inspect(
     tokenizer = tokenizing.of(recipe, trust_remote_code)
     encoder = Encoder(tokenizer)
     with console.Report().counting("reading rows") as progress:
-        rows, held_out = data.of(recipe, encoder, progress)
+        rows, held_out = dataset.of(recipe, encoder, progress)
     if rows.damaged or (held_out is not None and held_out.damaged):
-        console.Report().problem(data.DAMAGED)
+        console.Report().problem(dataset.DAMAGED)
     for line in rows.told_unread(held_out):
         console.Report().problem(line)
     if row is not None:

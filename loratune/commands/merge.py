@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from loratune import card, console, outputs, stops
+from loratune import card, console, outputs
 from loratune.commands import opened_model
-from loratune.encode import Encoder
+from loratune.data import end_tokens
+from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, safety, tokenizing
 from loratune.system import files, storage  # fmt: skip
@@ -116,7 +117,7 @@ def merge(
         )
     tell.note(line)
     merged.to(wanted)
-    ends = stops.of_folder(folder, Encoder(loaded.tokenizer))
+    ends = end_tokens.of_folder(folder, Encoder(loaded.tokenizer))
     done = Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement, loaded.base_differs)
     _write(done, merged, loaded.tokenizer, wanted, what, ends)
     return done
@@ -180,7 +181,7 @@ def _write(
         base, source = base_files.folder_of(what.base), _tokenizer_source(what, tokenizer)
         merged.save_pretrained(folder)
         model_folder.complete(folder, base, merged.config, done.dtype, tokenizer, source, what.trust)
-        stops.write_config(folder, base, ends)
+        end_tokens.write_config(folder, base, ends)
         storage.write_text(folder / "README.md", _card(done, tokenizer, what, ends))
 
     about = {"merged": True, "base_differs": list(done.base_differs), "trust_remote_code": what.trust}
@@ -195,7 +196,7 @@ def _card(done: Merge, tokenizer: Any, what: opened_model.Subject, ends: Sequenc
     chat = bool(tokenizer.chat_template) if known is None else bool(known)
     about = {**done.__dict__, "version": loratune.__version__}
     title, base = done.folder.resolve().name, what.base.base
-    return card.merged(title, what.adapter.name, base, about, chat, list(stops.named(ends, tokenizer)))
+    return card.merged(title, what.adapter.name, base, about, chat, list(end_tokens.named(ends, tokenizer)))
 
 
 def _tokenizer_source(what: opened_model.Subject, tokenizer: Any) -> Path:

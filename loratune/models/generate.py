@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loratune import stops
+from loratune.data import end_tokens
 
 
 def positions(net: Any) -> int | None:
@@ -104,7 +104,7 @@ def _generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({*stops.of_model(net, tokenizer), *ends}),
+        eos_token_id=sorted({*end_tokens.of_model(net, tokenizer), *ends}),
         pad_token_id=tokenizer.pad_token_id or 0,
         use_cache=True,
         **sampling,

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from typing import Any
 
-from loratune.encode import adds_bos_itself
+from loratune.data.assistant_turns import FOLD, marks_comment
+from loratune.data.encode import adds_bos_itself
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.models import base_files, template_check
 from loratune.models.chat_templates import TEMPLATES
 from loratune.recipe import Data, Model, Recipe
 from loratune.system import child_process, files
-from loratune.turns import FOLD, marks_comment
 
 
 def of(recipe: Recipe, trust: bool = False) -> Any:

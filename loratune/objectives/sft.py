@@ -14,7 +14,7 @@ from loratune.kernels import linear_cross_entropy
 if TYPE_CHECKING:
     import torch
 
-    from loratune.sharing import Layout, Row
+    from loratune.data.prefix_sharing import Layout, Row
 
 IGNORED = -100  # torch's and transformers' label for a token that is not trained
 
@@ -206,9 +206,9 @@ def _sharing(rows: Sequence[Row]) -> dict[str, Any]:
     import torch
     from torch.nn.functional import pad
 
-    from loratune import sharing
+    from loratune.data import prefix_sharing
 
-    shared = sharing.lay(rows)
+    shared = prefix_sharing.lay(rows)
     known = [np.flatnonzero(row.trained[1:]) for row in rows]  # position t predicts token t+1
     lengths = [len(shared.places[row]) for row in shared.order]
     return {

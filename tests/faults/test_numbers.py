@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from loratune import checkpoint, loop, states
-from loratune.batches import Batch
 from loratune.config.section import Section
-from loratune.encode import Row
+from loratune.data.batches import Batch
+from loratune.data.encode import Row
 from loratune.errors import Place, TrainingError
 from loratune.objectives import Sft
 from loratune.optimizers import AdamW

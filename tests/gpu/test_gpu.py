@@ -15,11 +15,11 @@ from accelerate import Accelerator
 import loratune
 from loratune import apart
 from loratune.commands import evaluate
-from loratune.encode import Row
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 from loratune.kernels import packed_attention
 from loratune.objectives import Sft
 from loratune.optimizers import bnb
-from loratune.sharing import Layout
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit

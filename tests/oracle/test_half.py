@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import sharing
+from loratune.data import prefix_sharing
+from loratune.data.prefix_sharing import Layout
 from loratune.kernels import cpu_attention, linear_cross_entropy, packed_attention
 from loratune.methods import Lora
 from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.recipe import Model, Nf4
-from loratune.sharing import Layout
 from tests import tiny
 from tests.conftest import Fit
 from tests.oracle.test_split import TRAIN, _two_processes
@@ -111,7 +111,7 @@ def test_packed_or_padded_at_once_or_accumulated_is_equally_near_to_the_truth(
     net = adapted(half(tie_word_embeddings=tied))
     loss, truth = gradients(exact(net), [ROWS], "padded")
     assert used == {"tiles": 0, "head": 0}, "the truth goes none of our ways"
-    parts = sharing.cut(ROWS, 120)
+    parts = prefix_sharing.cut(ROWS, 120)
     assert len(parts) > 1
     ways = {
         "padded": ([ROWS], "padded"), "padded, one by one": ([[row] for row in ROWS], "padded"),

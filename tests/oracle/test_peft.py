@@ -137,10 +137,11 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
 
 def _start_loss(done: Trained, net: Any) -> float:
     """Return the loss of a model on the rows of a run's first step."""
-    from loratune import batches, data, loop
-    from loratune.encode import Encoder
+    from loratune import loop
+    from loratune.data import batches, dataset
+    from loratune.data.encode import Encoder
 
-    rows, _ = data.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
+    rows, _ = dataset.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
 
     class Alone:
         device, process_index, num_processes = torch.device("cpu"), 0, 1

@@ -52,7 +52,8 @@ def test_micro_batches_of_one_three_and_auto_are_one_of_eight(
 
 
 def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from loratune import activations, batches
+    from loratune import activations
+    from loratune.data import batches
 
     whole = fit("whole", train={**TRAIN, "micro_batch_size": 8}, **PADDED)
     sizes = []

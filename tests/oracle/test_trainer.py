@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from loratune import batches, data
-from loratune.encode import Encoder
+from loratune.data import batches, dataset
+from loratune.data.encode import Encoder
 from loratune.kernels import linear_cross_entropy, lora_linear
 from loratune.methods import Lora
 from loratune.models import base_model, tokenizing
@@ -27,7 +27,7 @@ CLIP = 0.3
 
 def _columns(trained: Trained, tokenizer: object) -> dict[str, list[list[int]]]:
     """Return the rows in the order in which our loop saw them, as Trainer wants them."""
-    rows, _ = data.of(trained.recipe, Encoder(tokenizer))
+    rows, _ = dataset.of(trained.recipe, Encoder(tokenizer))
     settings = trained.recipe.train
     order = [
         i

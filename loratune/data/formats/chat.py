@@ -10,8 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.errors import listed
-from loratune.formats.base import (
+from loratune.data.formats.base import (
     BAD,
     Conversation,
     RowError,
@@ -22,6 +21,7 @@ from loratune.formats.base import (
     parsed,
     unread,
 )
+from loratune.errors import listed
 
 _SHAREGPT = {
     "human": "user",

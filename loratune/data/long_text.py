@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from loratune.formats import RowError
+from loratune.data.formats import RowError
 
 LONG = 1 << 20  # characters that are tokenized at once
 _AROUND = 64  # characters on each side of a cut that are looked at

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from loratune.formats import Conversation, RowError
+from loratune.data.formats import Conversation, RowError
 
 Span = tuple[int, int]  # characters: [start, end)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

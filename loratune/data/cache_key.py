@@ -13,8 +13,8 @@ from pathlib import Path
 from xxhash import xxh3_128
 
 import loratune
-from loratune import rows
-from loratune.encode import Encoder
+from loratune.data import row_files
+from loratune.data.encode import Encoder
 from loratune.errors import DataError, Place, Problem
 from loratune.recipe import Data, Source
 from loratune.system import files
@@ -64,8 +64,8 @@ def of(source: Source, name: str = "train") -> list[Input]:
     """
     path = Path(source.path)
     if path.is_absolute():
-        return [_input(str(file)) for file in rows.chosen(path, name).files]
-    return [_input(file["filename"]) for file in rows.hub(source).cache_files]
+        return [_input(str(file)) for file in row_files.chosen(path, name).files]
+    return [_input(file["filename"]) for file in row_files.hub(source).cache_files]
 
 
 def _input(path: str) -> Input:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratune import pages, splits, tables
+from loratune.data import parquet_pages, splits, tables
+from loratune.data.formats.base import key_twice, why_no_json
+from loratune.data.splits import Choice
 from loratune.errors import DataError, Place, Problem, listed, shorten
-from loratune.formats.base import key_twice, why_no_json
 from loratune.recipe import SUFFIXES, Source
-from loratune.splits import Choice
 from loratune.system import files as opening
 
 
@@ -497,7 +497,7 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     try:
         table = pq.ParquetFile(file, buffer_size=BLOCK)  # without a buffer it reads a column of a row group whole
         _check_names(table.schema_arrow, Place(name))
-        at_once = pages.rows_at_once(table.metadata, file, name, READY)
+        at_once = parquet_pages.rows_at_once(table.metadata, file, name, READY)
         batches = table.iter_batches(batch_size=at_once, use_threads=False)
         yield from _ready(_of_batches(batches, name), each=size / max(table.metadata.num_rows, 1))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune.data import Rows
+from loratune.data.dataset import Rows
 from loratune.errors import DataError, Place, Problem
 from loratune.models import generate
 

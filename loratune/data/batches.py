@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from loratune import sharing
-from loratune.data import Rows
-from loratune.encode import Row
-from loratune.packing import pack
-from loratune.sharing import Layout
+from loratune.data import prefix_sharing
+from loratune.data.bin_packing import pack
+from loratune.data.dataset import Rows
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
 
 WINDOW = 16  # batches whose rows are sorted by length together
 LOOKED_AT = 512  # rows by which it is found out how much they have in common
@@ -113,7 +113,9 @@ def batches(
         elif layout == "packed":
             micro = split_packed(mine, capacity, micro_batch_size, budget)
         else:
-            micro = sharing.cut(mine, budget if isinstance(micro_batch_size, str) else micro_batch_size * capacity)
+            micro = prefix_sharing.cut(
+                mine, budget if isinstance(micro_batch_size, str) else micro_batch_size * capacity
+            )
         yield Batch(micro, (step + 1) / per_epoch, len(chosen), layout)
 
 
@@ -177,7 +179,7 @@ def saved(
     tokens = computed = 0
     for batch in batches(data, batch_size, micro_batch_size, seed, steps, 0, budget, 0, world, capacity, "shared"):
         for part in batch.micro:
-            tokens, computed = tokens + sum(len(row.ids) for row in part), computed + sharing.computed(part)
+            tokens, computed = tokens + sum(len(row.ids) for row in part), computed + prefix_sharing.computed(part)
     return 1 - computed / tokens
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.formats.base import (
+from loratune.data.formats.base import (
     BAD,
     Conversation,
     Example,
@@ -19,7 +19,7 @@ from loratune.formats.base import (
     text_column,
     unread,
 )
-from loratune.formats.chat import joined, known_tools, lost_keys
+from loratune.data.formats.chat import joined, known_tools, lost_keys
 
 
 class Completion(Section):

@@ -1,7 +1,7 @@
 """Blocks of rows prepared side by side: small data in threads, large data in as many processes as there are cores.
 
 Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock.
-A worker is `python -m loratune.workers` with a pipe in and a pipe out.
+A worker is `python -m loratune.data.workers` with a pipe in and a pipe out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from loratune.encode import Encoder
+from loratune.data.encode import Encoder
+from loratune.data.prepare import Prepared, prepare
+from loratune.data.row_files import Block
 from loratune.errors import SetupError
-from loratune.prepare import Prepared, prepare
 from loratune.recipe import Data
-from loratune.rows import Block
 from loratune.system import child_process, limits
 
 SMALL = 8 << 20  # bytes of data files that are read before processes would have started
@@ -114,7 +114,7 @@ def _windowed(
 class _Worker:
     def __init__(self, data: Data, encoder: Encoder):
         self._process = subprocess.Popen(
-            child_process.command("loratune.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            child_process.command("loratune.data.workers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=child_process.environment(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"),
         )  # fmt: skip
         assert self._process.stdin is not None

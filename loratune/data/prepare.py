@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from loratune.encode import Encoder, Row
+from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
+from loratune.data.ledger import Fate
+from loratune.data.row_files import TEXT, Block, RawRow, bytes_of
 from loratune.errors import Place
-from loratune.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
-from loratune.ledger import Fate
 from loratune.recipe import Data
-from loratune.rows import TEXT, Block, RawRow, bytes_of
 
 LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which take up to a gigabyte of memory to mask
 MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it

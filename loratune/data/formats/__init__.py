@@ -7,12 +7,12 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
-from loratune.formats.auto import Auto
-from loratune.formats.base import Conversation, Example, Plain, RowError
-from loratune.formats.chat import Chat
-from loratune.formats.completion import Completion
-from loratune.formats.instruction import Instruction
-from loratune.formats.text import Text
+from loratune.data.formats.auto import Auto
+from loratune.data.formats.base import Conversation, Example, Plain, RowError
+from loratune.data.formats.chat import Chat
+from loratune.data.formats.completion import Completion
+from loratune.data.formats.instruction import Instruction
+from loratune.data.formats.text import Text
 
 Format = Annotated[
     Auto | Chat | Instruction | Completion | Text,

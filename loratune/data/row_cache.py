@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_128
 
-from loratune.encode import Row
+from loratune.data.encode import Row
 from loratune.errors import Place, Problem, StorageError
 from loratune.system import files
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.formats.base import BAD, Conversation, RowError, check_good, has_content, named, text_column, unread
+from loratune.data.formats.base import BAD, Conversation, RowError, check_good, has_content, named, text_column, unread
 
 
 class Instruction(Section):

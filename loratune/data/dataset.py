@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from loratune import inputs, rows, store, unread, workers
-from loratune.encode import Encoder, Row
+from loratune.data import cache_key, row_cache, row_files, unread_columns, workers
+from loratune.data.encode import Encoder, Row
+from loratune.data.ledger import Counts, Ledger
+from loratune.data.prepare import Prepared
+from loratune.data.row_cache import Store
 from loratune.errors import DataError, Place, Problem, StorageError
-from loratune.ledger import Counts, Ledger
 from loratune.models import base_files
-from loratune.prepare import Prepared
 from loratune.recipe import Data, Recipe, Source
-from loratune.store import Store
 
 SHOWN = 5  # rows named in an error
 DAMAGED = "rows in the cache were not as they were written: read anew"
@@ -102,7 +102,7 @@ class Rows:
         """Return what is to be told of files and columns not read, of held-out rows too where read apart."""
         other = held_out if held_out is not None and held_out.store is not self.store else None
         told = dict.fromkeys((*self.left_out, *(other.left_out if other else ())))
-        return [*told, *unread.lines(self.unread, other.unread if other else {})]
+        return [*told, *unread_columns.lines(self.unread, other.unread if other else {})]
 
     def take(self, indices: np.ndarray) -> Rows:
         """Return some of the rows as a set of its own."""
@@ -140,48 +140,48 @@ def load(
             are no rows at all.
         StorageError: when neither the cache nor the folder for temporary files can be written.
     """
-    given = [inputs.of(source, name) for source in sources]
-    key = inputs.key(sources, given, data, encoder, name)
+    given = [cache_key.of(source, name) for source in sources]
+    key = cache_key.key(sources, given, data, encoder, name)
     folder = base_files.cache() / "rows"
     damaged = False
     try:
-        found = store.find(folder, key) if key else None
-    except store.Damaged:
+        found = row_cache.find(folder, key) if key else None
+    except row_cache.Damaged:
         found, damaged = None, True
     cached = found is not None
     unkept = ""
     if found is None:
         try:
-            found = _read(sources, data, encoder, progress, name, store.Writer(folder), key, given)
+            found = _read(sources, data, encoder, progress, name, row_cache.Writer(folder), key, given)
         except StorageError as error:  # a cache is a convenience
             unkept = str(error)
-            writer = store.Writer(Path(tempfile.gettempdir()), passing=True)
+            writer = row_cache.Writer(Path(tempfile.gettempdir()), passing=True)
             found = _read(sources, data, encoder, progress, name, writer, None, given)
     counts = Counts(**found.about["counts"])
     _check_losses(counts, _Refused(), data)
     local = [Path(source.path) for source in sources if Path(source.path).is_absolute()]
-    left_out = tuple(f"data: {line}" for path in local for line in rows.chosen(path, name).told)
+    left_out = tuple(f"data: {line}" for path in local for line in row_files.chosen(path, name).told)
     return Rows(found, np.arange(len(found.lengths)), counts, cached, damaged, unkept, left_out)
 
 
 def _read(
-    sources: Sequence[Source], data: Data, encoder: Encoder, progress: Progress, name: str, writer: store.Writer,
-    key: str | None, given: Sequence[Sequence[inputs.Input]],
+    sources: Sequence[Source], data: Data, encoder: Encoder, progress: Progress, name: str, writer: row_cache.Writer,
+    key: str | None, given: Sequence[Sequence[cache_key.Input]],
 ) -> Store:  # fmt: skip
     """Read all rows into a new folder of the cache."""
     try:
         account = _Account(Ledger(name, writer.ledger), writer, data)
         size = sum(one.size for some in given for one in some)
-        blocks = (block for source in sources for block in rows.blocks(source, name))
+        blocks = (block for source in sources for block in row_files.blocks(source, name))
         done = 0
         for block, prepared in workers.prepared(blocks, data, encoder, workers.number(size)):
-            with store.writing(writer.folder):
+            with row_cache.writing(writer.folder):
                 for one in prepared:
                     account.add(one, block.weight)
             done += block.size
             progress(account.counts.read, min(1.0, done / max(size, 1)))
         for some in given:
-            inputs.check_unchanged(some)
+            cache_key.check_unchanged(some)
         _check_losses(account.counts, account.refused, data)
         if not account.counts.kept:
             where = ", ".join(source.path for source in sources)
@@ -207,7 +207,7 @@ class _Refused:
 class _Account:
     """Gives every row that was read its line in the ledger, and what is left of it to the writer."""
 
-    def __init__(self, ledger: Ledger, writer: store.Writer, data: Data):
+    def __init__(self, ledger: Ledger, writer: row_cache.Writer, data: Data):
         self.counts = ledger.counts
         self.refused = _Refused()
         self.formats: dict[str, int] = {}
@@ -218,7 +218,7 @@ class _Account:
     def add(self, row: Prepared, weight: float) -> None:
         if row.format:
             self.formats[row.format] = self.formats.get(row.format, 0) + 1
-        unread.add(self.unread, row.unread)
+        unread_columns.add(self.unread, row.unread)
         again = bool(row.tokens) and self._seen.again(row.content)
         self.counts.duplicates += again
         if again and self._data.duplicates == "drop":

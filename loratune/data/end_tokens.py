@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from loratune.data import Rows
-from loratune.encode import Encoder
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder
+from loratune.data.formats import Conversation, RowError
 from loratune.errors import Place, listed
-from loratune.formats import Conversation, RowError
 from loratune.models import fingerprint, safety
 from loratune.system import storage
 

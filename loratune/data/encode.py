@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from loratune import longtext, words
+from loratune.data import fast_bpe, long_text
+from loratune.data.assistant_turns import LaterTurnsChangeIt, Span, Turns
+from loratune.data.fast_bpe import Tokens
+from loratune.data.formats import Conversation, Example, Plain, RowError
 from loratune.errors import ModelError, Place
-from loratune.formats import Conversation, Example, Plain, RowError
-from loratune.turns import LaterTurnsChangeIt, Span, Turns
-from loratune.words import Tokens
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Encoder:
         return bool(self._backend.decode(alone + alone) == self._backend.decode(alone) * 2)
 
     @cached_property
-    def _words(self) -> words.Words | None:
+    def _words(self) -> fast_bpe.Words | None:
         """The table of words."""
-        return words.of(self._backend)
+        return fast_bpe.of(self._backend)
 
     def encode(self, example: Example, place: Place) -> Row:
         """Return an example as a row of tokens.
@@ -202,9 +202,9 @@ class Encoder:
             text, spans = self.turns.ended(example, *self.turns.spans(example), self._markers)
             return _Draft(example, (text,), tuple(spans))
         texts = tuple(text for text, _ in example.segments)
-        if (length := sum(map(len, texts))) > longtext.LONG:
+        if (length := sum(map(len, texts))) > long_text.LONG:
             if not self._divisible and len(texts) > 1:
-                told = f"prompt and completion of {length:,} characters; at most {longtext.LONG:,} are tokenized"
+                told = f"prompt and completion of {length:,} characters; at most {long_text.LONG:,} are tokenized"
                 raise RowError(
                     "", f"{told}, as this tokenizer puts a space before every text; cut the row into several"
                 )
@@ -339,7 +339,7 @@ class Encoder:
                 raise found
             return found.ids
 
-        for part in longtext.pieces(text, ids, not self._divisible):
+        for part in long_text.pieces(text, ids, not self._divisible):
             yield np.array(ids(part), dtype=np.int32)
 
 

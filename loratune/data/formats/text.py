@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.formats.base import Plain, RowError, text_column, unread
+from loratune.data.formats.base import Plain, RowError, text_column, unread
 
 
 class Text(Section):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from loratune.data.formats.base import Unreadable
 from loratune.errors import shorten
-from loratune.formats.base import Unreadable
 
 Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be had
 

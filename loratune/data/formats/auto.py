@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from loratune.config.section import Section
-from loratune.formats.base import Example, RowError, check_good, has_content
-from loratune.formats.chat import Chat
-from loratune.formats.completion import Completion
-from loratune.formats.instruction import Instruction
-from loratune.formats.text import Text
+from loratune.data.formats.base import Example, RowError, check_good, has_content
+from loratune.data.formats.chat import Chat
+from loratune.data.formats.completion import Completion
+from loratune.data.formats.instruction import Instruction
+from loratune.data.formats.text import Text
 
 # columns that name a format, the surest first
 _KNOWN: tuple[tuple[tuple[str, ...], Chat | Instruction | Completion | Text], ...] = (

@@ -1,0 +1,1 @@
+"""Files to rows, rows to tokens with their mask, tokens to batches."""
