@@ -28,7 +28,6 @@ from loratune import (
     launcher,
     loop,
     plot,
-    readers,
     signals,
     states,
     telling,
@@ -41,7 +40,7 @@ from loratune.data.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.keeping import Job
 from loratune.kernels import torch_compile
-from loratune.methods import saved
+from loratune.methods import other_programs, tensor_files
 from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
 from loratune.recipe import Recipe
 from loratune.schedules import rate, warmup_steps
@@ -174,7 +173,7 @@ def _prepare(
         accelerator.num_processes, found.seal.get("activations") if found else None,
     )  # fmt: skip
     plan = activations.switch(loaded.model, layers, plan, settings.gradient_checkpointing, cost.draws)
-    on_disk = saved.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
+    on_disk = tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
     optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
@@ -310,7 +309,7 @@ def _finish(job: Job, progress: Progress) -> Run:
         storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", card.write(recipe, facts))
         facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        for line in readers.notes(storage.read_json(folder / "adapter_config.json")):
+        for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):
             report.note(line)
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "

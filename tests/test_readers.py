@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratune import readers
+from loratune.methods import other_programs
 from tests.conftest import Fit
 
 MERGED = ": give them what `loratune merge` makes"
@@ -30,7 +30,7 @@ FEW = "vLLM and llama.cpp can't load this adapter "
     ],
 )  # fmt: skip
 def test_one_line(config: dict[str, Any], told: str | None) -> None:
-    assert readers.notes(config) == ([told + MERGED] if told else [])
+    assert other_programs.notes(config) == ([told + MERGED] if told else [])
 
 
 @pytest.mark.parametrize("method", [{"dora": True}, {"trainable_token_indices": [1]}, {"modules_to_save": ["lm_head"]}])
@@ -39,9 +39,9 @@ def test_it_is_told_at_the_end_of_a_training(
 ) -> None:
     done = fit(method=method)
     told = [line for line in capsys.readouterr().err.splitlines() if MERGED in line]
-    assert told == [f"note     {readers.notes(json.loads((done.folder / 'adapter_config.json').read_text()))[0]}"] or (
-        len(told) == 1 and FEW in told[0]
-    )
+    assert told == [
+        f"note     {other_programs.notes(json.loads((done.folder / 'adapter_config.json').read_text()))[0]}"
+    ] or (len(told) == 1 and FEW in told[0])
 
 
 def test_nothing_is_told_of_a_plain_adapter_or_a_whole_model(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune import adapter
 from loratune.commands import opened_model
 from loratune.data import end_tokens
 from loratune.data.encode import Encoder
 from loratune.data.formats import RowError
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
+from loratune.methods import adapter_files
 from loratune.models import base_model, fingerprint, generate
 
 COMMANDS = {
@@ -203,7 +203,7 @@ class Conversation:
     def _load(self, what: opened_model.Subject, folder: Path, notes: list[str]) -> str:
         """Load an adapter on the base; return the name it is shown by, and add to `notes` what is to be told."""
         self._check_biases("another adapter")
-        if self.adapters and adapter.changes_biases(folder):
+        if self.adapters and adapter_files.changes_biases(folder):
             raise UsageError(Problem("brings bias vectors, which would change the others", Place(str(folder)), ALONE))
         tokenizer = opened_model.tokenizer(what)
         found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
@@ -220,7 +220,7 @@ class Conversation:
     def _check_biases(self, other: str) -> None:
         """Refuse to let another answer where an adapter has put bias vectors in the place of the base's own."""
         for name, one in self.adapters.items():
-            if one.folder is not None and adapter.changes_biases(one.folder):
+            if one.folder is not None and adapter_files.changes_biases(one.folder):
                 raise UsageError(
                     Problem(f"has changed the bias vectors of the base: {other} would use them", Place(name), ALONE)
                 )

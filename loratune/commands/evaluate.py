@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import adapter, console, fit, loop, metrics, outputs
+from loratune import console, fit, loop, metrics, outputs
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
@@ -23,6 +23,7 @@ from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.kernels import linear_cross_entropy
+from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, generate
 from loratune.objectives import Sft
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
@@ -240,7 +241,7 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_mo
     """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
     if what.adapter is not None:
         loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
-        if adapter.changes_biases(what.adapter):  # those of the base are lost with it
+        if adapter_files.changes_biases(what.adapter):  # those of the base are lost with it
             yield "base", loaded
             loaded.model = opened_model.attach(loaded.model, what.adapter, "default")
         else:

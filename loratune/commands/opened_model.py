@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from loratune import adapter, checkpoint, recipe
+from loratune import checkpoint, recipe
 from loratune.config import decode, yaml_nodes
 from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.kernels import lora_linear, torch_compile
+from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
 from loratune.recipe import Model, Recipe
 from loratune.system import files, regex_match  # fmt: skip
@@ -127,7 +128,7 @@ def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = Fals
     full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
     if subject.adapter is not None:
-        adapter.check(subject.adapter)  # before minutes go into loading the base
+        adapter_files.check(subject.adapter)  # before minutes go into loading the base
     loaded = base_model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
     loaded.tokenizer = tokenizer(subject)
     if exact and loaded.quantization != "none":
@@ -171,7 +172,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
     with torch_compile.later():
         from peft import LoraConfig, PeftConfig, PeftModel
 
-    adapter.check(folder)
+    adapter_files.check(folder)
     file = folder / "adapter_config.json"
     regex_match.check_modules(safety.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
@@ -186,7 +187,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                     config._register_custom_module(lora_linear.modules())
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
                 lora_linear.join(net)
-        adapter.check_complete(net, folder, name)
+        adapter_files.check_complete(net, folder, name)
     except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
         _detach(net, name, known)
         if isinstance(error, (LoratuneError, torch.OutOfMemoryError)) or not isinstance(error, Exception):

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratune.config.section import Section
-from loratune.methods import saved
+from loratune.methods import tensor_files
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class Full(Section):
         self, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, initial: Mapping[str, torch.Tensor]
     ) -> None:
         """Write config.json and model*.safetensors; `dtype` None keeps the precision of the training."""
-        state = saved.cast(model.state_dict(), dtype)
+        state = tensor_files.cast(model.state_dict(), dtype)
         config = model.config.dtype
         model.config.dtype = dtype or config
         model.save_pretrained(folder, state_dict=state)

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from loratune.config.section import Section, as_tuple
 from loratune.errors import listed
 from loratune.kernels import lora_linear, norm_swiglu
-from loratune.methods import saved, targets
+from loratune.methods import targets, tensor_files
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ class Lora(Section):
 
     def initial(self, model: PeftModel) -> dict[str, torch.Tensor]:
         """Return what the final save needs of the start: A and B, where they were taken out of the base."""
-        return saved.cast(self.state(model), None) if self.changes_base else {}
+        return tensor_files.cast(self.state(model), None) if self.changes_base else {}
 
     def save(
         self, model: PeftModel, folder: Path, dtype: torch.dtype | None, initial: Mapping[str, torch.Tensor]
@@ -199,7 +199,7 @@ class Lora(Section):
         if isinstance(config.exclude_modules, set):
             config.exclude_modules = sorted(config.exclude_modules)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(saved.cast(state, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensor_files.cast(state, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
 
     def load(self, model: PeftModel, folder: Path) -> None:
@@ -250,7 +250,7 @@ class Lora(Section):
 
         # not PEFT's replace_lora_weights_loftq: it needs a GPU, and leaves the scale s out
         base = model.get_base_model()
-        on_disk = saved.Weights(str(base.config._name_or_path), base.base_model_prefix)
+        on_disk = tensor_files.Weights(str(base.config._name_or_path), base.base_model_prefix)
         with torch.no_grad():
             for name, module in base.named_modules():
                 if not isinstance(module, Linear4bit):

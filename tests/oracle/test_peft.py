@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loratune.commands import opened_model
 from loratune.errors import ModelError
-from loratune.methods import Lora, saved
+from loratune.methods import Lora, tensor_files
 from loratune.methods.lora import _best_of_rank
 from loratune.models import base_model, tokenizing
 from loratune.recipe import Model, Nf4
@@ -127,7 +127,7 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
     by_hand = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert trained == by_hand == 41_943_040
     assert everything == 8_030_261_248 + by_hand
-    size = saved.bytes_on_disk(Lora(r=16).state(net), torch.bfloat16)
+    size = tensor_files.bytes_on_disk(Lora(r=16).state(net), torch.bfloat16)
     assert 2 * by_hand < size < 2 * by_hand * 1.001
     assert round(size / 1e6) == 84
 
