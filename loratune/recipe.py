@@ -23,8 +23,8 @@ from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
 from loratune.models.chat_templates import TEMPLATES
 from loratune.objectives import Objective, Sft
-from loratune.optimizers import AdamW, Optimizer
-from loratune.schedules import Cosine, Schedule
+from loratune.optim import AdamW, Optimizer
+from loratune.optim.schedules import Cosine, Schedule
 from loratune.system import files, run_files
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")

@@ -42,8 +42,8 @@ from loratune.keeping import Job
 from loratune.kernels import torch_compile
 from loratune.methods import other_programs, tensor_files
 from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
+from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
-from loratune.schedules import rate, warmup_steps
 from loratune.signals import Signals
 from loratune.system import garbage, regex_match, storage  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import TrainingError
-from loratune.optimizers import bnb
+from loratune.optim import bnb
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:

@@ -22,8 +22,8 @@ from loratune.data import batches
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.row_files import chosen
 from loratune.models import base_model
+from loratune.optim.schedules import warmup_steps
 from loratune.recipe import Recipe
-from loratune.schedules import warmup_steps
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 

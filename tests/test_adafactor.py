@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratune.optimizers import Adafactor
+from loratune.optim import Adafactor
 
 SHAPES = {"matrix": (12, 40), "tall": (64, 3), "zeros.lora_B": (16, 4), "norm": (40,), "three": (3, 6, 10), "one": (1,)}
 

@@ -20,7 +20,7 @@ from loratune.errors import Place
 from loratune.kernels import packed_attention
 from loratune.models import base_model
 from loratune.objectives import Sft
-from loratune.optimizers import bnb
+from loratune.optim import bnb
 from tests import tiny
 from tests.test_sft import llama
 

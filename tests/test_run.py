@@ -20,7 +20,7 @@ from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.models import tokenizing
-from loratune.optimizers import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit, logits
@@ -527,7 +527,7 @@ def test_a_packed_full_model_is_saved_with_its_own_attention(fit: Fit):
 @pytest.mark.parametrize(("relative", "moved"), [(False, 1e-3), (True, 1e-6)])
 def test_adafactor_moves_a_matrix_of_zeros(relative: bool, moved: float) -> None:
     """LoRA's B starts at zero: by steps relative to its scale it would take thousands to learn anything."""
-    from loratune.optimizers import Adafactor
+    from loratune.optim import Adafactor
 
     b = torch.nn.Parameter(torch.zeros(8, 8))
     optimizer = Adafactor(lr=1e-3, relative=relative).build([("lora_B", b)], "cpu")

@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import TypeAdapter
 
-from loratune.schedules import Constant, Cosine, Linear, Schedule, WarmupStableDecay, rate
+from loratune.optim.schedules import Constant, Cosine, Linear, Schedule, WarmupStableDecay, rate
 
 ALL = [
     Constant(),

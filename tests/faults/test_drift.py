@@ -11,8 +11,8 @@ import pytest
 from loratune import drift, recipe, run
 from loratune.console import Report
 from loratune.errors import Interrupted, RunFolderError
+from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
-from loratune.schedules import Constant, Cosine
 from loratune.signals import Signals
 from tests import tiny
 from tests.conftest import Fit

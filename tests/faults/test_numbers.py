@@ -20,7 +20,7 @@ from loratune.data.batches import Batch
 from loratune.data.encode import Row
 from loratune.errors import Place, TrainingError
 from loratune.objectives import Sft
-from loratune.optimizers import AdamW
+from loratune.optim import AdamW
 from tests.conftest import Fit
 from tests.faults import scene
 

@@ -19,7 +19,7 @@ from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.kernels import packed_attention
 from loratune.objectives import Sft
-from loratune.optimizers import bnb
+from loratune.optim import bnb
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from loratune.optimizers.groups import AdamFields, Named
+from loratune.optim.groups import AdamFields, Named
 
 if TYPE_CHECKING:
     import torch

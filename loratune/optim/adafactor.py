@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from loratune.config.section import Section
-from loratune.optimizers.groups import Named, groups
+from loratune.optim.groups import Named, groups
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from loratune.optimizers import bnb
-from loratune.optimizers.groups import AdamFields, Named
+from loratune.optim import bnb
+from loratune.optim.groups import AdamFields, Named
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratune.optimizers.groups import AdamFields, Named
+from loratune.optim.groups import AdamFields, Named
 
 if TYPE_CHECKING:
     import torch

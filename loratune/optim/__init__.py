@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
-from loratune.optimizers.adafactor import Adafactor
-from loratune.optimizers.adamw import AdamW
-from loratune.optimizers.adamw_8bit import AdamW8bit
-from loratune.optimizers.paged_adamw_8bit import PagedAdamW8bit
-from loratune.optimizers.paged_adamw_32bit import PagedAdamW32bit
+from loratune.optim.adafactor import Adafactor
+from loratune.optim.adamw import AdamW
+from loratune.optim.adamw_8bit import AdamW8bit
+from loratune.optim.paged_adamw_8bit import PagedAdamW8bit
+from loratune.optim.paged_adamw_32bit import PagedAdamW32bit
 
 Optimizer = Annotated[
     AdamW | AdamW8bit | PagedAdamW32bit | PagedAdamW8bit | Adafactor,
