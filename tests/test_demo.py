@@ -20,7 +20,7 @@ def test_exact_match_rises_beyond_its_interval() -> None:
     run = ROOT / "demo" / "runs" / "demo"
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 128
-    from loratune.metrics import exact_match, interval
+    from loratune.objectives.metrics import exact_match, interval
 
     match = {who: [exact_match(row[who], row["reference"]) for row in rows] for who in ("base", "adapter")}
     assert interval(match["base"])[1] < interval(match["adapter"])[0]

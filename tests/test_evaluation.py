@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import fit, metrics, recipe
+from loratune import fit, recipe
 from loratune.commands import evaluate, merge
 from loratune.commands.evaluate import evaluate
 from loratune.data import row_files
@@ -19,7 +19,7 @@ from loratune.data.encode import Encoder
 from loratune.data.formats import Chat
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.models import base_model, generate
-from loratune.objectives import Sft
+from loratune.objectives import Sft, metrics
 from loratune.system import regex_match
 from tests import tiny
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratune import metrics
+from loratune.objectives import metrics
 from loratune.system import regex_match
 
 
