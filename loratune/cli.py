@@ -158,8 +158,8 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show rows as the model will see them: trained tokens marked, special tokens visible."""
     import loratune
-    from loratune import outputs
     from loratune.commands import inspect
+    from loratune.runs import outputs
     from loratune.system import storage
 
     if html is not None:

@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import loop, states
+from loratune import loop
 from loratune.apart import Packing
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.kernels import cpu_attention
 from loratune.recipe import Recipe
+from loratune.runs import training_state
 
 LENGTH = 23  # tokens of the longer of the two rows it is measured on: no width of a model
 
@@ -68,7 +69,7 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
     given: dict[int, int] = {}
     saved = [0.0] * (len(layers) + 1)  # the last is outside
     by_tiles = _growth_by_tiles(batch, rows) if packing.by == "rows" else 1.0
-    before = states.drawn()
+    before = training_state.drawn()
     for index, tensor in _saved(net, layers, given, lambda: recipe.objective.total(net, batch), accelerator.autocast):
         grown = 1.0
         if tensor.shape[-2:] == (width, width):  # scores that the model writes out
@@ -77,7 +78,7 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
             grown = by_tiles
         saved[index] += tensor.untyped_storage().nbytes() / tokens * grown
     ran = sorted(given)
-    draws = before != states.drawn()
+    draws = before != training_state.drawn()
     cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1], draws)
     return cost, [layers[i] for i in ran]
 

@@ -13,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import activations, checkpoint, drift, fit, lock, states, telling
+from loratune import activations, fit, telling
 from loratune.activations import Plan
 from loratune.apart import Packing
-from loratune.checkpoint import Found, Progress
 from loratune.console import Report
 from loratune.data import end_tokens
 from loratune.data.dataset import Rows
@@ -24,7 +23,9 @@ from loratune.errors import Place, Problem, RunFolderError
 from loratune.footprint import Cost
 from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
-from loratune.states import Randomness
+from loratune.runs import changes, checkpoint, lock, training_state
+from loratune.runs.checkpoint import Found, Progress
+from loratune.runs.training_state import Randomness
 from loratune.system import storage  # fmt: skip
 
 
@@ -111,8 +112,8 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
         job.report.problem(line)
     if base.differences:
         job.facts["base_differs"] = list(base.differences)
-    changed = drift.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
-    drift.check(job.folder, found, changed, allow_drift, job.facts, job.report)
+    changed = changes.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
+    changes.check(job.folder, found, changed, allow_drift, job.facts, job.report)
     progress = found.progress
     try:
         job.recipe.method.load(job.net, found.folder)
@@ -177,7 +178,7 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
             )
 
     if job.first:
-        states.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
+        training_state.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
         hint = "the checkpoints before are whole: free some space, then --resume"
         storage.check_space(job.folder, job.checkpoint_bytes, f"the checkpoint of step {progress.step}", hint)
         job.checkpoint_bytes = checkpoint.save(

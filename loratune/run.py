@@ -16,23 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from loratune import (
-    activations,
-    apart,
-    card,
-    checkpoint,
-    drift,
-    fit,
-    footprint,
-    keeping,
-    launcher,
-    loop,
-    plot,
-    signals,
-    states,
-    telling,
-)
-from loratune.checkpoint import Found, Progress
+from loratune import activations, apart, fit, footprint, keeping, launcher, loop, signals, telling
 from loratune.console import Report, duration, size
 from loratune.data import batches, dataset, end_tokens, model_limits
 from loratune.data.dataset import Rows
@@ -44,6 +28,8 @@ from loratune.methods import other_programs, tensor_files
 from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
+from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
+from loratune.runs.checkpoint import Found, Progress
 from loratune.signals import Signals
 from loratune.system import garbage, regex_match, storage  # fmt: skip
 
@@ -103,7 +89,7 @@ def train(
             found = keeping.find(folder, resume, overwrite, accelerator, report)
             if found:
                 facts["drift"] = found.seal["drift"]
-                drift.check(folder, found, drift.of_recipe(found.seal, recipe), allow_drift, facts, report)
+                changes.check(folder, found, changes.of_recipe(found.seal, recipe), allow_drift, facts, report)
             with garbage.seldom(), torch_compile.later():
                 job = _prepare(recipe, folder, accelerator, report, facts, found)
             if found:
@@ -221,7 +207,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     # several processes must leave at the same point, and only at the end of a step are they known to meet
     poll = asked.poll if accelerator.num_processes == 1 else signals.never
     asked.training = True
-    saved, random = progress, states.randomness()
+    saved, random = progress, training_state.randomness()
     try:
         if progress.pending:
             progress = saved = keeping.save(job, _evaluate(job, net, progress, poll)[1], random)
@@ -243,7 +229,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
                 report.step(step)
                 end, better = step.number == steps, False
                 due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
-                progress, random = replace(progress, step=step.number, pending=due), states.randomness()
+                progress, random = replace(progress, step=step.number, pending=due), training_state.randomness()
                 if due:
                     better, progress = _evaluate(job, net, progress, poll)
                 stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
@@ -264,7 +250,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
 
 def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: bool) -> Iterator[loop.Step]:
     """Yield the steps of a training; where memory runs out in the first, begin once more with a lighter plan."""
-    random, plan, steps = states.randomness(), None, begin()
+    random, plan, steps = training_state.randomness(), None, begin()
     try:
         yield from itertools.islice(steps, 1)
     except loop.OutOfMemory:
@@ -274,7 +260,7 @@ def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: boo
             raise
     if plan is not None:  # here, as the error holds on to all that was in memory
         keeping.take(job, plan)
-        states.set_random_state(random.as_json())
+        training_state.set_random_state(random.as_json())
         steps = begin()
     yield from steps
 
@@ -303,11 +289,11 @@ def _finish(job: Job, progress: Progress) -> Run:
             keeping.write_origin(job, target)
             keeping.write_readable(job, target)
 
-        states.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
+        training_state.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
         storage.publish(folder, write, {"step": kept, **keeping.about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
-        storage.write_text(folder / "loss.svg", plot.loss_svg(report.train, report.evaluation, title))
-        storage.write_text(folder / "README.md", card.write(recipe, facts))
+        storage.write_text(folder / "loss.svg", loss_plot.loss_svg(report.train, report.evaluation, title))
+        storage.write_text(folder / "README.md", model_card.write(recipe, facts))
         facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):
             report.note(line)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from loratune import card
 from loratune.commands.merge import merge
+from loratune.runs import model_card
 from tests import tiny
 from tests.conftest import Fit
 
@@ -55,9 +55,11 @@ def test_no_path_of_this_machine(fit: Fit, base: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_base_is_called(base: str, hub: str | None, name: str) -> None:
-    assert card.hub_id(base) == hub
-    assert card.name_of(base) == name
-    assert card._front(base, "adapter") == ([f'base_model: "{hub}"', "base_model_relation: adapter"] if hub else [])
+    assert model_card.hub_id(base) == hub
+    assert model_card.name_of(base) == name
+    assert model_card._front(base, "adapter") == (
+        [f'base_model: "{hub}"', "base_model_relation: adapter"] if hub else []
+    )
 
 
 def test_the_card_of_a_merge(fit: Fit, base: Path, tmp_path: Path) -> None:

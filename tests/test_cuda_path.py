@@ -14,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loratune import apart, fit, launcher, recipe, states
+from loratune import apart, fit, launcher, recipe
 from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import packed_attention
 from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.optim import bnb
+from loratune.runs import training_state
 from tests import tiny
 from tests.test_sft import llama
 
@@ -159,20 +160,20 @@ class _Cuda:
 
 def test_each_process_keeps_the_state_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     _Cuda(4, current=2).put_in(monkeypatch)
-    saved = states.randomness().as_json()
+    saved = training_state.randomness().as_json()
     assert saved["cuda"] == ["02" * 16]
     one = _Cuda(1, current=0)
     one.put_in(monkeypatch)
-    states.set_random_state(saved)
+    training_state.set_random_state(saved)
     assert one.states[0].tolist() == [2] * 16
 
 
 def test_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of an earlier version holds those of all devices of its machine."""
-    saved = {**states.randomness().as_json(), "cuda": ["00" * 16, "01" * 16, "02" * 16]}
+    saved = {**training_state.randomness().as_json(), "cuda": ["00" * 16, "01" * 16, "02" * 16]}
     two = _Cuda(2, current=1)
     two.put_in(monkeypatch)
-    states.set_random_state(saved)
+    training_state.set_random_state(saved)
     assert [state.tolist()[0] for state in two.states] == [0, 1]
 
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loratune import checkpoint
 from loratune.methods import Lora
+from loratune.runs import checkpoint
 from tests import tiny
 from tests.conftest import Fit, logits
 from tests.oracle.test_resume import _stop_after

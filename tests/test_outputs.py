@@ -7,11 +7,12 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from loratune import checkpoint, cli, outputs
+from loratune import cli
 from loratune.commands import evaluate, init, inspect
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
 from loratune.errors import StorageError, UsageError
+from loratune.runs import checkpoint, outputs
 from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit

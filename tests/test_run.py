@@ -14,13 +14,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import apart, checkpoint, lock, loop, recipe, run
+from loratune import apart, loop, recipe, run
 from loratune.config.section import Section
 from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.models import tokenizing
 from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from loratune.runs import checkpoint, lock
 from loratune.system import storage
 from tests import tiny
 from tests.conftest import Fit, logits

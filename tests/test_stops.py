@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loratune
-from loratune import card
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
@@ -23,6 +22,7 @@ from loratune.data.encode import Encoder, Row
 from loratune.errors import ModelError, Place
 from loratune.models import base_model
 from loratune.recipe import Data, Source
+from loratune.runs import model_card
 from tests import templates, tiny
 
 QUESTION = "Hello! What can you do?"  # the one of the card
@@ -302,12 +302,12 @@ def test_how_a_card_names_the_base(tmp_path: Path) -> None:
     run = str(tmp_path / "runs" / "first")
     named = {"org/name": "org/name", str(tmp_path / "models" / "b"): "../../models/b", "/elsewhere/models/b": "b"}
     for base, wanted in named.items():
-        shown = "\n".join(card.use(run, base, True, [END]))
+        shown = "\n".join(model_card.use(run, base, True, [END]))
         assert f"base = {wanted!r}  #" in shown
         assert "give it `<|im_end|>` as a stop" in shown
     assert "from_pretrained(base, revision='v1', dtype=\"auto\")" in "\n".join(
-        card.use(run, "org/name", True, [], "v1")
+        model_card.use(run, "org/name", True, [], "v1")
     )
-    whole = "\n".join(card.use(None, "org/name", True, [END]))
+    whole = "\n".join(model_card.use(None, "org/name", True, [END]))
     assert "peft" not in whole
     assert "base" not in whole

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import console, fit, loop, outputs
+from loratune import console, fit, loop
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
@@ -27,6 +27,7 @@ from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, generate
 from loratune.objectives import Sft, metrics
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
+from loratune.runs import outputs
 from loratune.system import files, regex_match, storage
 
 

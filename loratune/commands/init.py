@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loratune import outputs, recipe
+from loratune import recipe
 from loratune.errors import Place, Problem, StorageError, UsageError
+from loratune.runs import outputs
 from loratune.system import files
 
 # Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.

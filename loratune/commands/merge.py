@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from loratune import card, console, outputs
+from loratune import console
 from loratune.commands import opened_model
 from loratune.data import end_tokens
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, safety, tokenizing
+from loratune.runs import model_card, outputs
 from loratune.system import files, storage  # fmt: skip
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -196,7 +197,7 @@ def _card(done: Merge, tokenizer: Any, what: opened_model.Subject, ends: Sequenc
     chat = bool(tokenizer.chat_template) if known is None else bool(known)
     about = {**done.__dict__, "version": loratune.__version__}
     title, base = done.folder.resolve().name, what.base.base
-    return card.merged(title, what.adapter.name, base, about, chat, list(end_tokens.named(ends, tokenizer)))
+    return model_card.merged(title, what.adapter.name, base, about, chat, list(end_tokens.named(ends, tokenizer)))
 
 
 def _tokenizer_source(what: opened_model.Subject, tokenizer: Any) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loratune import checkpoint, recipe
+from loratune import recipe
 from loratune.config import decode, yaml_nodes
 from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
@@ -18,6 +18,7 @@ from loratune.kernels import lora_linear, torch_compile
 from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
 from loratune.recipe import Model, Recipe
+from loratune.runs import checkpoint
 from loratune.system import files, regex_match  # fmt: skip
 
 

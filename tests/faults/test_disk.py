@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import loratune
-from loratune import checkpoint
 from loratune.errors import StorageError
+from loratune.runs import checkpoint
 from loratune.system import storage
 from tests.conftest import Fit
 from tests.faults import scene

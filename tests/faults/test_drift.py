@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from loratune import drift, recipe, run
+from loratune import recipe, run
 from loratune.console import Report
 from loratune.errors import Interrupted, RunFolderError
 from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
+from loratune.runs import changes
 from loratune.signals import Signals
 from tests import tiny
 from tests.conftest import Fit
@@ -52,8 +53,8 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
         for key in leaf.split(".")[:-1]:
             place = place[key]
         place[leaf.split(".")[-1]] = "another"
-        early = drift.of_recipe(seal, whole)
-        late = drift.of_run(seal, whole, seal["fingerprints"], FACTS, finished=False)
+        early = changes.of_recipe(seal, whole)
+        late = changes.of_run(seal, whole, seal["fingerprints"], FACTS, finished=False)
         assert len(early.refused + early.told + late.refused + late.told) == 1, leaf
         (refused if early.refused or late.refused else told).add(leaf)
     assert {leaf for leaf in told if not leaf.startswith("data.")} == {
@@ -77,11 +78,11 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
         ("base", 0),
     ):  # of the base `fingerprint.compare` speaks, with another exit code
         other = {**seal["fingerprints"], name: "other"}
-        assert len(drift.of_run(seal, whole, other, FACTS, finished=False).refused) == refusals
+        assert len(changes.of_run(seal, whole, other, FACTS, finished=False).refused) == refusals
     seal = _seal(whole)
     seal["settings"]["model"]["base"] = "another"
     unknown = {"data": "1", "eval": None}
-    assert drift.of_run(seal, whole, unknown, FACTS, finished=False).refused == [
+    assert changes.of_run(seal, whole, unknown, FACTS, finished=False).refused == [
         f"model.base: another -> {whole.model.base}"
     ]
 
@@ -96,7 +97,7 @@ def test_a_key_that_a_run_was_begun_without(whole: Recipe, section: str, key: st
     del seal["settings"][section][key]
     settings = whole.model_dump(mode="json")
     settings[section][key] = now
-    found = drift.of_recipe(seal, Recipe.model_validate(settings))
+    found = changes.of_recipe(seal, Recipe.model_validate(settings))
     assert (found.refused, found.told) == (refused, [])
 
 
@@ -112,7 +113,7 @@ def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cu
     longer = whole.model_copy(update={"train": train})
     seal = _seal(longer)
     seal["settings"]["train"]["epochs"] = 1.0
-    found = drift.of_run(seal, longer, seal["fingerprints"], {**FACTS, "steps": 18}, finished)
+    found = changes.of_run(seal, longer, seal["fingerprints"], {**FACTS, "steps": 18}, finished)
     (line,) = found.refused or found.told
     assert bool(found.refused) == refused
     if schedule == "constant":
@@ -123,7 +124,7 @@ def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cu
 
 def test_versions_and_processes_are_told(whole: Recipe):
     seal = _seal(whole)
-    found = drift.of_run(seal, whole, {}, {**FACTS, "processes": 2, "versions": {"torch": "3"}}, finished=False)
+    found = changes.of_run(seal, whole, {}, {**FACTS, "processes": 2, "versions": {"torch": "3"}}, finished=False)
     assert found.refused == []
     assert found.told == [
         "processes: 1 -> 2; sums are rounded in another order",

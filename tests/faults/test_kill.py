@@ -77,7 +77,7 @@ def test_a_killed_run_is_named_as_such(tmp_path: Path, base: Path):
     until = time.monotonic() + 60
     while not scene.saved(folder) and time.monotonic() < until:
         time.sleep(0.05)
-    from loratune import checkpoint
+    from loratune.runs import checkpoint
 
     assert checkpoint.status(folder) == "running"
     child.send(9)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from loratune import lock
 from loratune.errors import RunFolderError, StorageError
+from loratune.runs import lock
 from tests.faults import scene
 from tests.faults.child import Child, Plan, run
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune import checkpoint, loop, states
+from loratune import loop
 from loratune.config.section import Section
 from loratune.data.batches import Batch
 from loratune.data.encode import Row
 from loratune.errors import Place, TrainingError
 from loratune.objectives import Sft
 from loratune.optim import AdamW
+from loratune.runs import checkpoint, training_state
 from tests.conftest import Fit
 from tests.faults import scene
 
@@ -102,7 +103,7 @@ def test_ten_normal_runs_are_not_stopped(fit: Fit):
 
 def test_weights_that_are_not_finite_are_not_saved(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Loss and gradient may be finite, and the step too long all the same."""
-    record = states.randomness
+    record = training_state.randomness
 
     def spoil() -> Any:
         if scene.newest_step(tmp_path / "a" / "run") == 2:
@@ -122,7 +123,7 @@ def test_weights_that_are_not_finite_are_not_saved(fit: Fit, tmp_path: Path, mon
         return build(self, pairs, device)
 
     monkeypatch.setattr(AdamW, "build", built)
-    monkeypatch.setattr(states, "randomness", spoil)
+    monkeypatch.setattr(training_state, "randomness", spoil)
     with pytest.raises(
         TrainingError, match=r"step 3: what is trained is not finite \(`.*lora_A.*`\): nothing was saved"
     ):
@@ -219,7 +220,7 @@ def test_a_gradient_of_zeros_is_one():
 def test_the_state_of_a_float16_scaler_is_kept(tmp_path: Path):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     optimizer = AdamW(lr=0.1).build([("w", torch.nn.Parameter(torch.ones(2)))], "cpu")
-    random = [states.randomness().as_json()]
+    random = [training_state.randomness().as_json()]
     checkpoint.save(tmp_path, checkpoint.Progress(1), lambda folder: None, optimizer, scaler, random, {})
     other = torch.amp.GradScaler("cpu", init_scale=2.0)
     checkpoint.restore(checkpoint.path_of(tmp_path, 1), optimizer, other, 0)

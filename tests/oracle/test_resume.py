@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loratune import checkpoint, states
 from loratune.console import Report
 from loratune.errors import RunFolderError, StorageError
 from loratune.models import base_model
+from loratune.runs import checkpoint, training_state
 from tests.conftest import Fit, Trained
 
 SECTIONS: dict[str, Any] = {
@@ -240,7 +240,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_trained(fit: Fit, tmp_path:
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     straight = fit("straight", **SECTIONS)
-    save = states.save_optimizer
+    save = training_state.save_optimizer
 
     def fail(optimizer: Any, folder: Path) -> None:
         if "step-000006" in folder.name:
@@ -248,7 +248,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(fit: Fit, tmp_path: P
         save(optimizer, folder)
 
     with monkeypatch.context() as disk:
-        disk.setattr(states, "save_optimizer", fail)
+        disk.setattr(training_state, "save_optimizer", fail)
         with pytest.raises(StorageError, match="No space left on device"):
             fit("a", **SECTIONS)
     left = sorted(path.name for path in (tmp_path / "a" / "run" / "checkpoints").iterdir())

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loratune.checkpoint import Found
 from loratune.console import Report
 from loratune.errors import Place, Problem, RunFolderError, shorten
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe, Train
+from loratune.runs.checkpoint import Found
 
 # Keys that decide nothing of what is optimized: where and how often something is written or measured, and how much is
 # computed at once. Every other key is refused, so that a new one is never forgotten here.

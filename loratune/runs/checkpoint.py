@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratune import lock, outputs, states
 from loratune.errors import Place, Problem, RunFolderError, StorageError, listed
+from loratune.runs import lock, outputs, training_state
 from loratune.system import run_files, storage
 
 
@@ -220,7 +220,7 @@ def save(
 
     def write(folder: Path) -> None:
         write_model(folder)
-        states.save_optimizer(optimizer, folder)
+        training_state.save_optimizer(optimizer, folder)
         state = {"progress": progress.__dict__, "random": random, "scaler": scaler.state_dict() if scaler else None}
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
@@ -260,11 +260,11 @@ def _quarantine(folder: Path, wrong: str) -> str:
 
 def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
     """Put the optimizer's state, the scaler's and the random state of a process (from 0) back."""
-    states.load_optimizer(optimizer, folder)
+    training_state.load_optimizer(optimizer, folder)
     state = storage.read_json(folder / "state.json")
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    states.set_random_state(state["random"][process % len(state["random"])])
+    training_state.set_random_state(state["random"][process % len(state["random"])])
 
 
 def rotate(run: Path, keep: int, progress: Progress) -> list[str]:
