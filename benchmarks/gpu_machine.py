@@ -22,7 +22,7 @@ def main() -> None:
             found.append(f"{name} -")
     print("= python", platform.python_version(), ", ".join(found))
     for name in (
-        "loratune.run",
+        "loratune.training.run",
         "loratune.commands.evaluate",
         "loratune.commands.merge",
         "loratune.cli",

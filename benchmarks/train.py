@@ -69,7 +69,7 @@ def profile_last_step(number: int, path: Path) -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from loratune import loop
+    from loratune.training import loop
 
     steps, cuda = loop.steps, torch.cuda.is_available()
 
@@ -91,7 +91,7 @@ def watched_steps(config: dict[str, Any], precision: str) -> tuple[list[float], 
     """Return lists that will hold when each of loratune's steps ended, and, but on a GPU, the matrix rate after it."""
     import torch
 
-    from loratune import loop
+    from loratune.training import loop
 
     ends: list[float] = []
     rates: list[float] = []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loratune.commands.merge import merge
     from loratune.recipe import Recipe
     from loratune.recipe import load as load_recipe
-    from loratune.run import train
+    from loratune.training.run import train
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ __all__ = [
 _LATE = {
     "Recipe": ("loratune.recipe", "Recipe"),
     "load_recipe": ("loratune.recipe", "load"),
-    "train": ("loratune.run", "train"),
+    "train": ("loratune.training.run", "train"),
     "evaluate": ("loratune.commands.evaluate", "evaluate"),
     "merge": ("loratune.commands.merge", "merge"),
     "chat": ("loratune.commands.chat", "chat"),

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from loratune import errors, signals
+from loratune import errors
 from loratune.system import files, streams
+from loratune.training import signals
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "

@@ -25,7 +25,7 @@ from loratune.redact import redact
 from loratune.system import files, storage
 
 if TYPE_CHECKING:
-    from loratune.loop import Step
+    from loratune.training.loop import Step
 
 METRICS = 1 << 30  # bytes of metrics.jsonl: millions of steps
 QUIET = 15  # seconds between two lines about long work where there is no terminal

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import recipe, run
+from loratune import recipe
 from loratune.models import base_files
+from loratune.training import run
 from tests import tiny
 
 torch.set_num_threads(1)  # the models are tiny, and the machine may be shared

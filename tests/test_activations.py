@@ -15,17 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from loratune import activations, footprint, keeping, recipe
-from loratune import fit as fits
-from loratune.activations import BUDGETS, Plan
-from loratune.apart import Packing
+from loratune import recipe
 from loratune.data import batches
 from loratune.data.prefix_sharing import Layout
 from loratune.errors import ModelError, SetupError
-from loratune.footprint import Cost
 from loratune.kernels import cpu_attention
 from loratune.models import quantization
 from loratune.objectives import Sft
+from loratune.training import activation_memory, memory_plan, session
+from loratune.training import memory_use as fits
+from loratune.training.activation_memory import Cost
+from loratune.training.layout_test import Packing
+from loratune.training.memory_plan import BUDGETS, Plan
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit
@@ -112,7 +113,7 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
 def test_measuring_leaves_the_model_as_it_was(fit: Fit) -> None:
     done = fit("a", rows=8)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in done.net.modules())
-    assert not any(module.gradient_checkpointing for module in footprint._layers(done.net))
+    assert not any(module.gradient_checkpointing for module in activation_memory._layers(done.net))
 
 
 # ---------------------------------------------------------------- computed a second time
@@ -132,7 +133,7 @@ def test_no_bit_depends_on_how_many_layers_are_computed_again(fit: Fit, method: 
         for choice in ("none", 1, "all")
     }  # fmt: skip
     for choice, again in (("none", 0), (1, 1), ("all", 2)):
-        flags = [layer.gradient_checkpointing for layer in footprint._layers(runs[choice].net)]
+        flags = [layer.gradient_checkpointing for layer in activation_memory._layers(runs[choice].net)]
         assert flags == [True] * again + [False] * (2 - again)
         assert runs[choice].facts()["activations"]["again"] == again
         for name in ("loss", "grad_norm"):
@@ -193,17 +194,17 @@ def plan_of(again: int = 0, layers: int = 0, short: bool = False) -> Plan:
 )
 def test_a_model_that_is_switched_as_a_whole(wish: str | int, short: bool, on: bool) -> None:
     net = Legacy(able=True)
-    plan = activations.switch(net, [], plan_of(short=short), wish)
+    plan = memory_plan.switch(net, [], plan_of(short=short), wish)
     assert net.on is on
     assert ("can't be switched one by one" in plan.note) is on
 
 
 def test_a_model_that_can_compute_nothing_again() -> None:
     net = Legacy(able=False)
-    assert "they are kept" in activations.switch(net, [], plan_of(short=True), "auto").note
-    assert activations.switch(net, [], plan_of(), "none").note == ""
+    assert "they are kept" in memory_plan.switch(net, [], plan_of(short=True), "auto").note
+    assert memory_plan.switch(net, [], plan_of(), "none").note == ""
     with pytest.raises(ModelError, match=r"`train\.gradient_checkpointing: all`: this model can't"):
-        activations.switch(net, [], plan_of(), "all")
+        memory_plan.switch(net, [], plan_of(), "all")
 
 
 # ---------------------------------------------------------------- chosen
@@ -221,7 +222,7 @@ def chosen(
     packing: Packing = PACKED, rows: Any = ROWS, **train: Any,
 ) -> Plan:  # fmt: skip
     path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16, **train}, data={"max_length": 2048})
-    return activations.choose(recipe.load(path), COST, rows, packing, device, free, 0, 1, begun)
+    return memory_plan.choose(recipe.load(path), COST, rows, packing, device, free, 0, 1, begun)
 
 
 def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_path: Path, base: Path) -> None:
@@ -239,9 +240,9 @@ def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_pa
         assert plan.again == 0 or plan.tokens == BUDGETS["cuda"][-1]
         if not plan.short:
             assert plan.free is not None
-            assert plan.needed <= plan.free * activations.USABLE
+            assert plan.needed <= plan.free * memory_plan.USABLE
         if plan.again > 0 and not plan.short:  # and one fewer would have been too much
-            assert COST.at_once(plan.largest, plan.again - 1) > plan.free * activations.USABLE
+            assert COST.at_once(plan.largest, plan.again - 1) > plan.free * memory_plan.USABLE
     assert len({plan.again for plan in plans}) >= 4
     assert len({plan.tokens for plan in plans}) >= 4
 
@@ -249,8 +250,8 @@ def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_pa
 def test_what_is_not_there_yet_is_left_room_for(tmp_path: Path, base: Path) -> None:
     path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16}, data={"max_length": 2048})
     given = (recipe.load(path), COST, ROWS, PACKED, "cuda", 15 * GB)
-    assert activations.choose(*given, fixed=0).again == 0
-    assert activations.choose(*given, fixed=8 * GB).again > 0
+    assert memory_plan.choose(*given, fixed=0).again == 0
+    assert memory_plan.choose(*given, fixed=8 * GB).again > 0
 
 
 def test_what_is_given_stays(tmp_path: Path, base: Path) -> None:
@@ -274,12 +275,12 @@ def test_a_resumed_run_keeps_its_budget_whatever_is_free(tmp_path: Path, base: P
 
 def test_a_resume_takes_the_budget_from_the_checkpoint(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = {"train": {"epochs": 2, "save_every": 2}, "data": {"packing": "off"}}
-    monkeypatch.setitem(activations.BUDGETS, "cpu", (300,))
+    monkeypatch.setitem(memory_plan.BUDGETS, "cpu", (300,))
     whole = fit("whole", **sections)
     began = fit("cut", **{**sections, "train": {**sections["train"], "schedule": "constant", "epochs": 1}})
     assert began.facts()["activations"]["tokens"] == 300
     straight = fit("straight", **{**sections, "train": {**sections["train"], "schedule": "constant"}})
-    monkeypatch.setitem(activations.BUDGETS, "cpu", (4096,))
+    monkeypatch.setitem(memory_plan.BUDGETS, "cpu", (4096,))
     other = fit("cut", resume=True, **{**sections, "train": {**sections["train"], "schedule": "constant"}})
     assert other.facts()["activations"]["tokens"] == 300
     assert other.column("loss") == straight.column("loss")
@@ -337,7 +338,7 @@ def test_free_memory_of_this_machine() -> None:
 def test_the_seal_holds_what_was_chosen(fit: Fit) -> None:
     done = fit("a")
     facts = done.facts()
-    found = keeping.checkpoint.newest(done.folder)
+    found = session.checkpoint.newest(done.folder)
     assert found is not None
     assert found.seal["activations"] == facts["activations"]
     assert facts["activations"]["tokens"] in BUDGETS["cpu"]
@@ -386,7 +387,7 @@ def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
     train = {"epochs": 2} if kind == "tokens" else {"epochs": 2, "micro_batch_size": 4}
     budgets = (500, 200) if kind == "tokens" else (500,)
     with monkeypatch.context() as patch:
-        patch.setitem(activations.BUDGETS, "cpu", budgets)
+        patch.setitem(memory_plan.BUDGETS, "cpu", budgets)
         Full(call).put_in(patch)
         tried = fit("tried", **DRAWING, train=train)
     again = tried.facts()["activations"]["again"]
@@ -395,7 +396,7 @@ def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
     assert (
         f"out of memory: once more with activations of {'all 2' if kind == 'tokens' else '1 of 2'} layers kept" in told
     )
-    monkeypatch.setitem(activations.BUDGETS, "cpu", budgets[-1:])
+    monkeypatch.setitem(memory_plan.BUDGETS, "cpu", budgets[-1:])
     straight = fit("straight", **DRAWING, train=train if kind == "tokens" else {**train, "gradient_checkpointing": 1})
     for name in ("loss", "grad_norm"):
         assert tried.column(name) == straight.column(name)
@@ -404,7 +405,7 @@ def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
     same = ("activations", "memory")
     known = {name: {k: v for k, v in tried.facts()[name].items() if k != "free"} for name in same}
     assert known == {name: {k: v for k, v in straight.facts()[name].items() if k != "free"} for name in same}
-    found = keeping.checkpoint.newest(tried.folder)
+    found = session.checkpoint.newest(tried.folder)
     assert found is not None
     assert found.seal["activations"] == tried.facts()["activations"]
 
@@ -438,16 +439,16 @@ def test_an_optimizer_that_runs_out_of_memory_is_not_asked_again(fit: Fit, monke
 def test_a_lighter_plan_takes_clearly_less(tmp_path: Path, base: Path) -> None:
     path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16}, data={"max_length": 2048})
     given = (recipe.load(path), COST, ROWS, PACKED, "cuda")
-    plan: Plan | None = activations.choose(*given, 300 * GB, 0)
+    plan: Plan | None = memory_plan.choose(*given, 300 * GB, 0)
     seen = []
     while plan is not None:
         seen.append(plan)
-        plan = activations.lighter(*given, plan)
+        plan = memory_plan.lighter(*given, plan)
     assert [plan.tokens for plan in seen[:4]] == list(BUDGETS["cuda"])
     assert [plan.again for plan in seen[:5]][-2:] == [0, 8]
     assert seen[-1].again == LAYERS
     assert all(after.needed <= 0.75 * before.needed for before, after in itertools.pairwise(seen[:-1]))
-    resumed = activations.lighter(*given, seen[0], 1, {"tokens": 16384, "again": 0})
+    resumed = memory_plan.lighter(*given, seen[0], 1, {"tokens": 16384, "again": 0})
     assert resumed is not None
     assert (resumed.tokens, resumed.again) == (16384, 8)
 

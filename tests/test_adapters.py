@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loratune import recipe, run
+from loratune import recipe
 from loratune.commands import opened_model
 from loratune.errors import ModelError, SafetyError
+from loratune.training import run
 from tests import tiny
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,13 +12,13 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune import apart
 from loratune.data import bin_packing, prefix_sharing
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.errors import Place
 from loratune.kernels import cpu_attention, packed_attention
 from loratune.objectives import Sft, sft
+from loratune.training import layout_test
 from tests.test_sharing import alike
 
 WINDOW = 16
@@ -173,11 +173,11 @@ class Tokens(list[Row]):
 
 
 def verdict(net: Any, by: str, max_length: int = 256, layout: Layout = "packed") -> str:
-    three = apart._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
-    alone, _ = apart._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
+    three = layout_test._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
+    alone, _ = layout_test._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
     use(net, by)
     rounding = "float32" if net.dtype is torch.float32 else "half"
-    return apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding, layout)
+    return layout_test.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -203,18 +203,18 @@ def test_the_self_test_finds_state_that_runs_from_row_to_row(name: str, by: str,
 def test_a_kernel_that_rounds_otherwise_is_no_packing_that_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many layers in bfloat16 two right kernels may lie further apart than the packed and the lone row may."""
     net = made("Llama", {}, torch.bfloat16)
-    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
+    monkeypatch.setitem(layout_test.TOLERANCES, "half", (1e-2, 1e-6))
     assert verdict(net, "rows") == ""
-    monkeypatch.setattr(apart, "KERNELS", 1e-6)
+    monkeypatch.setattr(layout_test, "KERNELS", 1e-6)
     assert "off when it is packed" in verdict(net, "rows"), "and a kernel that is further off is not taken"
 
 
 def test_other_products_round_a_row_in_a_pack_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack has more tokens than a row, so that other products are taken: as far off as the other kernel is right."""
     net = made("Llama", {}, torch.bfloat16)
-    three = apart._rows(Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
-    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
-    real = apart._logits
+    three = layout_test._rows(Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
+    monkeypatch.setitem(layout_test.TOLERANCES, "half", (1e-2, 1e-6))
+    real = layout_test._logits
 
     def rounded(net: Any, objective: Any, rows: list[Row], *others: Any) -> tuple[torch.Tensor, bool]:
         logits, drew = real(net, objective, rows, *others)
@@ -223,10 +223,10 @@ def test_other_products_round_a_row_in_a_pack_otherwise(monkeypatch: pytest.Monk
 
     alone, _ = real(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
     use(net, "rows")
-    monkeypatch.setattr(apart, "_logits", rounded)
+    monkeypatch.setattr(layout_test, "_logits", rounded)
     found = {}
     for far in (0.05, 0.2):
-        found[far] = apart.why_not(net, Sft(), three, alone, contextlib.nullcontext, "half", "packed")
+        found[far] = layout_test.why_not(net, Sft(), three, alone, contextlib.nullcontext, "half", "packed")
     assert found[0.05] == ""
     assert "off when it is packed" in found[0.2], "and what is further off than any kernel is refused"
 
@@ -234,7 +234,7 @@ def test_other_products_round_a_row_in_a_pack_otherwise(monkeypatch: pytest.Monk
 def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that forgets the first token of a row that is not the first: no row changes another, and all is wrong."""
     net = made("Llama", {}, torch.bfloat16)
-    monkeypatch.setitem(apart.TOLERANCES, "half", (1e-2, 1e-6))
+    monkeypatch.setitem(layout_test.TOLERANCES, "half", (1e-2, 1e-6))
 
     def shifted(query: Any, key: Any, value: Any, own: list[int], *others: Any) -> torch.Tensor:
         if len(own) > 1:

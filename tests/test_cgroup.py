@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import fit
 from loratune.data import workers
 from loratune.models import base_model
 from loratune.system import limits
+from loratune.training import memory_use
 
 OLD = "12:cpu,cpuacct:{0}\n5:memory:{0}\n1:name=systemd:{0}\n"
 NEW = "0::{0}\n"
@@ -78,7 +78,7 @@ def test_cores(place: Any, groups: str, path: str, files: dict[str, str], cores:
 def test_memory(place: Any, groups: str, files: dict[str, str], left: int | None) -> None:
     place(groups, "/job", files)
     assert limits.memory_left() == left
-    free = fit.free_memory(torch.device("cpu"))
+    free = memory_use.free_memory(torch.device("cpu"))
     assert left is None or free == left
 
 

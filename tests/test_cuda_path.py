@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loratune import apart, fit, launcher, recipe
+from loratune import recipe
 from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import packed_attention
@@ -22,6 +22,7 @@ from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.optim import bnb
 from loratune.runs import training_state
+from loratune.training import launcher, layout_test, memory_use
 from tests import tiny
 from tests.test_sft import llama
 
@@ -73,11 +74,11 @@ def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
     place = Place("rows.jsonl", 1)
     rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), place) for n in (9, 9, 12))
     objective = Sft()
-    alone, _ = apart._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
+    alone, _ = layout_test._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
     monkeypatch.setattr(packed_attention.tiles, "attend", broken)
-    return apart.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
+    return layout_test.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
 
 
 def test_a_wrong_call_of_ours_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +111,11 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
     tried = (net, Sft(), rows, contextlib.nullcontext, "packed")
-    assert apart.why_no_gradient(*tried) == ""
+    assert layout_test.why_no_gradient(*tried) == ""
     assert all(parameter.grad is None for parameter in net.parameters())
     whole = packed_attention.tiles.attend
     monkeypatch.setattr(packed_attention.tiles, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
-    assert apart.why_no_gradient(*tried) == "head width 200 has no backward kernel"
+    assert layout_test.why_no_gradient(*tried) == "head width 200 has no backward kernel"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_segments_grow_unless_the_user_says_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    fit.expand_segments()
+    memory_use.expand_segments()
     assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == wanted
 
 
@@ -233,8 +234,8 @@ def test_segments_do_not_grow_where_torch_can_not(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     if where == "windows":
-        monkeypatch.setattr(fit.sys, "platform", "win32")
+        monkeypatch.setattr(memory_use.sys, "platform", "win32")
     else:
         monkeypatch.setattr(torch.version, "hip", "7.0")
-    fit.expand_segments()
+    memory_use.expand_segments()
     assert "PYTORCH_ALLOC_CONF" not in os.environ

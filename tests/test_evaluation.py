@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
-from loratune import fit, recipe
+from loratune import recipe
 from loratune.commands import evaluate, merge
 from loratune.commands.evaluate import evaluate
 from loratune.data import row_files
@@ -21,6 +21,7 @@ from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupEr
 from loratune.models import base_model, generate
 from loratune.objectives import Sft, metrics
 from loratune.system import regex_match
+from loratune.training import memory_use
 from tests import tiny
 
 
@@ -288,8 +289,8 @@ def test_another_runtime_error_is_none_of_memory(run: Path, monkeypatch: pytest.
 def test_tokens_scored_at_once_go_by_the_free_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = base_model.load(recipe.Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
     for free, plain, tokens in ((None, True, 4096), (1 << 34, True, 4096), (1 << 24, True, 1024), (1 << 10, True, 128)):
-        monkeypatch.setattr(fit, "free_memory", lambda where, left=free: left)
-        assert fit.scoring_tokens(loaded, 200, 4096, plain) == tokens
+        monkeypatch.setattr(memory_use, "free_memory", lambda where, left=free: left)
+        assert memory_use.scoring_tokens(loaded, 200, 4096, plain) == tokens
 
 
 def test_a_pattern_that_takes_too_long_on_answers_loses_nothing_else(

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loratune
-from loratune import cli, recipe, run
+from loratune import cli, recipe
 from loratune.commands import chat, opened_model
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.models import base_files, fingerprint
 from loratune.recipe import Model
 from loratune.system import storage
+from loratune.training import run
 from tests import tiny
 from tests.conftest import Fit
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune import recipe, run
+from loratune import recipe
 from loratune.commands import evaluate, inspect, opened_model
 from loratune.config import section
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.models import base_model, template_check, tokenizing
 from loratune.recipe import Model
 from loratune.system import storage
+from loratune.training import run
 from tests import templates, tiny
 from tests.conftest import Fit
 

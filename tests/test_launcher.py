@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loratune import launcher
 from loratune.errors import SetupError
+from loratune.training import launcher
 from tests import tiny
 from tests.conftest import Fit
 

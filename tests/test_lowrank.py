@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
-from loratune import loop
 from loratune.commands import opened_model
 from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import lora_linear
 from loratune.methods import Lora
+from loratune.training import loop
 from tests.conftest import Fit, logits
 from tests.test_sft import llama
 

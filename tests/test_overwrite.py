@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loratune import run
 from loratune.errors import RunFolderError
 from loratune.system import storage
+from loratune.training import run
 from tests import tiny
 from tests.conftest import Fit
 

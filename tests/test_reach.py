@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from loratune import recipe, run
+from loratune import recipe
 from loratune.commands.evaluate import evaluate
 from loratune.errors import DataError
+from loratune.training import run
 from tests import tiny
 from tests.test_generate import POSITIONS, made
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from loratune import recipe, run
+from loratune import recipe
+from loratune.training import run
 from tests import tiny
 
 FOLDER = Path(__file__).parent.parent / "recipes"

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from loratune import apart, loop, recipe, run
+from loratune import recipe
 from loratune.config.section import Section
 from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
@@ -23,6 +23,7 @@ from loratune.models import tokenizing
 from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.runs import checkpoint, lock
 from loratune.system import storage
+from loratune.training import layout_test, loop, run
 from tests import tiny
 from tests.conftest import Fit, logits
 
@@ -86,7 +87,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_base(fit: Fit):
 
 def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr("loratune.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
     done = fit(train={"eval_every": 1, "save_every": 1, "keep": 9}, **HELD_OUT)
     final = load_file(done.folder / "adapter_model.safetensors")
     of_step = {n: load_file(checkpoint.path_of(done.folder, n) / "adapter_model.safetensors") for n in (1, 2, 3)}
@@ -483,7 +484,7 @@ def test_why_rows_do_not_share(fit: Fit, capsys: pytest.CaptureFixture[str], sec
 
 
 def test_rows_with_little_in_common_share_it_only_if_asked_to(fit: Fit, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(apart, "LEAST", 0.05)
+    monkeypatch.setattr(layout_test, "LEAST", 0.05)
     alone = {"train": {"batch_size": 1}}
     batching = fit(**alone).facts()["batching"]
     assert batching["why_not_shared"] == "the rows of a step have too little in common (2.8 % of their tokens)"

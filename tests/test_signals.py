@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loratune import signals
+from loratune.training import signals
 from tests import tiny
 
 

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from loratune import telling
 from loratune.cli import app
 from loratune.config.yaml_nodes import parse
 from loratune.data import dataset, row_files, splits
@@ -20,6 +19,7 @@ from loratune.data.encode import Encoder
 from loratune.errors import DataError
 from loratune.models import base_files
 from loratune.recipe import Data, Source, from_tree
+from loratune.training import start_report
 from tests import tiny
 
 HUB = ("README.txt", "data/train-00000-of-00001.jsonl", "test.jsonl", "validation.jsonl")
@@ -118,7 +118,7 @@ def test_rows_of_a_folder_and_of_its_cache(tmp_path: Path) -> None:
     lay(folder, "train/b.jsonl")
     assert len(dataset.load([source], section, encoder)) == 2  # another choice, other rows
     recipe = f"{{model: {{base: x}}, data: {{train: {folder}, eval: {folder}}}, output: out}}"
-    found = telling.sources(from_tree(parse(recipe, "recipe.yaml"), tmp_path))
+    found = start_report.sources(from_tree(parse(recipe, "recipe.yaml"), tmp_path))
     assert [Path(one["path"]).name for one in found] == ["train-00000-of-00001.jsonl", "b.jsonl", "validation.jsonl"]
 
 

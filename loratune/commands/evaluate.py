@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratune import console, fit, loop
+from loratune import console
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
@@ -29,6 +29,7 @@ from loratune.objectives import Sft, metrics
 from loratune.recipe import SUFFIXES, Data, Recipe, Source
 from loratune.runs import outputs
 from loratune.system import files, regex_match, storage
+from loratune.training import loop, memory_use
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
     sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
     longest = int(np.argmax(rows.lengths))
     plain = linear_cross_entropy.is_plain(loaded.model, torch.from_numpy(rows[longest].ids).long()[None].to(device))
-    budget = fit.scoring_tokens(loaded, int(rows.lengths[longest]), AUTO_TOKENS[device.type], plain)
+    budget = memory_use.scoring_tokens(loaded, int(rows.lengths[longest]), AUTO_TOKENS[device.type], plain)
     done = 0
     with torch.no_grad():
         for part in in_length_order(rows, "auto", budget):

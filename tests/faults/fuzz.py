@@ -130,7 +130,7 @@ def _prepare(folder: Path) -> None:
     import transformers.models.auto.modeling_auto  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from loratune import run  # noqa: F401
+    from loratune.training import run  # noqa: F401
     from tests import tiny
 
     torch.set_num_threads(1)

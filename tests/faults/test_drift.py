@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from loratune import recipe, run
+from loratune import recipe
 from loratune.console import Report
 from loratune.errors import Interrupted, RunFolderError
 from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
 from loratune.runs import changes
-from loratune.signals import Signals
+from loratune.training import run
+from loratune.training.signals import Signals
 from tests import tiny
 from tests.conftest import Fit
 from tests.faults import scene

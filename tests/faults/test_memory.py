@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from loratune import fit as fits
-from loratune import keeping, run
 from loratune.errors import SetupError
 from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.system import storage
+from loratune.training import memory_use as fits
+from loratune.training import run, session
 from tests.conftest import Fit
 from tests.faults import scene
 from tests.faults.child import Plan
@@ -52,7 +52,7 @@ def test_memory_that_runs_out_at_a_resume(fit: Fit, monkeypatch: pytest.MonkeyPa
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(keeping.checkpoint, "restore", full)
+    monkeypatch.setattr(session.checkpoint, "restore", full)
     with pytest.raises(SetupError, match="out of memory"):
         fit("a", resume=True, **scene.SECTIONS)
 
@@ -106,13 +106,13 @@ def test_the_bytes_of_a_checkpoint_are_known_beforehand(
     fit: Fit, kind: str, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[int] = []
-    check = keeping.check_space
+    check = session.check_space
 
     def spy(job: Any, resume: bool) -> None:
         sizes.append(job.checkpoint_bytes)
         check(job, resume)
 
-    monkeypatch.setattr(keeping, "check_space", spy)
+    monkeypatch.setattr(session, "check_space", spy)
     done = fit("a", method=method, optimizer={"type": kind, "lr": 1e-3})
     real = storage.size(scene.saved(done.folder)[-1])
     assert real <= sizes[0] <= real + 140_000 + real // 10

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune import loop
 from loratune.config.section import Section
 from loratune.data.batches import Batch
 from loratune.data.encode import Row
@@ -22,6 +21,7 @@ from loratune.errors import Place, TrainingError
 from loratune.objectives import Sft
 from loratune.optim import AdamW
 from loratune.runs import checkpoint, training_state
+from loratune.training import loop
 from tests.conftest import Fit
 from tests.faults import scene
 

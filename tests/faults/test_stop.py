@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from loratune import run, signals
 from loratune.errors import Interrupted
 from loratune.runs import checkpoint
+from loratune.training import run, signals
 from tests.conftest import Fit, Trained
 from tests.faults import scene
 from tests.faults.child import Child, Plan

@@ -7,5 +7,5 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import loratune.cli
-import loratune.run  # noqa: F401
+import loratune.training.run  # noqa: F401
 import tests.tiny  # noqa: F401

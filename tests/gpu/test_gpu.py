@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune import apart
 from loratune.commands import evaluate
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.kernels import packed_attention
 from loratune.objectives import Sft
 from loratune.optim import bnb
+from loratune.training import layout_test
 from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 
-def run(folder: Path, **sections: object) -> loratune.run.Run:
+def run(folder: Path, **sections: object) -> loratune.training.run.Run:
     base = tiny.save(folder / "base")
     return loratune.train(loratune.load_recipe(tiny.write_recipe(folder, base, **sections)))
 
@@ -171,13 +171,13 @@ def test_packs_in_bfloat16_go_through_the_kernel_and_not_by_a_mask(
 def test_the_self_test_on_the_gpu(name: str) -> None:
     settings = {**models.EXACT.get(name, models.STATEFUL.get(name, {})), **models.NO_DROPOUT}
     net = models.made(name, settings, torch.bfloat16).cuda()
-    three = apart._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
+    three = layout_test._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
     autocast = Accelerator().autocast
-    alone, _ = apart._logits(net, Sft(), [three[-1]], autocast, "padded")
+    alone, _ = layout_test._logits(net, Sft(), [three[-1]], autocast, "padded")
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
     for layout in ("packed", "shared"):
-        told = apart.why_not(net.eval(), Sft(), three, alone, autocast, "half", layout)
+        told = layout_test.why_not(net.eval(), Sft(), three, alone, autocast, "half", layout)
         assert ("with the row before it" in told) if name in models.STATEFUL else told == ""
 
 

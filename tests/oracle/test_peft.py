@@ -137,9 +137,9 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
 
 def _start_loss(done: Trained, net: Any) -> float:
     """Return the loss of a model on the rows of a run's first step."""
-    from loratune import loop
     from loratune.data import batches, dataset
     from loratune.data.encode import Encoder
+    from loratune.training import loop
 
     rows, _ = dataset.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
 

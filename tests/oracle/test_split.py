@@ -52,8 +52,8 @@ def test_micro_batches_of_one_three_and_auto_are_one_of_eight(
 
 
 def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from loratune import activations
     from loratune.data import batches
+    from loratune.training import memory_plan
 
     whole = fit("whole", train={**TRAIN, "micro_batch_size": 8}, **PADDED)
     sizes = []
@@ -63,7 +63,7 @@ def test_auto_really_splits_long_rows(fit: Fit, monkeypatch: pytest.MonkeyPatch,
         sizes.append([len(part) for part in split(chosen, micro_batch_size, tokens)])
         return split(chosen, micro_batch_size, tokens)
 
-    monkeypatch.setitem(activations.BUDGETS, "cpu", (300,))
+    monkeypatch.setitem(memory_plan.BUDGETS, "cpu", (300,))
     monkeypatch.setattr(batches, "split", spy)
     parts = fit("parts", train={**TRAIN, "micro_batch_size": "auto"}, **PADDED)
     assert all(len(of) > 1 for of in sizes)

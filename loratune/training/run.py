@@ -16,13 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from loratune import activations, apart, fit, footprint, keeping, launcher, loop, signals, telling
 from loratune.console import Report, duration, size
 from loratune.data import batches, dataset, end_tokens, model_limits
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
-from loratune.keeping import Job
 from loratune.kernels import torch_compile
 from loratune.methods import other_programs, tensor_files
 from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
@@ -30,8 +28,20 @@ from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
 from loratune.runs.checkpoint import Found, Progress
-from loratune.signals import Signals
 from loratune.system import garbage, regex_match, storage  # fmt: skip
+from loratune.training import (
+    activation_memory,
+    launcher,
+    layout_test,
+    loop,
+    memory_plan,
+    memory_use,
+    session,
+    signals,
+    start_report,
+)
+from loratune.training.session import Job
+from loratune.training.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -74,32 +84,32 @@ def train(
         LoratuneError: any of its kinds; `exit_code` says which.
     """
     base_files.quiet()
-    fit.keep_few_products()
-    fit.expand_segments()
+    memory_use.keep_few_products()
+    memory_use.expand_segments()
     folder = Path(recipe.output)
     accelerator = launcher.accelerator(recipe)
     first = accelerator.is_main_process
     report = Report(active=first, metrics=folder / "metrics.jsonl")
     for line in launcher.not_read(os.environ):
         report.problem(line)
-    with signals.listening() as asked, keeping.alone(folder, first, report):
+    with signals.listening() as asked, session.alone(folder, first, report):
         status, begun = "failed", False
-        facts = {**telling.facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
+        facts = {**start_report.facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
         try:
-            found = keeping.find(folder, resume, overwrite, accelerator, report)
+            found = session.find(folder, resume, overwrite, accelerator, report)
             if found:
                 facts["drift"] = found.seal["drift"]
                 changes.check(folder, found, changes.of_recipe(found.seal, recipe), allow_drift, facts, report)
             with garbage.seldom(), torch_compile.later():
                 job = _prepare(recipe, folder, accelerator, report, facts, found)
             if found:
-                progress = keeping.resume(job, found, allow_drift, allow_base_mismatch)
+                progress = session.resume(job, found, allow_drift, allow_base_mismatch)
             else:
-                progress = keeping.start(job, resume)
-            keeping.check_code(job)
-            keeping.check_space(job, resume)
+                progress = session.start(job, resume)
+            session.check_code(job)
+            session.check_space(job, resume)
             begun = True  # from here on the run folder is this run's
-            keeping.open_folder(job, progress, resume)
+            session.open_folder(job, progress, resume)
             progress = _loop(job, progress, asked)
             run = _finish(job, progress)
             status = "complete"
@@ -112,7 +122,7 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if not base_model.is_out_of_memory(error):
                 raise
-            raise SetupError(f"out of memory on {facts['device']}", fit.advice(recipe, facts)) from None
+            raise SetupError(f"out of memory on {facts['device']}", memory_use.advice(recipe, facts)) from None
         except OSError as error:
             if error.filename is None or isinstance(error, ConnectionError):
                 raise
@@ -150,45 +160,45 @@ def _prepare(
     set_seed(settings.seed)
     regex_match.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
     net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
-    packing = apart.choose(recipe, loaded, net, train_rows, accelerator)
+    packing = layout_test.choose(recipe, loaded, net, train_rows, accelerator)
     initial = recipe.method.initial(net)
-    cost, layers = footprint.measure(recipe, net, train_rows, packing, accelerator)
-    free = fit.least(fit.free_memory(where, accelerator.num_processes))
-    plan = activations.choose(
-        recipe, cost, train_rows, packing, where.type, free, fit.fixed_bytes(recipe, loaded, net),
+    cost, layers = activation_memory.measure(recipe, net, train_rows, packing, accelerator)
+    free = memory_use.least(memory_use.free_memory(where, accelerator.num_processes))
+    plan = memory_plan.choose(
+        recipe, cost, train_rows, packing, where.type, free, memory_use.fixed_bytes(recipe, loaded, net),
         accelerator.num_processes, found.seal.get("activations") if found else None,
     )  # fmt: skip
-    plan = activations.switch(loaded.model, layers, plan, settings.gradient_checkpointing, cost.draws)
+    plan = memory_plan.switch(loaded.model, layers, plan, settings.gradient_checkpointing, cost.draws)
     on_disk = tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
-    optimizer = recipe.optimizer.build(keeping.trainable(net), where.type)
+    optimizer = recipe.optimizer.build(session.trainable(net), where.type)
     per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
     compiled = torch_compile.is_wanted(
-        settings.compile, where.type, fit.operations(net, train_rows, steps * settings.batch_size),
+        settings.compile, where.type, memory_use.operations(net, train_rows, steps * settings.batch_size),
         found.seal.get("compiled") if found else None,
     )  # fmt: skip
     if compiled:
         compiled, note = torch_compile.install(net, loaded.dtype, settings.compile, report.note)
         loaded.notes += [note] if note else []
-    batching = telling.batching(recipe, packing, train_rows, accelerator.num_processes)
-    telling.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)
+    batching = start_report.batching(recipe, packing, train_rows, accelerator.num_processes)
+    start_report.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)
     facts.update(
         base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
-        data={"train": telling.counts(train_rows), "eval": telling.counts(eval_rows) if eval_rows else None},
+        data={"train": start_report.counts(train_rows), "eval": start_report.counts(eval_rows) if eval_rows else None},
         batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
         quantization=loaded.quantization,
         fingerprints={
-            **telling.fingerprints(train_rows, eval_rows),
+            **start_report.fingerprints(train_rows, eval_rows),
             "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
         },
-        sources=telling.sources(recipe), turn_ends=origin["turn_ends"],
+        sources=start_report.sources(recipe), turn_ends=origin["turn_ends"],
         chat=chat,
-        memory=fit.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
+        memory=memory_use.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
         compiled=compiled,
     )  # fmt: skip
     return Job(
         recipe, folder, accelerator, report, facts, origin, ends, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, packing, cost, layers, plan, per_epoch, steps, fit.checkpoint_bytes(recipe, net),
+        train_rows, eval_rows, packing, cost, layers, plan, per_epoch, steps, memory_use.checkpoint_bytes(recipe, net),
     )  # fmt: skip
 
 
@@ -201,7 +211,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     net = accelerator.prepare_model(job.net) if several else job.net
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     log_every, eval_every, save_every = (
-        keeping.in_steps(cadence, job.per_epoch)
+        session.in_steps(cadence, job.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
     # several processes must leave at the same point, and only at the end of a step are they known to meet
@@ -210,7 +220,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     saved, random = progress, training_state.randomness()
     try:
         if progress.pending:
-            progress = saved = keeping.save(job, _evaluate(job, net, progress, poll)[1], random)
+            progress = saved = session.save(job, _evaluate(job, net, progress, poll)[1], random)
 
         def begin() -> Iterator[loop.Step]:
             order = batches.batches(
@@ -234,7 +244,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
                     better, progress = _evaluate(job, net, progress, poll)
                 stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
                 if step.number % save_every == 0 or better or end or stop or signalled:
-                    saved = keeping.save(job, progress, random)
+                    saved = session.save(job, progress, random)
                 if signalled and not end:
                     raise signals.interrupted(signalled, step.number)
                 if stop:
@@ -243,7 +253,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
                     break
     except signals.Asked:  # what was begun after the last whole step is given up, its random numbers too
         if saved != progress:
-            keeping.save(job, progress, random)
+            session.save(job, progress, random)
         raise signals.interrupted(asked.number, progress.step) from None
     return progress
 
@@ -255,11 +265,11 @@ def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: boo
         yield from itertools.islice(steps, 1)
     except loop.OutOfMemory:
         if job.accelerator.num_processes == 1:  # several would have to agree, and wait for this one's gradients
-            plan = keeping.lighter(job, resumed)
+            plan = session.lighter(job, resumed)
         if plan is None:
             raise
     if plan is not None:  # here, as the error holds on to all that was in memory
-        keeping.take(job, plan)
+        session.take(job, plan)
         training_state.set_random_state(random.as_json())
         steps = begin()
     yield from steps
@@ -276,7 +286,9 @@ def _finish(job: Job, progress: Progress) -> Run:
         else:
             kept = progress.best_step
             recipe.method.load(job.net, best)
-            report.note(f"the saved {telling.product(recipe)} is that of step {kept}, where the eval loss was lowest")
+            report.note(
+                f"the saved {start_report.product(recipe)} is that of step {kept}, where the eval loss was lowest"
+            )
     last_loss = report.train[-1][1] if report.train else math.nan
     facts.update(
         step=progress.step, saved_step=kept, train_loss=last_loss,
@@ -286,11 +298,11 @@ def _finish(job: Job, progress: Progress) -> Run:
 
         def write(target: Path) -> None:
             recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
-            keeping.write_origin(job, target)
-            keeping.write_readable(job, target)
+            session.write_origin(job, target)
+            session.write_readable(job, target)
 
-        training_state.check_finite(dict(keeping.trainable(job.net)), f"the {telling.product(recipe)}")
-        storage.publish(folder, write, {"step": kept, **keeping.about(job)})
+        training_state.check_finite(dict(session.trainable(job.net)), f"the {start_report.product(recipe)}")
+        storage.publish(folder, write, {"step": kept, **session.about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
         storage.write_text(folder / "loss.svg", loss_plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", model_card.write(recipe, facts))
@@ -299,7 +311,7 @@ def _finish(job: Job, progress: Progress) -> Run:
             report.note(line)
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-            f"{telling.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
+            f"{start_report.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
         )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)

@@ -15,8 +15,6 @@ import torch
 from accelerate import Accelerator
 
 import loratune
-from loratune.activations import Plan
-from loratune.apart import Packing
 from loratune.console import Report, size
 from loratune.data import batches
 from loratune.data.dataset import DAMAGED, Rows
@@ -24,6 +22,8 @@ from loratune.data.row_files import chosen
 from loratune.models import base_model
 from loratune.optim.schedules import warmup_steps
 from loratune.recipe import Recipe
+from loratune.training.layout_test import Packing
+from loratune.training.memory_plan import Plan
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 

@@ -13,20 +13,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune import activations, fit, telling
-from loratune.activations import Plan
-from loratune.apart import Packing
 from loratune.console import Report
 from loratune.data import end_tokens
 from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
-from loratune.footprint import Cost
 from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
 from loratune.runs.checkpoint import Found, Progress
 from loratune.runs.training_state import Randomness
 from loratune.system import storage  # fmt: skip
+from loratune.training import memory_plan, memory_use, start_report
+from loratune.training.activation_memory import Cost
+from loratune.training.layout_test import Packing
+from loratune.training.memory_plan import Plan
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def lighter(job: Job, resumed: bool) -> Plan | None:
     plan = job.plan
     begun = {"tokens": plan.tokens, "again": plan.again} if resumed else None
     device, world = job.accelerator.device.type, job.accelerator.num_processes
-    return activations.lighter(job.recipe, job.cost, job.train_rows, job.packing, device, plan, world, begun)
+    return memory_plan.lighter(job.recipe, job.cost, job.train_rows, job.packing, device, plan, world, begun)
 
 
 def take(job: Job, plan: Plan) -> None:
@@ -160,8 +160,8 @@ def take(job: Job, plan: Plan) -> None:
     torch.cuda.empty_cache()
     job.report.problem(f"out of memory: once more with {plan.told()}")
     wish = job.recipe.train.gradient_checkpointing
-    job.plan = activations.switch(job.loaded.model, job.layers, plan, wish, job.cost.draws)
-    memory = fit.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
+    job.plan = memory_plan.switch(job.loaded.model, job.layers, plan, wish, job.cost.draws)
+    memory = memory_use.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
     job.facts.update(memory=memory, activations=plan.as_json())
 
 
@@ -227,7 +227,7 @@ def check_space(job: Job, resume: bool) -> None:
     final = 2 * int(job.facts["adapter_bytes_predicted"])
     there = storage.size(job.folder / "checkpoints") if resume else 0
     needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
-    what = f"{kept} checkpoints, one more while it is written, and the {telling.product(job.recipe)}"
+    what = f"{kept} checkpoints, one more while it is written, and the {start_report.product(job.recipe)}"
     hint = "free some space, lower train.keep, or give another `output`"
     storage.check_space(job.folder, needed, what, hint)
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from loratune.activations import Plan
 from loratune.console import size
 from loratune.data.dataset import Rows
-from loratune.footprint import Cost
 from loratune.kernels import linear_cross_entropy
 from loratune.models import quantization
 from loratune.models.base_model import Loaded, count_parameters
 from loratune.recipe import Recipe
 from loratune.system import limits
+from loratune.training.activation_memory import Cost
+from loratune.training.memory_plan import Plan
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
 _LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loratune import loop
-from loratune.apart import Packing
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.kernels import cpu_attention
 from loratune.recipe import Recipe
 from loratune.runs import training_state
+from loratune.training import loop
+from loratune.training.layout_test import Packing
 
 LENGTH = 23  # tokens of the longer of the two rows it is measured on: no width of a model
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratune.apart import Packing
 from loratune.console import size
 from loratune.data import batches
 from loratune.data.dataset import Rows
 from loratune.errors import ModelError
-from loratune.footprint import Cost
 from loratune.recipe import Recipe
+from loratune.training.activation_memory import Cost
+from loratune.training.layout_test import Packing
 
 # tokens of a micro-batch of `auto`, best first: more keep a GPU busy, less than the last are slow
 BUDGETS = {"cpu": (4096, 2048, 1024), "cuda": (16384, 8192, 4096, 2048)}

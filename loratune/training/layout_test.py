@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune import loop
 from loratune.data import batches, prefix_sharing
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
@@ -22,6 +21,7 @@ from loratune.kernels import packed_attention
 from loratune.models.base_model import Loaded
 from loratune.objectives import Objective, sft
 from loratune.recipe import Recipe
+from loratune.training import loop
 
 LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
 LOOKED_AT = 48  # first and last tokens of a row whose logits are compared

@@ -1,0 +1,1 @@
+"""One training: set-up, memory plan, loop, and what is printed."""
