@@ -55,8 +55,9 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     from loratune.data import dataset
     from loratune.data.bin_packing import pack
     from loratune.data.encode import Encoder
+    from loratune.data.section import Data, Source
     from loratune.models import base_files, tokenizing
-    from loratune.recipe import Data, Model, Source
+    from loratune.models.section import Model
 
     logging.disable()
     base_files.quiet()

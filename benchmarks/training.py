@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loratune.data import chat_template
+
 RATE = 2e-4
 LORA = {"r": 16, "lora_alpha": 32}
 
@@ -49,7 +51,6 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     from loratune import load_recipe
     from loratune.data import batches, dataset
     from loratune.data.encode import Encoder
-    from loratune.models import tokenizing
 
     recipe: dict[str, Any] = {
         "model": {"base": case["model"], "dtype": case["dtype"]},
@@ -67,7 +68,9 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
     loaded = load_recipe(folder / "recipe.yaml")
-    found, _ = dataset.of(loaded, Encoder(tokenizing.of(loaded)))
+    found, _ = dataset.of(
+        loaded.data, loaded.train.seed, Encoder(chat_template.tokenizer_of(loaded.model, loaded.data))
+    )
     steps = batches.batches(found, case["batch_size"], case["batch_size"], 0, case["steps"])
     rows = [row for batch in steps for micro in batch.micro for row in micro]
     told = [{"input_ids": r.ids.tolist(), "labels": np.where(r.trained, r.ids, -100).tolist()} for r in rows]

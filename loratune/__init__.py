@@ -18,6 +18,7 @@ from loratune.errors import (
     TrainingError,
     UsageError,
 )
+from loratune.system.version import VERSION
 
 if TYPE_CHECKING:
     from loratune.commands.chat import chat
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from loratune.recipe import load as load_recipe
     from loratune.training.run import train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BaseMismatchError",

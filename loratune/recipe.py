@@ -11,170 +11,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
-from loratune.config.section import BareWord, Cadence, Inside, Section, Share, as_tuple
+from loratune.config.section import Cadence, Section, Share
 from loratune.config.yaml_nodes import Tree
-from loratune.data.formats import Auto, Format
+from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
 from loratune.models.chat_templates import TEMPLATES
+from loratune.models.section import Model
 from loratune.objectives import Objective, Sft
 from loratune.optim import AdamW, Optimizer
 from loratune.optim.schedules import Cosine, Schedule
 from loratune.system import files, run_files
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-class NoQuantization(Section):
-    """The base model's weights as they are."""
-
-    type: Literal["none"] = "none"
-
-
-class Nf4(Section):
-    """4-bit NormalFloat weights, bf16 compute. Source: QLoRA, arXiv:2305.14314, sec. 3."""
-
-    type: Literal["nf4"] = "nf4"
-    double_quant: bool = Field(True, description="quantize the scales as well: 0.4 bit per weight less")
-
-
-class Fp4(Section):
-    """4-bit float weights, bf16 compute."""
-
-    type: Literal["fp4"] = "fp4"
-    double_quant: bool = Field(True, description="quantize the scales as well: 0.4 bit per weight less")
-
-
-class Int8(Section):
-    """8-bit weights with outlier columns in 16 bit. Source: LLM.int8(), arXiv:2208.07339."""
-
-    type: Literal["int8"] = "int8"
-
-
-Quantization = Annotated[
-    NoQuantization | Nf4 | Fp4 | Int8,
-    Field(discriminator="type"),
-    BareWord({"4bit": "write `nf4`", "int4": "write `nf4`", "8bit": "write `int8`", "qlora": "write `nf4`"}),
-]
-
-
-class Model(Section):
-    """The base model and how it is loaded."""
-
-    base: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
-    revision: Inside | None = Field(None, description="branch, tag or commit of a hub model")
-    quantization: Quantization = Field(
-        NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA"
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="precision of the weights; auto: bfloat16 where the device computes in it, else float32"
-    )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="attention kernel; auto: sdpa where the model has it"
-    )
-
-
-class Source(Section):
-    """Where rows come from."""
-
-    path: str = Field(min_length=1, description="file, folder, glob, or hub data set")
-    subset: Inside | None = Field(None, description="configuration of a hub data set")
-    split: Inside = Field("train", description="split of a hub data set")
-    revision: Inside | None = Field(None, description="branch, tag or commit of a hub data set")
-    max_rows: int | None = Field(None, ge=1, description="read the first rows only")
-    weight: float = Field(
-        1.0, gt=0, le=1000, description="how often its rows are seen per epoch: 2 is twice, 0.5 every other row"
-    )
-
-
-def _source(value: Any) -> Any:
-    if isinstance(value, (str, dict, Source)):
-        return {"path": value} if isinstance(value, str) else value
-    raise PydanticCustomError("expected", "must be a path, or a mapping with a `path`")
-
-
-Sources = Annotated[
-    tuple[Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)], ...],
-    BeforeValidator(as_tuple, json_schema_input_type=str | Source | list[str | Source]),
-    Field(min_length=1),
-]
-
-
-class TurnMarks(Section):
-    """What stands around the assistant's turns, for a chat template that does not tell."""
-
-    assistant: str = Field(min_length=1, description="text the template writes before each answer")
-    end: str = Field(
-        min_length=1,
-        description="text that ends an answer, such as the next role's marker; it is trained and ends with a special "
-        "token",
-    )
-
-
-class Data(Section):
-    """The rows, how they are read and how long they may be."""
-
-    train: Sources = Field(
-        description="rows to train on: file, folder, glob, hub data set, or a list of them with weights"
-    )
-    eval: Sources | None = Field(None, description="held-out rows, as `train`")
-    eval_fraction: float | None = Field(
-        None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`"
-    )
-    format: Format = Field(Auto(), description="how a row is read; auto: recognised from its columns, and told")
-    chat_template: str | None = Field(
-        None,
-        description="template of a base model that has none: a file, or one of chatml, alpaca; saved with the adapter",
-    )
-    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
-        {},
-        description="values of variables the chat template asks for, such as enable_thinking: false; written into the "
-        "template that is saved with the adapter",
-    )
-    system: Literal["keep", "fold"] = Field(
-        "keep",
-        description="where a system text goes; fold: in front of the first user message, for a template without a "
-        "system role; written into the template that is saved with the adapter",
-    )
-    turns: TurnMarks | None = Field(
-        None,
-        description="what stands around the assistant's turns (`assistant` and `end`), where they can't be read off "
-        "the chat template; every row is checked against it",
-    )
-    max_length: int = Field(2048, ge=2, description="longest row in tokens")
-    on_long: Literal["error", "drop", "truncate", "split"] = Field(
-        "error",
-        description="what happens to a longer row: error, drop, truncate (cut at the end), split (plain text only)",
-    )
-    packing: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="rows of a step behind one another in packs of at most max_length tokens, none cut and none seeing "
-        "another, instead of padded; auto: where that is exact; never changes what is optimized",
-    )
-    prefix_sharing: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="what rows of a micro-batch begin with alike (a system prompt, a question) is computed once for "
-        "all of them, and nothing behind the last trained token of a row; auto: where rows are packed, nothing is "
-        "drawn at random (dropout, neftune), and it saves 2 % of the tokens; never changes what is optimized",
-    )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="what happens to a row that can't be read or has nothing to train"
-    )
-    max_lost: float = Field(
-        0.01, ge=0, le=1, description="part (0-1) of the rows that may be dropped or skipped before that is an error"
-    )
-    duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="what happens to a row that says exactly what an earlier one said; they are counted"
-    )
-    overlap: Literal["error", "allow"] = Field(
-        "error", description="whether a row may stand in both the training and the eval rows"
-    )
 
 
 def _rows_or_auto(value: Any) -> Any:
@@ -352,64 +206,8 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
         )
-    if method.type == "full" and model.dtype == "float16":
-        yield problem(
-            "`method: full` can't train float16 weights: small updates would round to nothing",
-            "model",
-            "dtype",
-            hint="use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
-        )
-    without = "leave `model.quantization` out"
-    for message, path, hint in refused_over(method, model.quantization.type, without):
-        yield problem(message, *path, hint=hint)
-    if method.type == "full":
-        if given("optimizer", "loraplus_lr_ratio"):
-            yield problem(
-                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none",
-                "optimizer",
-                "loraplus_lr_ratio",
-            )
-        return
-    if method.changes_base:
-        if method.dora:
-            yield problem(f"`method.init: {method.init}` and `method.dora` don't combine", "method", "dora")
-        if method.rslora and (method.rank_pattern or method.alpha_pattern):
-            yield problem(
-                f"`method.init: {method.init}` with `rslora` takes no patterns",
-                "method",
-                "rank_pattern" if method.rank_pattern else "alpha_pattern",
-            )
-
-
-def refused_over(method: Method, quantization: str, without: str) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield what a method can't do over weights in a quantization: the message, the key's path, and the remedy.
-
-    Args:
-        method: what is trained.
-        quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
-        without: how to have a base that is not quantized.
-    """
-    quantized = quantization != "none"
-    if method.type == "full":
-        if quantized:
-            yield (
-                f"`method: full` trains every weight, and {quantization} weights can't be trained",
-                ("method",),
-                f"use `method: lora`, or {without}",
-            )
-        return
-    init = ("method", "init")
-    if method.init == "loftq" and quantization not in ("nf4", "fp4"):
-        hint = "set `model.quantization: nf4`"
-        yield "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit", init, hint
-    if method.changes_base and quantized:
-        yield (
-            f"`method.init: {method.init}` changes the base, which {quantization} weights don't allow",
-            init,
-            f"use `init: loftq`, or {without}",
-        )
-    if method.init == "eva" and quantization == "int8":
-        yield "`method.init: eva` is not known to work on an int8 base", init, "use `nf4`"
+    for complaint in method.complaints(model, recipe.optimizer):
+        yield problem(complaint.message, *complaint.path, hint=complaint.hint)
 
 
 def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:

@@ -17,8 +17,8 @@ from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
 from loratune.data.formats import Chat, Completion, Text
 from loratune.data.ledger import Ledger
+from loratune.data.section import Data, Source
 from loratune.errors import DataError, Place
-from loratune.recipe import Data, Source
 from tests import tiny
 
 ENCODER = Encoder(tiny.tokenizer())
@@ -430,7 +430,7 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
         return recipe.load(path)
 
     with pytest.raises(DataError) as caught:
-        dataset.of(loaded(), ENCODER)
+        dataset.of(loaded().data, 0, ENCODER)
     assert str(caught.value).replace(f"{tmp_path}/", "") == "\n".join(
         [
             "eval.jsonl:2: stands in the training rows too: train.jsonl:2",
@@ -438,7 +438,7 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
             "  take them out of one of the two, or set data.overlap: allow",
         ]
     )
-    assert len(dataset.of(loaded(overlap="allow"), ENCODER)[1] or []) == 2
+    assert len(dataset.of(loaded(overlap="allow").data, 0, ENCODER)[1] or []) == 2
 
 
 def test_twins_are_held_out_together(tmp_path: Path) -> None:

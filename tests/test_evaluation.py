@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
 from loratune import recipe
-from loratune.commands import evaluate, merge
+from loratune.commands import evaluate as evaluation
+from loratune.commands import merge
 from loratune.commands.evaluate import evaluate
 from loratune.data import row_files
 from loratune.data.encode import Encoder
 from loratune.data.formats import Chat
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.models import base_model, generate
+from loratune.models.section import Model
 from loratune.objectives import Sft, metrics
 from loratune.system import regex_match
 from loratune.training import memory_use
@@ -173,7 +175,7 @@ def test_json_table_and_default_predictions(run: Path) -> None:
         assert all(set(score) == {"value", "low", "high"} for score in found["scores"][system].values())
     assert Path(found["predictions"]) == run / "predictions.jsonl"
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 6
-    table = evaluate.show(result).splitlines()
+    table = evaluation.show(result).splitlines()
     assert table[0] == f"{run}: 6 rows, 6 answered (mean, 95 % bootstrap interval)"
     assert table[2].split() == ["base", "adapter", "intervals"]
     assert [line.split("  ")[0] for line in table[4:12]] == names
@@ -183,9 +185,11 @@ def test_json_table_and_default_predictions(run: Path) -> None:
 
 
 def test_apart_or_overlap() -> None:
-    low, high = evaluate.Score(1, 0.5, 1.5), evaluate.Score(2, 1.6, 2.5)
-    for other, word in ((high, "apart"), (evaluate.Score(1.4, 1.4, 2), "overlap")):
-        shown = evaluate.show(evaluate.Evaluation("x", 1, 0, {"base": {"loss": low}, "adapter": {"loss": other}}, None))
+    low, high = evaluation.Score(1, 0.5, 1.5), evaluation.Score(2, 1.6, 2.5)
+    for other, word in ((high, "apart"), (evaluation.Score(1.4, 1.4, 2), "overlap")):
+        shown = evaluation.show(
+            evaluation.Evaluation("x", 1, 0, {"base": {"loss": low}, "adapter": {"loss": other}}, None)
+        )
         assert shown.splitlines()[-1].endswith(word)
 
 
@@ -287,7 +291,7 @@ def test_another_runtime_error_is_none_of_memory(run: Path, monkeypatch: pytest.
 
 
 def test_tokens_scored_at_once_go_by_the_free_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = base_model.load(recipe.Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
+    loaded = base_model.load(Model(base=str(base), dtype="float32"), where=torch.device("cpu"))
     for free, plain, tokens in ((None, True, 4096), (1 << 34, True, 4096), (1 << 24, True, 1024), (1 << 10, True, 128)):
         monkeypatch.setattr(memory_use, "free_memory", lambda where, left=free: left)
         assert memory_use.scoring_tokens(loaded, 200, 4096, plain) == tokens

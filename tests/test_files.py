@@ -20,16 +20,17 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-from loratune import cli, console, recipe
+from loratune import cli, recipe
 from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
 from loratune.data import cache_key, prepare, row_files
 from loratune.data.encode import Encoder
 from loratune.data.row_files import Block
+from loratune.data.section import Data, Source
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
 from loratune.models import safety
-from loratune.recipe import Data, Source
 from loratune.system import files, regex_match, storage
+from loratune.training.progress import RunReport
 from tests import tiny
 from tests.conftest import Fit
 from tests.test_cli import words_of
@@ -509,13 +510,13 @@ def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
     step = {"kind": "step", "number": 1, "loss": 2.5, "seconds": 1.0, "tokens": 8}
     odd = [{**step, "loss": "x"}, {"kind": "step", "number": 1}, {"kind": ["step"]}, [step], {**step, "kind": "other"}]
     path.write_bytes(b"".join(json.dumps(one).encode() + b"\n" for one in [step, *odd]) + b'\xff{"kind": "st')
-    taken = console.Report(metrics=path)
+    taken = RunReport(metrics=path)
     taken.go_on_from(1)
     assert taken.train == [(1, 2.5)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [step]
     path.unlink()
     path.symlink_to("elsewhere")
-    resumed = console.Report(metrics=path)
+    resumed = RunReport(metrics=path)
     resumed.go_on_from(1)
     resumed._write(step)
     assert not path.is_symlink()
@@ -523,4 +524,4 @@ def test_metrics_that_are_damaged_or_no_file(tmp_path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(StorageError, match="can't be read: a pipe"):
-        console.Report(metrics=path).go_on_from(1)
+        RunReport(metrics=path).go_on_from(1)

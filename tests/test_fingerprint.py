@@ -20,7 +20,7 @@ from loratune import cli, recipe
 from loratune.commands import chat, opened_model
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.models import base_files, fingerprint
-from loratune.recipe import Model
+from loratune.models.section import Model
 from loratune.system import storage
 from loratune.training import run
 from tests import tiny

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from loratune.console import Report
 from loratune.models import base_model
 from loratune.system import garbage
+from loratune.training.progress import RunReport
 from tests.conftest import Fit
 
 
@@ -25,18 +25,18 @@ def test_seldom_and_then_as_before() -> None:
 
 def test_a_run_looks_for_it_as_usual_once_it_trains(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, int] = {}
-    load, step = base_model.load, Report.step
+    load, step = base_model.load, RunReport.step
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         seen["loading"] = gc.get_threshold()[0]
         return load(*args, **kwargs)
 
-    def stepping(self: Report, done: Any) -> None:
+    def stepping(self: RunReport, done: Any) -> None:
         seen["training"] = gc.get_threshold()[0]
         step(self, done)
 
     monkeypatch.setattr(base_model, "load", loading)
-    monkeypatch.setattr(Report, "step", stepping)
+    monkeypatch.setattr(RunReport, "step", stepping)
     fit()
     assert seen == {"loading": garbage.NEW, "training": gc.get_threshold()[0]}
     assert seen["training"] < garbage.NEW

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from loratune import recipe
 from loratune.commands import evaluate, inspect, opened_model
 from loratune.config import section
+from loratune.data import chat_template
 from loratune.errors import LoratuneError, ModelError, Place, RecipeError, SafetyError, UsageError
 from loratune.models import base_model, template_check, tokenizing
-from loratune.recipe import Model
+from loratune.models.section import Model
 from loratune.system import storage
 from loratune.training import run
 from tests import templates, tiny
@@ -126,7 +127,7 @@ def test_there_are_enough_of_them() -> None:
 def test_a_template_file_of_a_recipe_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(BOMBS["a string of 10^10"])
     with pytest.raises(SafetyError, match="512 MiB"):
-        tokenizing.with_template(tiny.tokenizer(), tiny.data(chat_template=str(tmp_path / "template.jinja")))
+        chat_template.with_template(tiny.tokenizer(), tiny.data(chat_template=str(tmp_path / "template.jinja")))
 
 
 def test_every_template_of_a_tokenizer_is_checked(base: Path, tmp_path: Path) -> None:
@@ -343,6 +344,7 @@ _HUB = """
 import sys
 from loratune import fingerprint, model
 from loratune.recipe import Model
+from loratune.data import chat_template
 section = Model(base="some/model")
 try:
     model.load(section)

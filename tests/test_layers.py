@@ -19,24 +19,6 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbyte
 LIGHT = ("errors", "console", "redact", "config", "recipe", "cli", "__init__", "methods", "objectives", "optim")
 LIGHT += ("data/formats", "data/section", "models/section", "models/chat_templates", "commands/init")
 FILES = sorted(PACKAGE.rglob("*.py"))
-# modules that have not been given their place yet, and imports that still lead upwards
-OPEN = {name for path in FILES if (name := path.relative_to(PACKAGE).parts[0].removesuffix(".py")) not in RANK}
-OPEN |= {"data"} if (PACKAGE / "data.py").exists() else set()
-UPWARD = {
-    "console": {"system.files", "system.storage"},
-    "data.cache_key": {"recipe"},
-    "data.dataset": {"recipe"},
-    "data.prepare": {"recipe"},
-    "data.row_files": {"recipe"},
-    "data.workers": {"recipe"},
-    "models.base_files": {"recipe"},
-    "models.base_model": {"recipe"},
-    "models.fingerprint": {"recipe"},
-    "models.generate": {"data.end_tokens"},
-    "models.quantization": {"recipe"},
-    "models.tokenizing": {"data.assistant_turns", "data.encode", "recipe"},
-    "system.storage": {"config.section"},
-}
 
 
 def imports(body: list[ast.stmt], inside: bool) -> Iterator[str]:
@@ -83,9 +65,9 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     me = name_of(path).split(".")[0]
-    for module in own(path) - UPWARD.get(name_of(path), set()):
+    for module in own(path):
         other = module.split(".")[0]
-        if not {me, other} & OPEN and me != other:
+        if me != other:
             allowed = RANK[other] < RANK[me] or (RANK[other] == RANK[me] and {me, other} <= TOGETHER)
             assert allowed, f"{name_of(path)} imports {module}"
 

@@ -13,7 +13,7 @@ from loratune.commands import merge
 from loratune.errors import ModelError
 from loratune.kernels.lora_linear import is_of_bitsandbytes
 from loratune.models import base_model, quantization
-from loratune.recipe import Int8, Model, Nf4, NoQuantization
+from loratune.models.section import Int8, Model, Nf4, NoQuantization
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
 from tests.test_targets import _save

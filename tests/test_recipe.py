@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from loratune.config import decode, yaml_nodes
-from loratune.config.section import is_inside
 from loratune.errors import RecipeError
 from loratune.recipe import Recipe, from_tree, load, schema
+from loratune.system.paths import is_inside
 
 MINIMAL = "model: {base: some/model}\ndata: {train: some/rows}\noutput: run\n"
 

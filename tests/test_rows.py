@@ -16,8 +16,8 @@ import pytest
 from loratune.data import row_files
 from loratune.data.formats import Chat, RowError, Text
 from loratune.data.formats.base import Unreadable
+from loratune.data.section import Source
 from loratune.errors import DataError
-from loratune.recipe import Source
 
 ROWS = [{"prompt": "ä 😀", "completion": "one\ntwo"}, {"prompt": "b", "completion": 'say "x", then y'}]
 

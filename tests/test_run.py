@@ -97,7 +97,7 @@ def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatc
 
 def test_the_eval_loss_is_that_of_transformers(fit: Fit):
     done = fit(**HELD_OUT)
-    _, rows = dataset.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
+    _, rows = dataset.of(done.recipe.data, done.recipe.train.seed, Encoder(tokenizing.load(done.recipe.model)))
     assert rows is not None
     nats = count = 0.0
     done.net.eval()
@@ -255,8 +255,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
     tiny.write_jsonl(tmp_path / "train.jsonl", rows)
     loaded = recipe.load(path)
     steps: list[Any] = []
-    record = run.Report.step
-    monkeypatch.setattr(run.Report, "step", lambda self, step: (steps.append(step), record(self, step)))
+    record = run.RunReport.step
+    monkeypatch.setattr(run.RunReport, "step", lambda self, step: (steps.append(step), record(self, step)))
     with pytest.raises(TrainingError) as caught:
         run.train(loaded)
     text = str(caught.value)

@@ -15,9 +15,9 @@ import pytest
 
 import loratune
 from loratune import recipe, redact
-from loratune.console import Report
 from loratune.errors import LoratuneError, Place, Problem, RecipeError
 from loratune.system import storage
+from loratune.training.progress import RunReport
 from tests import tiny
 
 # made up, in the shapes of real ones
@@ -97,7 +97,7 @@ def test_problems_reports_and_files(environment: None, tmp_path: Path, capsys: p
     problem = Problem(f"can't load {URL}", Place(f"file-{TOKEN}", 1, 3, f"password: {PASSWORD}"), f"not {AMAZON}")
     assert not hits(str(problem))
     assert not hits(str(LoratuneError(problem)))
-    report = Report(metrics=tmp_path / "metrics.jsonl")
+    report = RunReport(metrics=tmp_path / "metrics.jsonl")
     report.note(OPENAI)
     report.problem(f"{ENVIRONMENT['MY_CREDENTIALS']}")
     assert not hits(capsys.readouterr().err)

@@ -16,9 +16,10 @@ from loratune.cli import app
 from loratune.config.yaml_nodes import parse
 from loratune.data import dataset, row_files, splits
 from loratune.data.encode import Encoder
+from loratune.data.section import Data, Source
 from loratune.errors import DataError
 from loratune.models import base_files
-from loratune.recipe import Data, Source, from_tree
+from loratune.recipe import from_tree
 from loratune.training import start_report
 from tests import tiny
 

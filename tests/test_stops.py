@@ -17,11 +17,11 @@ import loratune
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
-from loratune.data import dataset, end_tokens, row_cache
+from loratune.data import dataset, row_cache, turn_ends
 from loratune.data.encode import Encoder, Row
+from loratune.data.section import Data, Source
 from loratune.errors import ModelError, Place
-from loratune.models import base_model
-from loratune.recipe import Data, Source
+from loratune.models import base_model, end_tokens
 from loratune.runs import model_card
 from tests import templates, tiny
 
@@ -196,13 +196,13 @@ def test_the_snippet_of_a_run_on_text_uses_no_template(
 @pytest.mark.parametrize("family", templates.FAMILIES, ids=lambda family: family.name)
 def test_the_end_a_template_writes(family: templates.Family, tmp_path: Path) -> None:
     encoder = Encoder(family.tokenizer())
-    names = encoder.tokenizer.convert_ids_to_tokens(list(end_tokens.of_template(encoder)))
+    names = encoder.tokenizer.convert_ids_to_tokens(list(turn_ends.of_template(encoder)))
     assert names == [family.end, *(["<|call|>"] if "gpt-oss" in family.name else [])]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row for row in family.rows(12, 0) if not family.refused(row)])
     section = Data.model_validate({"train": str(path), "max_length": 1 << 16, "on_bad_row": "skip", "max_lost": 0.9})
-    ends = end_tokens.of_rows(dataset.load([Source(path=str(path))], section, encoder), encoder)
+    ends = turn_ends.of_rows(dataset.load([Source(path=str(path))], section, encoder), encoder)
     assert encoder.tokenizer.convert_ids_to_tokens(ends[0]) == family.end
-    assert set(ends) <= set(end_tokens.of_template(encoder))
+    assert set(ends) <= set(turn_ends.of_template(encoder))
 
 
 def stored(rows: list[Row], folder: Path) -> row_cache.Store:
@@ -243,7 +243,7 @@ def test_where_rows_were_cut_no_turn_ends(tmp_path: Path) -> None:
         [Source(path=str(path))], Data.model_validate({"train": str(path), "format": "text"}), encoder
     )
     loaded.store = stored([Row(ids, np.ones(len(ids), bool), Place("x", 1)) for ids in rows], tmp_path / "rows")
-    assert end_tokens.of_rows(loaded, encoder) == (tokens.convert_tokens_to_ids(END),)
+    assert turn_ends.of_rows(loaded, encoder) == (tokens.convert_tokens_to_ids(END),)
 
 
 def write_base(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
@@ -273,7 +273,7 @@ def test_a_record_that_is_no_record(run: Path, tmp_path: Path) -> None:
     for wrong in ({"x": "y"}, {"x": -1}, {"x": True}, [3]):
         (tmp_path / "loratune.json").write_text(json.dumps({**about, "turn_ends": wrong}))
         with pytest.raises(ModelError, match="is damaged"):
-            end_tokens.of_folder(tmp_path, Encoder(tiny.tokenizer()))
+            turn_ends.of_folder(tmp_path, Encoder(tiny.tokenizer()))
 
 
 def test_what_is_told(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_turn_that_ends_otherwise_where_others_follow() -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nI think' }}{% endif %}"
     )
     encoder = Encoder(tiny.tokenizer(template, ("<|im_start|>", "<|im_end|>", "<|next|>"), eos=TEXT_END))
-    names = encoder.tokenizer.convert_ids_to_tokens(list(end_tokens.of_template(encoder)))
+    names = encoder.tokenizer.convert_ids_to_tokens(list(turn_ends.of_template(encoder)))
     assert names == [END, "<|next|>"]
 
 

@@ -17,7 +17,7 @@ from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
 from loratune.errors import ModelError
 from loratune.models import base_files
-from loratune.recipe import Model
+from loratune.models.section import Model
 from tests import tiny
 from tests.conftest import Fit
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from loratune.errors import ModelError
 from loratune.models import tokenizing
-from loratune.recipe import Model
+from loratune.models.section import Model
 from tests import tiny
 
 

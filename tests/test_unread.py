@@ -13,8 +13,8 @@ from loratune.cli import app
 from loratune.data import dataset, unread_columns
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
+from loratune.data.section import Data, Source
 from loratune.errors import DataError
-from loratune.recipe import Data, Source
 from tests import tiny
 
 ENCODER = Encoder(tiny.tokenizer())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.commands import opened_model
-from loratune.data import end_tokens
+from loratune.data import turn_ends
 from loratune.data.encode import Encoder
 from loratune.data.formats import RowError
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
@@ -48,7 +48,7 @@ class Speaker:
     def of(cls, folder: Path | None, peft: str | None, tokenizer: Any) -> Speaker:
         """Return who answers with a tokenizer; `folder` is where a run wrote down how answers end, if any did."""
         encoder = Encoder(tokenizer)
-        return cls(folder, peft, encoder, end_tokens.of_folder(folder, encoder))
+        return cls(folder, peft, encoder, turn_ends.of_folder(folder, encoder))
 
 
 class Conversation:
@@ -68,8 +68,8 @@ class Conversation:
     """
 
     def __init__(
-        self, loaded: base_model.Loaded, what: opened_model.Subject, system: str | None, max_new_tokens: int, temperature: float,
-        allow_base_mismatch: bool, write: Callable[[str], None],
+        self, loaded: base_model.Loaded, what: opened_model.Subject, system: str | None, max_new_tokens: int,
+        temperature: float, allow_base_mismatch: bool, write: Callable[[str], None],
     ):  # fmt: skip
         self.loaded, self.base, self.allow_base_mismatch = loaded, what.base, allow_base_mismatch
         self.max_new_tokens, self.temperature, self.write = max_new_tokens, temperature, write

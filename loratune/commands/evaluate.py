@@ -17,16 +17,17 @@ from loratune import console
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
-from loratune.data import dataset, end_tokens, model_limits
+from loratune.data import dataset, model_limits, turn_ends
 from loratune.data.batches import AUTO_TOKENS, in_length_order
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.encode import Encoder, Row
+from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import DataError, RecipeError, UsageError
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, generate
 from loratune.objectives import Sft, metrics
-from loratune.recipe import SUFFIXES, Data, Recipe, Source
+from loratune.recipe import Recipe
 from loratune.runs import outputs
 from loratune.system import files, regex_match, storage
 from loratune.training import loop, memory_use
@@ -135,7 +136,7 @@ def evaluate(
         tell.problem(line)
     asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
     questions = {index: question for index, question in asked if question is not None}
-    ends = end_tokens.of_folder(what.folder, encoder) if questions else ()
+    ends = turn_ends.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
     # before the model is loaded: a pattern that takes for ever is found on the references most likely
     wanted = dict(zip(questions, regex_match.found(regex, references), strict=True)) if regex and questions else {}
@@ -200,7 +201,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
     if path is None:
         if known is None:
             raise UsageError("no rows to evaluate on", "name them with --data")
-        held_out = dataset.of(known, encoder)[1]
+        held_out = dataset.of(known.data, known.train.seed, encoder)[1]
         if held_out is None:
             raise UsageError("the run held no rows out", "name some with --data")
     else:

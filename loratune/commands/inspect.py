@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from loratune import console
-from loratune.data import dataset
+from loratune.data import chat_template, dataset
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
 from loratune.errors import UsageError
-from loratune.models import base_files, tokenizing
+from loratune.models import base_files
 from loratune.recipe import Recipe
 
 
@@ -73,10 +73,10 @@ def inspect(
         DataError: when the rows can't be used, as `train` would say.
     """
     base_files.quiet()
-    tokenizer = tokenizing.of(recipe, trust_remote_code)
+    tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust_remote_code)
     encoder = Encoder(tokenizer)
     with console.Report().counting("reading rows") as progress:
-        rows, held_out = dataset.of(recipe, encoder, progress)
+        rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
     if rows.damaged or (held_out is not None and held_out.damaged):
         console.Report().problem(dataset.DAMAGED)
     for line in rows.told_unread(held_out):

@@ -12,12 +12,22 @@ import torch
 
 from loratune import console
 from loratune.commands import opened_model
-from loratune.data import end_tokens
+from loratune.data import turn_ends
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
-from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, safety, tokenizing
+from loratune.models import (
+    base_files,
+    base_model,
+    config_files,
+    end_tokens,
+    fingerprint,
+    model_folder,
+    safety,
+    tokenizing,
+)
 from loratune.runs import model_card, outputs
 from loratune.system import files, storage  # fmt: skip
+from loratune.system.version import VERSION
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
 # adapters, see docs/checks.md.
@@ -118,7 +128,7 @@ def merge(
         )
     tell.note(line)
     merged.to(wanted)
-    ends = end_tokens.of_folder(folder, Encoder(loaded.tokenizer))
+    ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
     done = Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement, loaded.base_differs)
     _write(done, merged, loaded.tokenizer, wanted, what, ends)
     return done
@@ -190,12 +200,10 @@ def _write(
 
 
 def _card(done: Merge, tokenizer: Any, what: opened_model.Subject, ends: Sequence[int]) -> str:
-    import loratune
-
     assert what.adapter is not None
     known = storage.read_json(what.adapter / "run.json").get("chat")
     chat = bool(tokenizer.chat_template) if known is None else bool(known)
-    about = {**done.__dict__, "version": loratune.__version__}
+    about = {**done.__dict__, "version": VERSION}
     title, base = done.folder.resolve().name, what.base.base
     return model_card.merged(title, what.adapter.name, base, about, chat, list(end_tokens.named(ends, tokenizer)))
 

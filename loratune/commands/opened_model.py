@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from loratune import recipe
 from loratune.config import decode, yaml_nodes
-from loratune.config.section import is_inside
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.kernels import lora_linear, torch_compile
 from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
-from loratune.recipe import Model, Recipe
+from loratune.models.section import Model, NoQuantization
+from loratune.recipe import Recipe
 from loratune.runs import checkpoint
 from loratune.system import files, regex_match  # fmt: skip
+from loratune.system.paths import is_inside
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
 
 def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> base_model.Loaded:
     """Load a subject's base model without its adapter, which is checked all the same; see `load`."""
-    full = {"quantization": recipe.NoQuantization(), "dtype": "float32", "attention": "auto"}
+    full = {"quantization": NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
     if subject.adapter is not None:
         adapter_files.check(subject.adapter)  # before minutes go into loading the base

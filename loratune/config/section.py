@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -20,11 +19,21 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from loratune.system.paths import is_inside
+
 
 class Section(BaseModel):
     """A part of a recipe: frozen, no unknown keys, no silent conversion between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Complaint(NamedTuple):
+    """Something that fits in a section but not with another: what, the path of its key, and the remedy."""
+
+    message: str
+    path: tuple[str, ...]
+    hint: str | None = None
 
 
 class BareWord:
@@ -51,13 +60,6 @@ class BareWord:
 
 
 LEADS_OUT = "leads_out"  # pydantic's type of an error that is refused for safety
-
-
-def is_inside(name: Any) -> bool:
-    """Return whether a relative name, as a recipe or other data give it, stays in its folder."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or re.match(r"[A-Za-z]:/|~[^/]*/|/", name):
-        return False
-    return ".." not in name.split("/")
 
 
 def _inside(value: str) -> str:

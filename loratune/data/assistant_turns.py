@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from loratune.data.chat_template import FOLD, MARKS
 from loratune.data.formats import Conversation, RowError
 
 Span = tuple[int, int]  # characters: [start, end)
@@ -29,20 +30,6 @@ _CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _TOLD = {"role": "tool", "content": "f", "name": "c", "tool_call_id": "call00001"}
 
 _HINT = "`data.turns` can name what stands around answers"
-_MARKS = re.compile(r"\{#- turns: (\{.*?\}) -#\}")
-# puts a system text in front of the first user message, before a template that has no system role
-FOLD = (
-    "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer')"
-    " and messages[1]['role'] == 'user' -%}"
-    "{%- set messages = [dict(messages[1], content=messages[0]['content'] ~ '\\n\\n' ~ messages[1]['content'])]"
-    " + messages[2:] -%}{%- endif -%}"
-)
-
-
-def marks_comment(assistant: str, end: str) -> str:
-    """Return the comment of a chat template that names what stands around the assistant's turns."""
-    told = json.dumps({"assistant": assistant, "end": end}).replace("#", "\\u0023")  # a comment must not end in it
-    return f"{{#- turns: {told} -#}}"
 
 
 def _placeholder(index: int) -> str:
@@ -91,7 +78,7 @@ class Turns:
         if self.template is None and tokenizer.chat_template is not None:
             self.template = tokenizer.get_chat_template()
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        found = _MARKS.search(self.template or "")
+        found = MARKS.search(self.template or "")
         self.marks: dict[str, str] | None = json.loads(found[1]) if found else None
         self._shapes: dict[tuple[str, ...], Shape | Literal[False]] = {}
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}

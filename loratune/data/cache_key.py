@@ -12,33 +12,14 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
-import loratune
 from loratune.data import row_files
 from loratune.data.encode import Encoder
+from loratune.data.section import Data, Source
 from loratune.errors import DataError, Place, Problem
-from loratune.recipe import Data, Source
 from loratune.system import files
 
-# whose code decides what a row becomes, ours and others'
-_MODULES = (
-    "files",
-    "rows",
-    "pages",
-    "tables",
-    "longtext",
-    "splits",
-    "formats",
-    "section",
-    "templates",
-    "turns",
-    "words",
-    "encode",
-    "prepare",
-    "ledger",
-    "unread",
-    "store",
-    "data",
-)
+# whose code decides what a row becomes, ours beside that of this package, and others'
+_MODULES = ("config/section", "system/files")
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 
 
@@ -124,6 +105,6 @@ def key(
 
 
 def _code() -> str:
-    folder = Path(loratune.__file__).parent
-    files = sorted(file for name in _MODULES for file in (*folder.glob(f"{name}.py"), *folder.glob(f"{name}/*.py")))
-    return xxh3_128(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    here = Path(__file__).parent
+    code = [*sorted(here.rglob("*.py")), *(here.parent / f"{name}.py" for name in _MODULES)]
+    return xxh3_128(b"\0".join(file.read_bytes() for file in code)).hexdigest()

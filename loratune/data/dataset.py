@@ -16,9 +16,9 @@ from loratune.data.encode import Encoder, Row
 from loratune.data.ledger import Counts, Ledger
 from loratune.data.prepare import Prepared
 from loratune.data.row_cache import Store
+from loratune.data.section import Data, Source
 from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.models import base_files
-from loratune.recipe import Data, Recipe, Source
 
 SHOWN = 5  # rows named in an error
 DAMAGED = "rows in the cache were not as they were written: read anew"
@@ -263,16 +263,21 @@ class _Seen:
         return False
 
 
-def of(recipe: Recipe, encoder: Encoder, progress: Progress = _untold) -> tuple[Rows, Rows | None]:
-    """Return a recipe's rows to train on and those held out (or None); see `load`.
+def of(section: Data, seed: int, encoder: Encoder, progress: Progress = _untold) -> tuple[Rows, Rows | None]:
+    """Return the rows to train on and those held out (or None); see `load`.
+
+    Args:
+        section: the recipe's `data`.
+        seed: by which held-out rows are chosen.
+        encoder: with the tokenizer.
+        progress: called with the number of rows so far.
 
     Raises:
         DataError: also when a row stands in both and the recipe doesn't allow it.
     """
-    section = recipe.data
     found = load(section.train, section, encoder, progress)
     if section.eval_fraction is not None:
-        return hold_out(found, section.eval_fraction, recipe.train.seed)
+        return hold_out(found, section.eval_fraction, seed)
     if section.eval is None:
         return found, None
     held_out = load(section.eval, section, encoder, progress, name="eval")

@@ -18,6 +18,7 @@ from loratune.data.assistant_turns import LaterTurnsChangeIt, Span, Turns
 from loratune.data.fast_bpe import Tokens
 from loratune.data.formats import Conversation, Example, Plain, RowError
 from loratune.errors import ModelError, Place
+from loratune.models.tokenizing import adds_bos_itself
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,6 @@ class _Draft:
     example: Example
     texts: tuple[str, ...]
     spans: tuple[Span, ...] = ()
-
-
-def adds_bos_itself(tokenizer: Any) -> bool:
-    """Return whether a tokenizer puts BOS before a text when nobody asks for it."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 class Encoder:

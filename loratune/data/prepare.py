@@ -16,8 +16,8 @@ from loratune.data.encode import Encoder, Row
 from loratune.data.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
 from loratune.data.ledger import Fate
 from loratune.data.row_files import TEXT, Block, RawRow, bytes_of
+from loratune.data.section import Data
 from loratune.errors import Place
-from loratune.recipe import Data
 
 LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which take up to a gigabyte of memory to mask
 MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from loratune.data import parquet_pages, splits, tables
 from loratune.data.formats.base import key_twice, why_no_json
+from loratune.data.section import SUFFIXES, Source
 from loratune.data.splits import Choice
 from loratune.errors import DataError, Place, Problem, listed, shorten
-from loratune.recipe import SUFFIXES, Source
 from loratune.system import files as opening
 
 

@@ -21,8 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from loratune.data.encode import Encoder
 from loratune.data.prepare import Prepared, prepare
 from loratune.data.row_files import Block
+from loratune.data.section import Data
 from loratune.errors import SetupError
-from loratune.recipe import Data
 from loratune.system import child_process, limits
 
 SMALL = 8 << 20  # bytes of data files that are read before processes would have started

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratune.config.section import Section
+from loratune.config.section import Complaint, Section
 from loratune.methods import tensor_files
+from loratune.models.section import Model
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,32 @@ class Full(Section):
     """Train every weight. The output is a whole model in transformers' own layout."""
 
     type: Literal["full"] = "full"
+
+    def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
+        """Yield what this method can't do with other sections of the recipe."""
+        if model.dtype == "float16":
+            yield Complaint(
+                "`method: full` can't train float16 weights: small updates would round to nothing",
+                ("model", "dtype"),
+                "use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
+            )
+        yield from self.refused_over(model.quantization.type, "leave `model.quantization` out")
+        if "loraplus_lr_ratio" in optimizer.model_fields_set:
+            yield Complaint(
+                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none",
+                ("optimizer", "loraplus_lr_ratio"),
+            )
+
+    def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
+        """Yield why it can't train weights in a quantization.
+
+        Args:
+            quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
+            without: how to have a base that is not quantized.
+        """
+        if quantization != "none":
+            told = f"`method: full` trains every weight, and {quantization} weights can't be trained"
+            yield Complaint(told, ("method",), f"use `method: lora`, or {without}")
 
     def apply(
         self,

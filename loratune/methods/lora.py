@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from loratune.config.section import Section, as_tuple
+from loratune.config.section import Complaint, Section, as_tuple
 from loratune.errors import listed
 from loratune.kernels import lora_linear, norm_swiglu
 from loratune.methods import targets, tensor_files
+from loratune.models.section import Model
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,32 @@ class Lora(Section):
         description="of a mixture of experts: what chooses the experts; trained: in full, and saved with the adapter",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
+
+    def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
+        """Yield what this method can't do with other sections of the recipe, nor its own keys together."""
+        yield from self.refused_over(model.quantization.type, "leave `model.quantization` out")
+        if self.changes_base and self.dora:
+            yield Complaint(f"`method.init: {self.init}` and `method.dora` don't combine", ("method", "dora"))
+        if self.changes_base and self.rslora and (self.rank_pattern or self.alpha_pattern):
+            key = "rank_pattern" if self.rank_pattern else "alpha_pattern"
+            yield Complaint(f"`method.init: {self.init}` with `rslora` takes no patterns", ("method", key))
+
+    def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
+        """Yield why it can't be trained over weights in a quantization.
+
+        Args:
+            quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
+            without: how to have a base that is not quantized.
+        """
+        key = ("method", "init")
+        if self.init == "loftq" and quantization not in ("nf4", "fp4"):
+            told = "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit"
+            yield Complaint(told, key, "set `model.quantization: nf4`")
+        if self.changes_base and quantization != "none":
+            told = f"`method.init: {self.init}` changes the base, which {quantization} weights don't allow"
+            yield Complaint(told, key, f"use `init: loftq`, or {without}")
+        if self.init == "eva" and quantization == "int8":
+            yield Complaint("`method.init: eva` is not known to work on an int8 base", key, "use `nf4`")
 
     @property
     def changes_base(self) -> bool:

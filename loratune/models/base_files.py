@@ -18,7 +18,7 @@ from typing import Any
 
 from loratune.errors import ModelError, Place, Problem, SafetyError, SetupError, shorten
 from loratune.models import config_files, rope_scaling, safety
-from loratune.recipe import Model
+from loratune.models.section import Model
 from loratune.system import files
 
 _DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change

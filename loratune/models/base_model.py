@@ -14,7 +14,7 @@ import torch
 
 from loratune.errors import SetupError
 from loratune.models import base_files, quantization, tokenizing
-from loratune.recipe import Model
+from loratune.models.section import Model
 from loratune.system import limits
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

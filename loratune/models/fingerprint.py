@@ -17,7 +17,7 @@ from typing import Any
 
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.models import base_files, config_files, safety
-from loratune.recipe import Model
+from loratune.models.section import Model
 from loratune.system import files
 
 NAME = "loratune.json"

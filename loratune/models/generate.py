@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loratune.data import end_tokens
+from loratune.models import end_tokens
 
 
 def positions(net: Any) -> int | None:

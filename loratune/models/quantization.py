@@ -14,7 +14,7 @@ import torch
 from loratune.console import size
 from loratune.errors import ModelError, Place, Problem, SetupError, listed
 from loratune.kernels.lora_linear import is_of_bitsandbytes
-from loratune.recipe import Fp4, Int8, Model, Nf4, Recipe, refused_over
+from loratune.models.section import Fp4, Int8, Model, Nf4
 
 _TELL = 0.05  # part (0-1) of the weights that may stay as they are without a word: norms, odd layers
 
@@ -77,18 +77,6 @@ def kind_of(model: Any) -> str:
             return "int8"
     packed = any(p.itemsize == 1 or not p.is_floating_point() for p in model.parameters())
     return (stored_as(model.config) or "few bits") if packed else "none"
-
-
-def check(recipe: Recipe, kind: str) -> None:
-    """Hold a recipe's method against what the loaded base really is, as `recipe` does with what was asked for.
-
-    Raises:
-        ModelError: when the method can't be trained over such weights.
-    """
-    place, without = Place(recipe.model.base), "use the model it was made from, which is not quantized"
-    problems = [Problem(message, place, hint) for message, _, hint in refused_over(recipe.method, kind, without)]
-    if problems:
-        raise ModelError(problems)
 
 
 def compute_in(model: Any, dtype: torch.dtype) -> None:

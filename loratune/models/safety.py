@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.config.section import is_inside
 from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
 from loratune.system import files
+from loratune.system.paths import is_inside
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 MAX_DEPTH = 100  # of lists and objects in a config

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loratune.config.section import is_inside
 from loratune.errors import Place, Problem, StorageError
 from loratune.redact import redact
 from loratune.system import files, run_files
+from loratune.system.paths import is_inside
 
 SCHEMA = 2
 MANIFEST = run_files.MANIFEST

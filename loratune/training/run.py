@@ -16,14 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from loratune.console import Report, duration, size
-from loratune.data import batches, dataset, end_tokens, model_limits
+from loratune.console import duration, size
+from loratune.data import batches, chat_template, dataset, model_limits, turn_ends
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
-from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
+from loratune.errors import Interrupted, ModelError, Place, Problem, SetupError, StorageError
 from loratune.kernels import torch_compile
 from loratune.methods import other_programs, tensor_files
-from loratune.models import base_files, base_model, fingerprint, generate, quantization, tokenizing
+from loratune.models import base_files, base_model, end_tokens, fingerprint, generate
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
@@ -40,6 +40,7 @@ from loratune.training import (
     signals,
     start_report,
 )
+from loratune.training.progress import RunReport
 from loratune.training.session import Job
 from loratune.training.signals import Signals
 
@@ -89,7 +90,7 @@ def train(
     folder = Path(recipe.output)
     accelerator = launcher.accelerator(recipe)
     first = accelerator.is_main_process
-    report = Report(active=first, metrics=folder / "metrics.jsonl")
+    report = RunReport(active=first, metrics=folder / "metrics.jsonl")
     for line in launcher.not_read(os.environ):
         report.problem(line)
     with signals.listening() as asked, session.alone(folder, first, report):
@@ -134,26 +135,33 @@ def train(
 
 
 def _prepare(
-    recipe: Recipe, folder: Path, accelerator: Accelerator, report: Report, facts: dict[str, Any], found: Found | None
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Accelerator,
+    report: RunReport,
+    facts: dict[str, Any],
+    found: Found | None,
 ) -> Job:
     """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
     settings, where = recipe.train, accelerator.device
     trust = facts["trust_remote_code"]
-    tokenizer = tokenizing.of(recipe, trust)
+    tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
         encoder = Encoder(tokenizer)
-        train_rows, eval_rows = dataset.of(recipe, encoder, counting)
+        train_rows, eval_rows = dataset.of(recipe.data, recipe.train.seed, encoder, counting)
     full = recipe.method.type == "full"
     section = base_model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
     loaded = base_model.load(section, full, where, trust, tokenizer)
-    quantization.check(recipe, loaded.quantization)
+    over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
+    if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
+        raise ModelError(refused)
     remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
     reached = [model_limits.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
     loaded.notes += dict.fromkeys(note for note in reached if note)
     loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
-    trained_ends = end_tokens.of_rows(train_rows, encoder)
+    trained_ends = turn_ends.of_rows(train_rows, encoder)
     origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": end_tokens.named(trained_ends, tokenizer)}
-    ends = end_tokens.joined(trained_ends, end_tokens.of_template(encoder))
+    ends = end_tokens.joined(trained_ends, turn_ends.of_template(encoder))
     loaded.notes += end_tokens.notes(trained_ends, end_tokens.of_model(loaded.model, tokenizer), tokenizer)
     chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []

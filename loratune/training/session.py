@@ -14,10 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from loratune.console import Report
-from loratune.data import end_tokens
 from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
-from loratune.models import base_files, base_model, config_files, fingerprint, model_folder, tokenizer_files
+from loratune.models import base_files, base_model, config_files, end_tokens, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
 from loratune.runs.checkpoint import Found, Progress
@@ -27,6 +26,7 @@ from loratune.training import memory_plan, memory_use, start_report
 from loratune.training.activation_memory import Cost
 from loratune.training.layout_test import Packing
 from loratune.training.memory_plan import Plan
+from loratune.training.progress import RunReport
 
 
 @contextmanager
@@ -66,7 +66,7 @@ class Job:
     recipe: Recipe
     folder: Path
     accelerator: Accelerator
-    report: Report
+    report: RunReport
     facts: dict[str, Any]
     origin: dict[str, Any]
     ends: tuple[int, ...]

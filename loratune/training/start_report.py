@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-import loratune
 from loratune.console import Report, size
 from loratune.data import batches
 from loratune.data.dataset import DAMAGED, Rows
@@ -22,6 +21,7 @@ from loratune.data.row_files import chosen
 from loratune.models import base_model
 from loratune.optim.schedules import warmup_steps
 from loratune.recipe import Recipe
+from loratune.system.version import VERSION
 from loratune.training.layout_test import Packing
 from loratune.training.memory_plan import Plan
 
@@ -30,7 +30,7 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 
 def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """Return what run.json says of a run before anything is loaded."""
-    versions = {"loratune": loratune.__version__, "python": platform.python_version()}
+    versions = {"loratune": VERSION, "python": platform.python_version()}
     for name in VERSIONS:
         try:
             versions[name] = version(name)

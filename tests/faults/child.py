@@ -214,9 +214,9 @@ def no_memory() -> None:
 
     import torch
 
-    from loratune.console import Report
+    from loratune.training.progress import RunReport
 
-    record = Report.step
+    record = RunReport.step
 
     def full(self: Any, step: Any) -> None:
         record(self, step)
@@ -225,7 +225,7 @@ def no_memory() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
             torch.empty(1 << 30, dtype=torch.uint8)
 
-    Report.step = full  # type: ignore[method-assign]
+    RunReport.step = full  # type: ignore[method-assign]
 
 
 def blind_to_space() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from loratune import recipe
-from loratune.console import Report
 from loratune.errors import Interrupted, RunFolderError
 from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
 from loratune.runs import changes
 from loratune.training import run
+from loratune.training.progress import RunReport
 from loratune.training.signals import Signals
 from tests import tiny
 from tests.conftest import Fit
@@ -137,9 +137,9 @@ def test_versions_and_processes_are_told(whole: Recipe):
 
 
 def _stopped(fit: Fit, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None:
-    record = Report.step
+    record = RunReport.step
 
-    def stop(self: Report, step: Any) -> None:
+    def stop(self: RunReport, step: Any) -> None:
         record(self, step)
         if step.number == 5:
             asked[0].note(15, None)
@@ -152,7 +152,7 @@ def _stopped(fit: Fit, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None
         return true(job, progress, signals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", stop)
+        patch.setattr(RunReport, "step", stop)
         patch.setattr(run, "_loop", loop)
         with pytest.raises(Interrupted):
             fit("a", **{**scene.SECTIONS, **sections})

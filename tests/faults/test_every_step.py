@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from loratune.console import Report
 from loratune.kernels import cpu_attention, linear_cross_entropy
+from loratune.training.progress import RunReport
 from tests.conftest import Fit
 from tests.faults import scene
 
@@ -30,15 +30,15 @@ class Stop(Exception):
 
 @contextmanager
 def _power_fails_after(step: int) -> Iterator[None]:
-    record = Report.step
+    record = RunReport.step
 
-    def fail(self: Report, done: Any) -> None:
+    def fail(self: RunReport, done: Any) -> None:
         if done.number == step + 1:
             raise Stop
         record(self, done)
 
     with pytest.MonkeyPatch.context() as power:
-        power.setattr(Report, "step", fail)
+        power.setattr(RunReport, "step", fail)
         with pytest.raises(Stop):
             yield
 

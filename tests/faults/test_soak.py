@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loratune.console import Report
+from loratune.training.progress import RunReport
 from tests.conftest import Fit
 from tests.faults import scene
 
@@ -16,15 +16,15 @@ from tests.faults import scene
 def _soak(fit: Fit, monkeypatch: pytest.MonkeyPatch, steps: int, saves: int) -> None:
     """Train for many steps and count memory and descriptors after the first fifth and at the end."""
     seen: dict[int, tuple[int, int]] = {}
-    record = Report.step
+    record = RunReport.step
 
-    def count(self: Report, step: Any) -> None:
+    def count(self: RunReport, step: Any) -> None:
         record(self, step)
         if step.number in (steps // 5, steps - 1):
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             seen[step.number] = (resident, len(os.listdir("/proc/self/fd")))
 
-    monkeypatch.setattr(Report, "step", count)
+    monkeypatch.setattr(RunReport, "step", count)
     done = fit(
         rows=8,
         data={"eval": None},

@@ -20,8 +20,8 @@ from loratune.data.prefix_sharing import Layout
 from loratune.kernels import cpu_attention, linear_cross_entropy, packed_attention
 from loratune.methods import Lora
 from loratune.models import base_model
+from loratune.models.section import Model, Nf4
 from loratune.objectives import Sft
-from loratune.recipe import Model, Nf4
 from tests import tiny
 from tests.conftest import Fit
 from tests.oracle.test_split import TRAIN, _two_processes

@@ -17,7 +17,7 @@ from loratune.errors import ModelError
 from loratune.methods import Lora, tensor_files
 from loratune.methods.lora import _best_of_rank
 from loratune.models import base_model, tokenizing
-from loratune.recipe import Model, Nf4
+from loratune.models.section import Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, Trained, logits
 
@@ -141,7 +141,7 @@ def _start_loss(done: Trained, net: Any) -> float:
     from loratune.data.encode import Encoder
     from loratune.training import loop
 
-    rows, _ = dataset.of(done.recipe, Encoder(tokenizing.load(done.recipe.model)))
+    rows, _ = dataset.of(done.recipe.data, done.recipe.train.seed, Encoder(tokenizing.load(done.recipe.model)))
 
     class Alone:
         device, process_index, num_processes = torch.device("cpu"), 0, 1

@@ -12,7 +12,7 @@ import torch
 
 from loratune.errors import ModelError
 from loratune.models import base_model
-from loratune.recipe import Fp4, Int8, Model, Nf4
+from loratune.models.section import Fp4, Int8, Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, logits
 

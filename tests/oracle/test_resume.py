@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loratune.console import Report
 from loratune.errors import RunFolderError, StorageError
 from loratune.models import base_model
 from loratune.runs import checkpoint, training_state
+from loratune.training.progress import RunReport
 from tests.conftest import Fit, Trained
 
 SECTIONS: dict[str, Any] = {
@@ -34,15 +34,15 @@ class Stop(Exception):
 @contextmanager
 def _stop_after(step: int) -> Iterator[None]:
     """Let the power fail after a step of the training inside."""
-    record = Report.step
+    record = RunReport.step
 
-    def fail(self: Report, done: Any) -> None:
+    def fail(self: RunReport, done: Any) -> None:
         record(self, done)
         if done.number == step:
             raise Stop
 
     with pytest.MonkeyPatch.context() as power:
-        power.setattr(Report, "step", fail)
+        power.setattr(RunReport, "step", fail)
         with pytest.raises(Stop):
             yield
 

@@ -27,7 +27,7 @@ CLIP = 0.3
 
 def _columns(trained: Trained, tokenizer: object) -> dict[str, list[list[int]]]:
     """Return the rows in the order in which our loop saw them, as Trainer wants them."""
-    rows, _ = dataset.of(trained.recipe, Encoder(tokenizer))
+    rows, _ = dataset.of(trained.recipe.data, trained.recipe.train.seed, Encoder(tokenizer))
     settings = trained.recipe.train
     order = [
         i
