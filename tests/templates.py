@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loratune.data.chat_template import with_template
 from loratune.models.chat_templates import ALPACA
-from loratune.models.tokenizing import with_template
 from tests import tiny
 
 CHATML = tiny.CHATML

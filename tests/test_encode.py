@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loratune.data.chat_template import with_template
 from loratune.data.encode import Encoder, Row
 from loratune.data.formats import Chat, Completion, Conversation, RowError, Text
 from loratune.errors import ModelError, Place
-from loratune.models.tokenizing import with_template
 from tests import templates, tiny
 from tests.templates import FAMILIES, Family
 
