@@ -11,8 +11,8 @@ import pytest
 
 from loratune.data import parquet_pages, row_files
 from loratune.data.formats.base import Unreadable
+from loratune.data.section import Source
 from loratune.errors import DataError
-from loratune.recipe import Source
 
 
 def written(table: pa.Table, **options: Any) -> io.BytesIO:
