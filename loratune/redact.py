@@ -1,6 +1,7 @@
 """What must not be shown: tokens, passwords in URLs, and what the environment keeps under such names.
 
-Every message, log line and text file passes through `redact`; a recipe that holds a secret is refused, see `decode.py`.
+Every message, log line and text file passes through `redact`; a recipe that holds a secret is refused
+(`config/decode.py`).
 """
 
 from __future__ import annotations

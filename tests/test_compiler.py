@@ -17,7 +17,7 @@ from tests.test_sft import llama
 
 IMPORT = """
 import sys
-from loratune import compiler
+from loratune.kernels import torch_compile as compiler
 with compiler.later():
     import bitsandbytes, peft
 sys.exit("torch._inductor.compile_fx" in sys.modules)

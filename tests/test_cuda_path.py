@@ -20,7 +20,7 @@ from loratune.errors import Place
 from loratune.kernels import packed_attention
 from loratune.models import base_model
 from loratune.objectives import Sft
-from loratune.optim import bnb
+from loratune.optim import adamw
 from loratune.runs import training_state
 from loratune.training import launcher, layout_test, memory_use
 from tests import tiny
@@ -77,7 +77,7 @@ def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
     alone, _ = layout_test._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
-    monkeypatch.setattr(packed_attention.tiles, "attend", broken)
+    monkeypatch.setattr(packed_attention.cpu_attention, "attend", broken)
     return layout_test.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
 
 
@@ -113,8 +113,8 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
     tried = (net, Sft(), rows, contextlib.nullcontext, "packed")
     assert layout_test.why_no_gradient(*tried) == ""
     assert all(parameter.grad is None for parameter in net.parameters())
-    whole = packed_attention.tiles.attend
-    monkeypatch.setattr(packed_attention.tiles, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
+    whole = packed_attention.cpu_attention.attend
+    monkeypatch.setattr(packed_attention.cpu_attention, "attend", lambda *given: ForwardOnly.apply(whole(*given)))
     assert layout_test.why_no_gradient(*tried) == "head width 200 has no backward kernel"
 
 
@@ -201,13 +201,13 @@ def test_the_state_of_a_paged_optimizer_is_paged_again() -> None:
 
     Paged.__module__ = "bitsandbytes.optim.adamw"
     optimizer = Paged()
-    assert bnb.is_paged(optimizer)
-    bnb.page(optimizer)
+    assert adamw.is_paged(optimizer)
+    adamw.page(optimizer)
     on_gpu, on_cpu = optimizer.state.values()
     assert [on_gpu["state1"] is optimizer.paged[0], on_gpu["state2"] is optimizer.paged[1]] == [True, True]
     assert [tensor.tolist() for tensor in optimizer.paged] == [[1.0] * 4, [2.0] * 4]
     assert on_cpu["state1"].tolist() == [1.0] * 4
-    assert not bnb.is_paged(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+    assert not adamw.is_paged(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, base: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_any_text_can_be_printed(tmp_path: Path, encoding: str) -> None:
-    text = "import sys\nfrom loratune import streams\nstreams.guard()\nprint('ä', '\\udcff', '\\ud800')\n"
+    text = "import sys\nfrom loratune.system import streams\nstreams.guard()\nprint('ä', '\\udcff', '\\ud800')\n"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False)  # fmt: skip
     assert done.returncode == 0
     assert done.stdout == ("ä" if encoding == "utf-8" else "\\xe4").encode() + b" \xff \\ud800\n"

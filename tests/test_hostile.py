@@ -342,9 +342,9 @@ def test_links_inside_the_cache_of_the_hub_are_fine(base: Path, tmp_path: Path) 
 # what a hub id leads to, through the cache of the hub in a process of its own, as its folder is fixed at import
 _HUB = """
 import sys
-from loratune import fingerprint, model
-from loratune.recipe import Model
-from loratune.data import chat_template
+from loratune.models import fingerprint
+from loratune.models import base_model as model
+from loratune.models.section import Model
 section = Model(base="some/model")
 try:
     model.load(section)

@@ -86,7 +86,8 @@ def test_command(path: Path, tmp_path: Path) -> None:
 
 CODE = """
 import sys
-from loratune import recipe, inspecting
+from loratune import recipe
+from loratune.commands import inspect as inspecting
 found = inspecting.inspect(recipe.load("recipe.yaml"), number=5)
 print("torch" in sys.modules, [row.tokens for row in found.shown])
 """

@@ -79,7 +79,7 @@ def test_what_accelerate_sets_by_itself_is_not_told() -> None:
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
 def test_offline_in_every_spelling(name: str, value: str) -> None:
-    program = "from loratune import bases; print(bases.unusable('a/b', OSError('no'), 'model'))"
+    program = "from loratune.models import base_files; print(base_files.unusable('a/b', OSError('no'), 'model'))"
     rest = {key: text for key, text in os.environ.items() if not key.endswith("_OFFLINE")}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**rest, name: value}

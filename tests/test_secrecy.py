@@ -191,21 +191,22 @@ FAILURES: dict[str, Force] = {
     "merge with a token": fails("merge", "FOLDER/adapter", "--out", "FOLDER/merged", "--dtype", TOKEN),
     "merge of a URL": fails("merge", URL, "--out", "FOLDER/merged"),
     "an adapter's base is a URL": fails("chat", "FOLDER/secret-base", "-p", "a"),
-    "the loading breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("model", RAISE, "load")),
-    "the tokenizer breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("tokenizing", RAISE, "load")),
-    "the rows break": fails(TRAIN, RECIPE, prepare=BREAK.format("data", RAISE, "of")),
-    "the loop breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("loop", RAISE, "steps")),
-    "the card breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("card", RAISE, "write")),
-    "the disk breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("storage", f"OSError(28, '{TOKEN}')", "_seal")),
-    "a traceback is asked for": fails(TRAIN, RECIPE, prepare="import os; os.environ['LORATUNE_TRACEBACK'] = '1'\n" + BREAK.format("data", f"__import__('loratune').DataError('{URL}')", "of")),
-    "a library prints": fails(TRAIN, RECIPE, prepare=f"import sys, logging\nprint({OPENAI!r}); print({URL!r}, file=sys.stderr); logging.warning({TOKEN!r})\n" + BREAK.format("data", RAISE, "of")),
-    "a device's name": fails(TRAIN, RECIPE, prepare=BREAK.format("run", RAISE, "_finish")),
-    "the facts": fails(TRAIN, RECIPE, prepare=f"import loratune.training.start_report as m\nf = m.facts\nm.facts = lambda *a: {{**f(*a), 'host': {URL!r}, 'all': dict(__import__('os').environ)}}\n" + BREAK.format("plot", RAISE, "loss_svg")),
+    "the loading breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("models.base_model", RAISE, "load")),
+    "the tokenizer breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("models.tokenizing", RAISE, "load")),
+    "the rows break": fails(TRAIN, RECIPE, prepare=BREAK.format("data.dataset", RAISE, "of")),
+    "the loop breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("training.loop", RAISE, "steps")),
+    "the card breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("runs.model_card", RAISE, "write")),
+    "the disk breaks": fails(TRAIN, RECIPE, prepare=BREAK.format("system.storage", f"OSError(28, '{TOKEN}')", "_seal")),
+    "a traceback is asked for": fails(TRAIN, RECIPE, prepare="import os; os.environ['LORATUNE_TRACEBACK'] = '1'\n" + BREAK.format("data.dataset", f"__import__('loratune').DataError('{URL}')", "of")),
+    "a library prints": fails(TRAIN, RECIPE, prepare=f"import sys, logging\nprint({OPENAI!r}); print({URL!r}, file=sys.stderr); logging.warning({TOKEN!r})\n" + BREAK.format("data.dataset", RAISE, "of")),
+    "a device's name": fails(TRAIN, RECIPE, prepare=BREAK.format("training.run", RAISE, "_finish")),
+    "the facts": fails(TRAIN, RECIPE, prepare=f"import loratune.training.start_report as m\nf = m.facts\nm.facts = lambda *a: {{**f(*a), 'host': {URL!r}, 'all': dict(__import__('os').environ)}}\n" + BREAK.format("runs.loss_plot", RAISE, "loss_svg")),
 }  # fmt: skip
 # in a process of its own, as `main` is called; `prepare` runs once its streams are guarded
 _PROGRAM = """
 import sys
-from loratune import cli, streams
+from loratune import cli
+from loratune.system import streams
 streams.guard()
 exec(sys.argv.pop(1))
 cli.main()

@@ -1,6 +1,6 @@
 """Rows to tokens, with the truth about which of them are trained.
 
-Trained are exactly the assistant's words and the token that ends its turn; `turns.py` says where they stand.
+Trained are exactly the assistant's words and the token that ends its turn; `assistant_turns.py` says where they stand.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ before them. Scores and softmax are float32, as in that kernel. In bfloat16 the 
 the way back, in the precision of the values, which they are multiplied with; others are computed again, so that what is
 kept grows with the tokens alone.
 
-Long rows do go through the kernel (longrow.py): their scores outgrow the cache, and each tile is another product.
+Long rows do go through the kernel (cpu_long_rows.py): their scores outgrow the cache, and each tile is another product.
 
 What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
 stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.

@@ -42,7 +42,7 @@ def answers(
         batch_size: prompts at once, padded on the left; sorted by length.
         temperature: 0 is greedy.
         progress: called with the number of answers so far.
-        ends: tokens at which an answer ends, beside the eos of model and tokenizer; see `stops.py`.
+        ends: tokens at which an answer ends, beside the eos of model and tokenizer; see `end_tokens.py`.
 
     Returns:
         The answers in the order of the prompts, without special tokens.

@@ -8,10 +8,7 @@ from pydantic import Field
 
 from loratune.config.section import BareWord
 from loratune.optim.adafactor import Adafactor
-from loratune.optim.adamw import AdamW
-from loratune.optim.adamw_8bit import AdamW8bit
-from loratune.optim.paged_adamw_8bit import PagedAdamW8bit
-from loratune.optim.paged_adamw_32bit import PagedAdamW32bit
+from loratune.optim.adamw import AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 
 Optimizer = Annotated[
     AdamW | AdamW8bit | PagedAdamW32bit | PagedAdamW8bit | Adafactor,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import TrainingError
-from loratune.optim import bnb
+from loratune.optim import adamw
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
@@ -59,8 +59,8 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     if [group.keys() - {"params"} for group in state["param_groups"]] != [group.keys() for group in options]:
         raise ValueError("its optimizer is another one")
     optimizer.load_state_dict(state)
-    if bnb.is_paged(optimizer):
-        bnb.page(optimizer)
+    if adamw.is_paged(optimizer):
+        adamw.page(optimizer)
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
         group.update(wanted)
 

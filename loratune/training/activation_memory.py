@@ -117,7 +117,7 @@ def _made(rows: Rows, max_length: int, shared: float) -> list[Row]:
 
 
 def _growth_by_tiles(batch: Mapping[str, Any], rows: Rows) -> float:
-    """Return how much more probabilities tiles.py keeps per token of the longest rows it does so for than of a pack."""
+    """Return how many more probabilities are kept per token of the longest rows kept in tiles than of a pack."""
     own = batch["cu_seq_lens_q"].diff().tolist()
     lengths = batch.get("cu_seq_lens_k", batch["cu_seq_lens_q"]).diff().tolist()
     short = rows.lengths[rows.lengths <= cpu_attention.KEPT]

@@ -1,6 +1,6 @@
 """What a training needs of memory and disk, and what is free: for its plan, its check, and advice when it did not fit.
 
-Weights and optimizer states are known from shapes to a few percent, activations are measured (`footprint.py`).
+Weights and optimizer states are known from shapes to a few percent, activations are measured (`activation_memory.py`).
 """
 
 from __future__ import annotations

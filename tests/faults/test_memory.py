@@ -61,7 +61,7 @@ def test_a_base_that_does_not_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run.model, "load", full)
+    monkeypatch.setattr(run.base_model, "load", full)
     with pytest.raises(SetupError, match=r"the base model itself does not fit: model\.quantization: nf4"):
         fit("a", **scene.SECTIONS)
 

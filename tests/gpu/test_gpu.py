@@ -18,7 +18,7 @@ from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.kernels import packed_attention
 from loratune.objectives import Sft
-from loratune.optim import bnb
+from loratune.optim import PagedAdamW8bit, PagedAdamW32bit
 from loratune.training import layout_test
 from tests import test_attention as models
 from tests import tiny
@@ -73,13 +73,14 @@ def test_what_is_large_is_paged_after_a_resume_too(
 ) -> None:
     """bitsandbytes pages the state of 100,000 numbers and more: A and B of r 256 over 512 have 131,072."""
     made: list[Any] = []
-    build = bnb.build
+    section = PagedAdamW8bit if kind == "paged_adamw_8bit" else PagedAdamW32bit
+    build = section.build
 
     def spy(*given: Any) -> Any:
         made.append(build(*given))
         return made[-1]
 
-    monkeypatch.setattr(bnb, "build", spy)
+    monkeypatch.setattr(section, "build", spy)
     wide = tiny.save(tmp_path / "wide", hidden_size=512, intermediate_size=512)
     sections = {"method": {"type": "lora", "r": 256, "lora_alpha": 256}, "optimizer": {"type": kind, "lr": 1e-3}}
     train = {"schedule": "constant", "warmup": 0}

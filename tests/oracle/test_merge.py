@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_nothing_behind(fit: Fit, tmp_path: Path, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge.modelfolder, "complete", full)
+    monkeypatch.setattr(merge.model_folder, "complete", full)
     with pytest.raises(StorageError, match="No space left on device"):
         merge(done.folder, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
