@@ -14,6 +14,7 @@ from loratune.errors import Place, Problem, RunFolderError, shorten
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe, Train
 from loratune.runs.checkpoint import Found
+from loratune.runs.facts import Facts
 
 # Keys that decide nothing of what is optimized: where and how often something is written or measured, and how much is
 # computed at once. Every other key is refused, so that a new one is never forgotten here.
@@ -69,29 +70,25 @@ def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
     return drift
 
 
-def of_run(
-    seal: Mapping[str, Any], recipe: Recipe, fingerprints: Mapping[str, str | None], facts: Mapping[str, Any],
-    finished: bool,
-) -> Drift:  # fmt: skip
+def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool) -> Drift:
     """Return what is known only with rows and model at hand: their fingerprints, and how the rate moves.
 
     Args:
         seal: the manifest of the checkpoint.
         recipe: that the run is to go on with.
-        fingerprints: of rows, base and the like; compared where the checkpoint has them too.
-        facts: of this run: `steps`, `sources`, `versions`, `processes`.
+        facts: of this run; its fingerprints are compared where the checkpoint has them too.
         finished: whether the run had come to its end: then more epochs are a wish, not an accident.
     """
     drift = Drift()
-    known = seal["fingerprints"]
+    known, fingerprints = seal["fingerprints"], facts.prepared.fingerprints
     for name in fingerprints.keys() & known.keys() - {"base"}:  # another base has its own error
         if fingerprints[name] != known[name]:
-            files = _files(seal["sources"], facts["sources"]) if name in ("data", "eval") else ""
+            files = _files(seal["sources"], facts.prepared.sources) if name in ("data", "eval") else ""
             drift.refused.append(f"{NAMES.get(name, name)} are not the same{files}")
     for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
         line = f"{key}: {_shown(before)} -> {_shown(now)}"
         if key in LENGTH:
-            moved = _moved_rates(recipe.train, seal, facts["steps"])
+            moved = _moved_rates(recipe.train, seal, facts.prepared.steps)
             drift.refused.append(line + moved) if moved and not finished else drift.told.append(line + moved)
         elif _is_under(key, FOUND) and key not in LAYOUT:
             judges = next(names for prefix, names in FOUND.items() if _is_under(key, {prefix}))
@@ -99,15 +96,17 @@ def of_run(
                 drift.told.append(line)  # its fingerprint has the say
             else:
                 drift.refused.append(line)
-    if seal["processes"] != facts["processes"]:
-        drift.told.append(f"processes: {seal['processes']} -> {facts['processes']}; sums are rounded in another order")
-    for name, now in facts["versions"].items():
+    if seal["processes"] != facts.start.processes:
+        drift.told.append(
+            f"processes: {seal['processes']} -> {facts.start.processes}; sums are rounded in another order"
+        )
+    for name, now in facts.start.versions.items():
         if seal["versions"].get(name) != now:
             drift.told.append(f"{name}: {seal['versions'].get(name)} -> {now}; the last digits may differ")
     return drift
 
 
-def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: dict[str, Any], report: Report) -> None:
+def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: Facts, report: Report) -> None:
     """Tell what has changed since a checkpoint was saved; refuse what would make it another training.
 
     Args:
@@ -129,7 +128,7 @@ def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: 
         shown = [Problem(f"changed since {found.folder.name}: {line}", Place(str(folder))) for line in changed.refused]
         hint = "resume with what it was begun with (recipe.yaml there), accept it with --allow-drift, or --overwrite it"
         raise RunFolderError([*shown, Problem("this would be another training than the one that was begun", hint=hint)])
-    facts["drift"] = [*facts.get("drift", ()), *(f"after step {found.progress.step}: {x}" for x in changed.refused)]
+    facts.drift = [*(facts.drift or ()), *(f"after step {found.progress.step}: {x}" for x in changed.refused)]
     for line in changed.refused:
         report.problem(f"changed since {found.folder.name}, and allowed: {line}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from loratune.errors import Place, Problem, RunFolderError, StorageError, listed
 from loratune.runs import lock, outputs, training_state
+from loratune.runs.facts import Facts
 from loratune.system import run_files, storage
 
 
@@ -137,7 +138,7 @@ def check_foreign(folder: Path, others: Collection[str] = ()) -> None:
         raise RunFolderError(Problem(told, Place(str(folder)), "move it away, or give another `output`"))
 
 
-def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> list[str]:
+def make_run(folder: Path, facts: Facts, resume: bool) -> list[str]:
     """Write run.json, and take away what an earlier run left in the folder, unless it is resumed.
 
     Only what a run wrote is taken away, and no link is followed.
@@ -149,7 +150,7 @@ def make_run(folder: Path, facts: dict[str, Any], resume: bool) -> list[str]:
         StorageError: when it can't be written.
     """
     # first of all: whoever comes after a kill must not take half an old run for a whole one
-    storage.write_json(folder / "run.json", {**facts, "status": "running"})
+    storage.write_json(folder / "run.json", {**facts.as_json(), "status": "running"})
     kept: list[str] = []
     try:
         if not resume:

@@ -8,40 +8,43 @@ from collections.abc import Sequence
 from typing import Any
 
 from loratune.recipe import Recipe
+from loratune.runs.facts import Facts
 
 
-def write(recipe: Recipe, facts: dict[str, Any]) -> str:
+def write(recipe: Recipe, facts: Facts) -> str:
     """Return README.md for a run.
 
     Args:
         recipe: what was run.
-        facts: run.json: counts, losses, versions, device.
+        facts: of the run, as run.json holds them.
     """
     adapter = recipe.method.type == "lora"
     named = recipe.model.base
     front = _front(named, "adapter" if adapter else "finetune")
     front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation", "tags:"]
     front += ["- loratune", *(["- lora"] if adapter else [])]
-    data = facts["data"]["train"]
+    setup, end = facts.prepared, facts.end
+    assert end is not None
+    data = setup.data["train"]
     held = f", {data['held_out']:,} held out" if data["held_out"] else ""
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
         f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{name_of(named)}`, "
-        f"trained with loratune {facts['versions']['loratune']}.", "",
+        f"trained with loratune {facts.start.versions['loratune']}.", "",
         "| | |", "|---|---|",
         f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
         f"| trained tokens | {data['trained_tokens']:,} per epoch |",
-        f"| steps | {facts['step']} of {recipe.train.batch_size} rows |",
-        f"| method | {_method(recipe, facts['quantization'])} |",
+        f"| steps | {end.step} of {recipe.train.batch_size} rows |",
+        f"| method | {_method(recipe, setup.quantization)} |",
         f"| optimizer | {recipe.optimizer.type}, lr {recipe.optimizer.lr:g} |",
-        f"| last train loss | {_number(facts.get('train_loss'))} |",
-        f"| best eval loss | {_number(facts.get('best_eval_loss'))} |",
-        f"| device | {facts['device']} |",
-        f"| time in steps | {facts['seconds']:.0f} s |", "",
+        f"| last train loss | {_number(end.train_loss)} |",
+        f"| best eval loss | {_number(end.best_eval_loss)} |",
+        f"| device | {facts.start.device} |",
+        f"| time in steps | {end.seconds:.0f} s |", "",
         "![loss](loss.svg)", "",
         *use(
-            recipe.output if adapter else None, facts["base"], facts["chat"], list(facts["turn_ends"]),
+            recipe.output if adapter else None, setup.base, setup.chat, list(setup.turn_ends),
             recipe.model.revision,
         ),
         "",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loratune.kernels import linear_cross_entropy
 from loratune.models import quantization
 from loratune.models.base_model import Loaded, count_parameters
 from loratune.recipe import Recipe
+from loratune.runs.facts import Setup
 from loratune.system import limits
 from loratune.training.activation_memory import Cost
 from loratune.training.memory_plan import Plan
@@ -140,18 +141,18 @@ def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, pl
     }
 
 
-def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+def advice(recipe: Recipe, setup: Setup | None) -> str:
     """Return what would take less memory, cheapest first, with how much less that is about.
 
     Args:
         recipe: that did not fit.
-        facts: of its run; where the base did not even load they hold no `memory`.
+        setup: what is known of its run; None where the base did not even load.
     """
-    quantized = facts.get("quantization", recipe.model.quantization.type) != "none"
-    if "memory" not in facts:
+    quantized = (setup.quantization if setup else recipe.model.quantization.type) != "none"
+    if setup is None:
         smaller = "a smaller base model" if quantized else "model.quantization: nf4 (about a quarter of bfloat16)"
         return f"the base model itself does not fit: {smaller}"
-    known: Mapping[str, int] = facts["memory"]
+    known = setup.memory
     per_token, checkpointed = known["per_token_now"], known["per_token_checkpointed"]
     tokens = known["tokens"]
     remedies: list[tuple[str, float]] = []
@@ -162,7 +163,7 @@ def advice(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         remedies.append(("train.gradient_checkpointing: all", tokens * (per_token - checkpointed)))
         per_token = checkpointed
     if not quantized and recipe.method.type == "lora":
-        width = 2 if facts["dtype"] in ("bfloat16", "float16") else 4
+        width = 2 if setup.dtype in ("bfloat16", "float16") else 4
         remedies.append(("model.quantization: nf4", known["linear"] * (1 - _NF4 / width)))
     if "8bit" not in recipe.optimizer.type and recipe.optimizer.type != "adafactor":
         remedies.append(("optimizer.type: adamw_8bit", known["states"] * 0.75))

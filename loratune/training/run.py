@@ -12,31 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-
 from loratune.console import duration, size
-from loratune.data import batches, chat_template, dataset, model_limits, turn_ends
-from loratune.data.dataset import Rows
-from loratune.data.encode import Encoder, Row
-from loratune.errors import Interrupted, ModelError, Place, Problem, SetupError, StorageError
+from loratune.data import batches
+from loratune.data.encode import Row
+from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.kernels import torch_compile
-from loratune.methods import other_programs, tensor_files
-from loratune.models import base_files, base_model, end_tokens, fingerprint, generate
+from loratune.methods import other_programs
+from loratune.models import base_files, base_model
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
-from loratune.runs.checkpoint import Found, Progress
-from loratune.system import garbage, regex_match, storage  # fmt: skip
+from loratune.runs.checkpoint import Progress
+from loratune.runs.facts import End, Facts
+from loratune.system import garbage, storage  # fmt: skip
 from loratune.training import (
-    activation_memory,
     launcher,
-    layout_test,
     loop,
-    memory_plan,
     memory_use,
     session,
+    setup,
     signals,
     start_report,
 )
@@ -95,14 +89,14 @@ def train(
         report.problem(line)
     with signals.listening() as asked, session.alone(folder, first, report):
         status, begun = "failed", False
-        facts = {**start_report.facts(recipe, accelerator), "trust_remote_code": trust_remote_code}
+        facts = Facts(start_report.start(recipe, accelerator, trust_remote_code))
         try:
             found = session.find(folder, resume, overwrite, accelerator, report)
             if found:
-                facts["drift"] = found.seal["drift"]
+                facts.drift = found.seal["drift"]
                 changes.check(folder, found, changes.of_recipe(found.seal, recipe), allow_drift, facts, report)
             with garbage.seldom(), torch_compile.later():
-                job = _prepare(recipe, folder, accelerator, report, facts, found)
+                job = setup.prepare(recipe, accelerator, report, facts, found)
             if found:
                 progress = session.resume(job, found, allow_drift, allow_base_mismatch)
             else:
@@ -123,7 +117,7 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if not base_model.is_out_of_memory(error):
                 raise
-            raise SetupError(f"out of memory on {facts['device']}", memory_use.advice(recipe, facts)) from None
+            raise SetupError(f"out of memory on {facts.start.device}", memory_use.advice(recipe, facts.setup)) from None
         except OSError as error:
             if error.filename is None or isinstance(error, ConnectionError):
                 raise
@@ -131,83 +125,7 @@ def train(
         finally:
             if first and begun:
                 with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
-                    storage.write_json(folder / "run.json", {**facts, "status": status})
-
-
-def _prepare(
-    recipe: Recipe,
-    folder: Path,
-    accelerator: Accelerator,
-    report: RunReport,
-    facts: dict[str, Any],
-    found: Found | None,
-) -> Job:
-    """Read the rows, load the base, put on it what is trained, and tell what is about to happen."""
-    settings, where = recipe.train, accelerator.device
-    trust = facts["trust_remote_code"]
-    tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
-    with report.counting("reading rows") as counting, accelerator.main_process_first():  # the others find them read
-        encoder = Encoder(tokenizer)
-        train_rows, eval_rows = dataset.of(recipe.data, recipe.train.seed, encoder, counting)
-    full = recipe.method.type == "full"
-    section = base_model.as_begun(recipe.model, found.seal.get("dtype") if found else None)
-    loaded = base_model.load(section, full, where, trust, tokenizer)
-    over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
-    if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
-        raise ModelError(refused)
-    remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
-    reached = [model_limits.check(loaded.model, some, remedy) for some in (train_rows, eval_rows) if some is not None]
-    loaded.notes += dict.fromkeys(note for note in reached if note)
-    loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
-    trained_ends = turn_ends.of_rows(train_rows, encoder)
-    origin = {**fingerprint.record(recipe.model, tokenizer), "turn_ends": end_tokens.named(trained_ends, tokenizer)}
-    ends = end_tokens.joined(trained_ends, turn_ends.of_template(encoder))
-    loaded.notes += end_tokens.notes(trained_ends, end_tokens.of_model(loaded.model, tokenizer), tokenizer)
-    chat = bool(encoder.turns.template) and not train_rows.formats.keys() <= {"text", "completion"}
-    loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
-    set_seed(settings.seed)
-    regex_match.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
-    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, train_rows, where), recipe.model.revision)
-    packing = layout_test.choose(recipe, loaded, net, train_rows, accelerator)
-    initial = recipe.method.initial(net)
-    cost, layers = activation_memory.measure(recipe, net, train_rows, packing, accelerator)
-    free = memory_use.least(memory_use.free_memory(where, accelerator.num_processes))
-    plan = memory_plan.choose(
-        recipe, cost, train_rows, packing, where.type, free, memory_use.fixed_bytes(recipe, loaded, net),
-        accelerator.num_processes, found.seal.get("activations") if found else None,
-    )  # fmt: skip
-    plan = memory_plan.switch(loaded.model, layers, plan, settings.gradient_checkpointing, cost.draws)
-    on_disk = tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype)
-    optimizer = recipe.optimizer.build(session.trainable(net), where.type)
-    per_epoch = -(-batches.rows_per_epoch(train_rows.weights) // settings.batch_size)
-    steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    compiled = torch_compile.is_wanted(
-        settings.compile, where.type, memory_use.operations(net, train_rows, steps * settings.batch_size),
-        found.seal.get("compiled") if found else None,
-    )  # fmt: skip
-    if compiled:
-        compiled, note = torch_compile.install(net, loaded.dtype, settings.compile, report.note)
-        loaded.notes += [note] if note else []
-    batching = start_report.batching(recipe, packing, train_rows, accelerator.num_processes)
-    start_report.tell_start(report, recipe, loaded, net, train_rows, eval_rows, steps, on_disk, plan, batching)
-    facts.update(
-        base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
-        data={"train": start_report.counts(train_rows), "eval": start_report.counts(eval_rows) if eval_rows else None},
-        batching=batching, steps=steps, adapter_bytes_predicted=on_disk, dtype=str(loaded.dtype).removeprefix("torch."),
-        quantization=loaded.quantization,
-        fingerprints={
-            **start_report.fingerprints(train_rows, eval_rows),
-            "base": origin["base"]["sha256"], "tokenizer": origin["tokenizer"]["sha256"],
-        },
-        sources=start_report.sources(recipe), turn_ends=origin["turn_ends"],
-        chat=chat,
-        memory=memory_use.measure(recipe, loaded, net, train_rows, cost, plan), activations=plan.as_json(),
-        compiled=compiled,
-    )  # fmt: skip
-    return Job(
-        recipe, folder, accelerator, report, facts, origin, ends, tokenizer, loaded, net, initial, optimizer,
-        train_rows, eval_rows, packing, cost, layers, plan, per_epoch, steps, memory_use.checkpoint_bytes(recipe, net),
-    )  # fmt: skip
+                    storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
 
 
 def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
@@ -298,7 +216,7 @@ def _finish(job: Job, progress: Progress) -> Run:
                 f"the saved {start_report.product(recipe)} is that of step {kept}, where the eval loss was lowest"
             )
     last_loss = report.train[-1][1] if report.train else math.nan
-    facts.update(
+    facts.end = end = End(
         step=progress.step, saved_step=kept, train_loss=last_loss,
         best_eval_loss=progress.best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
     )  # fmt: skip
@@ -314,26 +232,15 @@ def _finish(job: Job, progress: Progress) -> Run:
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
         storage.write_text(folder / "loss.svg", loss_plot.loss_svg(report.train, report.evaluation, title))
         storage.write_text(folder / "README.md", model_card.write(recipe, facts))
-        facts["adapter_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        end.adapter_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):
             report.note(line)
         report.note(
             f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-            f"{start_report.product(recipe)} of {size(facts['adapter_bytes'])} in {folder}"
+            f"{start_report.product(recipe)} of {size(end.adapter_bytes)} in {folder}"
         )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
-
-
-def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
-    settings = recipe.train
-    for batch in batches.batches(
-        rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]
-    ):
-        for part in batch.micro:
-            known = recipe.objective.collate(part)
-            yield {key: known[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
 
 
 def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:

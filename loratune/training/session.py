@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loratune.models import base_files, base_model, config_files, end_tokens, fi
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
 from loratune.runs.checkpoint import Found, Progress
+from loratune.runs.facts import Facts
 from loratune.runs.training_state import Randomness
 from loratune.system import storage  # fmt: skip
 from loratune.training import memory_plan, memory_use, start_report
@@ -67,7 +68,7 @@ class Job:
     folder: Path
     accelerator: Accelerator
     report: RunReport
-    facts: dict[str, Any]
+    facts: Facts
     origin: dict[str, Any]
     ends: tuple[int, ...]
     tokenizer: Any
@@ -111,8 +112,8 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
     for line in base.notes:
         job.report.problem(line)
     if base.differences:
-        job.facts["base_differs"] = list(base.differences)
-    changed = changes.of_run(found.seal, job.recipe, job.facts["fingerprints"], job.facts, found.finished)
+        job.facts.base_differs = list(base.differences)
+    changed = changes.of_run(found.seal, job.recipe, job.facts, found.finished)
     changes.check(job.folder, found, changed, allow_drift, job.facts, job.report)
     progress = found.progress
     try:
@@ -162,7 +163,7 @@ def take(job: Job, plan: Plan) -> None:
     wish = job.recipe.train.gradient_checkpointing
     job.plan = memory_plan.switch(job.loaded.model, job.layers, plan, wish, job.cost.draws)
     memory = memory_use.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
-    job.facts.update(memory=memory, activations=plan.as_json())
+    job.facts.setup = replace(job.facts.prepared, memory=memory, activations=plan.as_json())
 
 
 def save(job: Job, progress: Progress, random: Randomness) -> Progress:
@@ -201,7 +202,7 @@ def write_readable(job: Job, folder: Path) -> None:
     """Write the tokenizer, and what else other programs look for beside the weights."""
     base = base_files.folder_of(job.recipe.model)
     if job.recipe.method.type == "full":
-        trust = job.facts["trust_remote_code"]
+        trust = job.facts.start.trust_remote_code
         model_folder.complete(folder, base, job.net.config, _name(job.loaded.dtype), job.tokenizer, trust=trust)
     else:
         tokenizer_files.write(folder, base, job.tokenizer, alone=True)
@@ -224,7 +225,7 @@ def check_space(job: Job, resume: bool) -> None:
     settings = job.recipe.train
     saves = -(-job.steps // in_steps(settings.save_every, job.per_epoch))
     kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one
-    final = 2 * int(job.facts["adapter_bytes_predicted"])
+    final = 2 * job.facts.prepared.adapter_bytes_predicted
     there = storage.size(job.folder / "checkpoints") if resume else 0
     needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
     what = f"{kept} checkpoints, one more while it is written, and the {start_report.product(job.recipe)}"
@@ -234,10 +235,13 @@ def check_space(job: Job, resume: bool) -> None:
 
 def about(job: Job) -> dict[str, Any]:
     """Return what a manifest says about the run its files come from."""
-    named = ("fingerprints", "sources", "steps", "processes", "versions", "activations", "compiled", "dtype")
-    settings, accepted = job.recipe.model_dump(mode="json"), job.facts.get("drift", [])
-    known = {name: job.facts[name] for name in named}
-    return {"recipe": job.recipe.hash(), "settings": settings, "drift": accepted, **known}
+    setup = job.facts.prepared
+    return {
+        "recipe": job.recipe.hash(), "settings": job.recipe.model_dump(mode="json"), "drift": job.facts.drift or [],
+        "fingerprints": setup.fingerprints, "sources": setup.sources, "steps": setup.steps,
+        "processes": job.facts.start.processes, "versions": job.facts.start.versions,
+        "activations": setup.activations, "compiled": setup.compiled, "dtype": setup.dtype,
+    }  # fmt: skip
 
 
 def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -21,6 +21,7 @@ from loratune.data.row_files import chosen
 from loratune.models import base_model
 from loratune.optim.schedules import warmup_steps
 from loratune.recipe import Recipe
+from loratune.runs.facts import Start
 from loratune.system.version import VERSION
 from loratune.training.layout_test import Packing
 from loratune.training.memory_plan import Plan
@@ -28,7 +29,7 @@ from loratune.training.memory_plan import Plan
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
 
-def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+def start(recipe: Recipe, accelerator: Accelerator, trust: bool) -> Start:
     """Return what run.json says of a run before anything is loaded."""
     versions = {"loratune": VERSION, "python": platform.python_version()}
     for name in VERSIONS:
@@ -37,14 +38,15 @@ def facts(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     cuda = accelerator.device.type == "cuda"
-    return {
-        "recipe_sha256": recipe.hash(),
-        "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({base_model.threads()} threads)",
-        "processes": accelerator.num_processes,
-        "versions": versions,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    return Start(
+        recipe_sha256=recipe.hash(),
+        seed=recipe.train.seed,
+        device=torch.cuda.get_device_name() if cuda else f"CPU ({base_model.threads()} threads)",
+        processes=accelerator.num_processes,
+        versions=versions,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        trust_remote_code=trust,
+    )
 
 
 def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:

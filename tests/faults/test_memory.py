@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from loratune.errors import SetupError
 from loratune.models import base_model
 from loratune.objectives import Sft
+from loratune.runs.facts import Setup
 from loratune.system import storage
 from loratune.training import memory_use as fits
 from loratune.training import run, session
@@ -89,13 +91,14 @@ MEMORY = {
 
 def test_advice_is_cheapest_first_with_what_it_gives(fit: Fit):
     known = fit("a", **scene.SECTIONS)
-    facts = {"memory": MEMORY, "dtype": "bfloat16", "device": "NVIDIA H100"}
-    assert fits.advice(known.recipe, facts) == (
+    blank = dict.fromkeys(field.name for field in fields(Setup))
+    setup = Setup(**{**blank, "memory": MEMORY, "dtype": "bfloat16", "quantization": "none"})
+    assert fits.advice(known.recipe, setup) == (
         "cheapest first, estimated: train.micro_batch_size: 1 (about 57.3 GB less), "
         "train.gradient_checkpointing: all (about 7.4 GB less), model.quantization: nf4 (about 10.4 GB less), "
         "optimizer.type: adamw_8bit (about 750.0 MB less), data.max_length: 1024 (about 409.6 MB less)"
     )
-    on = fits.advice(known.recipe, {**facts, "memory": {**MEMORY, "per_token_now": 400_000}})
+    on = fits.advice(known.recipe, replace(setup, memory={**MEMORY, "per_token_now": 400_000}))
     assert "gradient_checkpointing" not in on
     assert "train.micro_batch_size: 1 (about 5.7 GB less)" in on
 

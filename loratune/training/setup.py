@@ -1,0 +1,250 @@
+"""From a recipe to a training that can begin, in stages: rows, base, what is trained, layout, memory, steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from loratune.data import batches, chat_template, dataset, model_limits, turn_ends
+from loratune.data.dataset import Rows
+from loratune.data.encode import Encoder
+from loratune.errors import ModelError, Place, Problem
+from loratune.kernels import torch_compile
+from loratune.methods import tensor_files
+from loratune.models import base_model, end_tokens, fingerprint, generate
+from loratune.models.base_model import Loaded
+from loratune.recipe import Recipe
+from loratune.runs.checkpoint import Found
+from loratune.runs.facts import Facts, Setup
+from loratune.system import regex_match
+from loratune.training import activation_memory, layout_test, memory_plan, memory_use, session, start_report
+from loratune.training.activation_memory import Cost
+from loratune.training.layout_test import Packing
+from loratune.training.memory_plan import Plan
+from loratune.training.progress import RunReport
+from loratune.training.session import Job
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows, tokenized.
+
+    Attributes:
+        encoder: with the tokenizer and the recipe's chat template.
+        train: rows to train on.
+        held_out: rows to evaluate on, or None.
+    """
+
+    encoder: Encoder
+    train: Rows
+    held_out: Rows | None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, checked against rows and method.
+
+    Attributes:
+        loaded: the model, with notes for the start report.
+        origin: written beside each adapter: the base's fingerprint, and the ends of turns.
+        ends: tokens at which an answer ends.
+        chat: whether turns of a conversation are trained.
+    """
+
+    loaded: Loaded
+    origin: dict[str, Any]
+    ends: tuple[int, ...]
+    chat: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The base with what is trained on it.
+
+    Attributes:
+        net: the model.
+        initial: what the final save needs of the start.
+        on_disk: bytes of what is saved.
+    """
+
+    net: Any
+    initial: dict[str, torch.Tensor]
+    on_disk: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What activations cost and what was decided.
+
+    Attributes:
+        cost: measured on short rows.
+        layers: that can be computed again.
+        plan: how many are, and the tokens of a micro-batch.
+    """
+
+    cost: Cost
+    layers: list[Any]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: optimizer steps per epoch and in all."""
+
+    per_epoch: int
+    steps: int
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: Facts, found: Found | None) -> Job:
+    """Set a training up, and tell what is about to happen.
+
+    Args:
+        recipe: of the training.
+        accelerator: accelerate's.
+        report: that tells it.
+        facts: get what is known now.
+        found: the checkpoint that is resumed from, or None.
+
+    Raises:
+        LoratuneError: any of its kinds.
+    """
+    where, seal = accelerator.device, found.seal if found else {}
+    data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
+    base = load_base(recipe, data, where, facts.start.trust_remote_code, seal.get("dtype"))
+    tuned = apply_method(recipe, base.loaded, data.train, where)
+    packing = layout_test.choose(recipe, base.loaded, tuned.net, data.train, accelerator)
+    memory = plan_memory(recipe, base.loaded, tuned.net, data.train, packing, accelerator, seal.get("activations"))
+    optimizer = recipe.optimizer.build(session.trainable(tuned.net), where.type)
+    length = length_of(recipe, data.train)
+    compiled = use_compiler(recipe, base.loaded, tuned.net, data.train, length, report, seal.get("compiled"))
+    batching = start_report.batching(recipe, packing, data.train, accelerator.num_processes)
+    start_report.tell_start(
+        report, recipe, base.loaded, tuned.net, data.train, data.held_out, length.steps, tuned.on_disk, memory.plan,
+        batching,
+    )  # fmt: skip
+    facts.setup = _setup(recipe, data, base, tuned, memory, length, batching, compiled)
+    return Job(
+        recipe, Path(recipe.output), accelerator, report, facts, base.origin, base.ends, data.encoder.tokenizer,
+        base.loaded, tuned.net, tuned.initial, optimizer, data.train, data.held_out, packing, memory.cost,
+        memory.layers, memory.plan, length.per_epoch, length.steps, memory_use.checkpoint_bytes(recipe, tuned.net),
+    )  # fmt: skip
+
+
+def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: RunReport) -> Data:
+    """Read and tokenize the rows; the first process does, the others find them in the cache."""
+    tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
+    with report.counting("reading rows") as counting, accelerator.main_process_first():
+        encoder = Encoder(tokenizer)
+        return Data(encoder, *dataset.of(recipe.data, recipe.train.seed, encoder, counting))
+
+
+def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtype: str | None) -> Base:
+    """Load the base and check it against method and rows; `dtype` is that of a run that is resumed."""
+    full, encoder = recipe.method.type == "full", data.encoder
+    loaded = base_model.load(base_model.as_begun(recipe.model, dtype), full, where, trust, encoder.tokenizer)
+    over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
+    if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
+        raise ModelError(refused)
+    regex_match.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
+    remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
+    sets = [rows for rows in (data.train, data.held_out) if rows is not None]
+    reached = [model_limits.check(loaded.model, rows, remedy) for rows in sets]
+    loaded.notes += dict.fromkeys(note for note in reached if note)
+    loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
+    trained = turn_ends.of_rows(data.train, encoder)
+    loaded.notes += end_tokens.notes(trained, end_tokens.of_model(loaded.model, encoder.tokenizer), encoder.tokenizer)
+    chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion"}
+    loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
+    origin = {
+        **fingerprint.record(recipe.model, encoder.tokenizer),
+        "turn_ends": end_tokens.named(trained, encoder.tokenizer),
+    }
+    return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
+
+
+def apply_method(recipe: Recipe, loaded: Loaded, rows: Rows, where: torch.device) -> Tuned:
+    """Put on the base what is trained."""
+    set_seed(recipe.train.seed)
+    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, rows, where), recipe.model.revision)
+    initial = recipe.method.initial(net)
+    return Tuned(net, initial, tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype))
+
+
+def plan_memory(
+    recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator,
+    begun: dict[str, int] | None,
+) -> Memory:  # fmt: skip
+    """Measure what activations take, and decide how much is computed again; `begun` is the plan of a resumed run."""
+    where, processes = accelerator.device, accelerator.num_processes
+    cost, layers = activation_memory.measure(recipe, net, rows, packing, accelerator)
+    free = memory_use.least(memory_use.free_memory(where, processes))
+    fixed = memory_use.fixed_bytes(recipe, loaded, net)
+    plan = memory_plan.choose(recipe, cost, rows, packing, where.type, free, fixed, processes, begun)
+    plan = memory_plan.switch(loaded.model, layers, plan, recipe.train.gradient_checkpointing, cost.draws)
+    return Memory(cost, layers, plan)
+
+
+def length_of(recipe: Recipe, rows: Rows) -> Length:
+    """Return how many steps an epoch and the whole run have."""
+    per_epoch = -(-batches.rows_per_epoch(rows.weights) // recipe.train.batch_size)
+    return Length(per_epoch, recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch))
+
+
+def use_compiler(
+    recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, length: Length, report: RunReport, begun: bool | None
+) -> bool:
+    """Let torch's compiler join small operations where that pays; `begun` is what a resumed run did."""
+    operations = memory_use.operations(net, rows, length.steps * recipe.train.batch_size)
+    if not torch_compile.is_wanted(recipe.train.compile, loaded.device.type, operations, begun):
+        return False
+    compiled, note = torch_compile.install(net, loaded.dtype, recipe.train.compile, report.note)
+    loaded.notes += [note] if note else []
+    return compiled
+
+
+def _setup(
+    recipe: Recipe, data: Data, base: Base, tuned: Tuned, memory: Memory, length: Length, batching: dict[str, Any],
+    compiled: bool,
+) -> Setup:  # fmt: skip
+    loaded = base.loaded
+    return Setup(
+        base=str(loaded.model.config._name_or_path) if recipe.model.base.endswith(".gguf") else recipe.model.base,
+        data={
+            "train": start_report.counts(data.train),
+            "eval": start_report.counts(data.held_out) if data.held_out else None,
+        },
+        batching=batching,
+        steps=length.steps,
+        adapter_bytes_predicted=tuned.on_disk,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        quantization=loaded.quantization,
+        fingerprints={
+            **start_report.fingerprints(data.train, data.held_out),
+            "base": base.origin["base"]["sha256"],
+            "tokenizer": base.origin["tokenizer"]["sha256"],
+        },
+        sources=start_report.sources(recipe),
+        turn_ends=base.origin["turn_ends"],
+        chat=base.chat,
+        memory=memory_use.measure(recipe, loaded, tuned.net, data.train, memory.cost, memory.plan),
+        activations=memory.plan.as_json(),
+        compiled=compiled,
+    )
+
+
+def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
+    settings = recipe.train
+    for batch in batches.batches(
+        rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]
+    ):
+        for part in batch.micro:
+            known = recipe.objective.collate(part)
+            yield {key: known[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
