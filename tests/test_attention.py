@@ -12,12 +12,12 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.data import bin_packing, prefix_sharing
+from loratune.data import bin_packing, collate, prefix_sharing
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.errors import Place
 from loratune.kernels import cpu_attention, packed_attention
-from loratune.objectives import Sft, sft
+from loratune.objectives import Sft
 from loratune.training import layout_test
 from tests.test_sharing import alike
 
@@ -119,7 +119,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None
 @pytest.mark.parametrize("name", EXACT)
 def test_without_packs_it_is_sdpa_to_the_bit(name: str) -> None:
     net, batch = made(name, EXACT[name]), Sft().collate(ROWS)
-    inputs = sft.inputs(batch)
+    inputs = collate.inputs(batch)
     with torch.no_grad():
         padded = net(**inputs).logits
         plain = net(input_ids=inputs["input_ids"]).logits

@@ -185,7 +185,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
             else:
                 config = PeftConfig.from_pretrained(str(folder))
                 if isinstance(config, LoraConfig) and not lora_linear.misfits(net):
-                    config._register_custom_module(lora_linear.modules())
+                    config._register_custom_module(lora_linear.MODULES)
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
                 lora_linear.join(net)
         adapter_files.check_complete(net, folder, name)

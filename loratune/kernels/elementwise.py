@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+from torch.nn.functional import silu
+
 CLOSE = {"torch.float32": 1e-5, "torch.float16": 2**-9, "torch.bfloat16": 2**-6}  # compiled from plain, relative
 
 
@@ -32,42 +35,38 @@ class Operations:
     gate_back: Callable[..., Any]
 
 
-@cache
-def plain() -> Operations:
-    """Return the operations as torch computes them."""
-    import torch
-    from torch.nn.functional import silu
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.to(torch.float32, copy=True)
+    scale = wide.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return weight * wide.mul_(scale).to(x.dtype), scale
 
-    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = x.to(torch.float32, copy=True)
-        scale = wide.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        return weight * wide.mul_(scale).to(x.dtype), scale
 
-    def norm_back(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = x.to(torch.float32, copy=True).mul_(scale)
-        wide = (gradient * weight).to(torch.float32, copy=True)
-        along = (normed * wide).mean(-1, keepdim=True)
-        return wide.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+def _norm_back(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    normed = x.to(torch.float32, copy=True).mul_(scale)
+    wide = (gradient * weight).to(torch.float32, copy=True)
+    along = (normed * wide).mean(-1, keepdim=True)
+    return wide.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
-    def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return silu(gate).mul_(up)
 
-    def gate_back(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
+def _gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return silu(gate).mul_(up)
 
-    return Operations(norm, norm_back, gate, gate_back)
+
+def _gate_back(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
+
+
+PLAIN = Operations(_norm, _norm_back, _gate, _gate_back)
+"""The operations as torch computes them."""
 
 
 @cache
 def compiled() -> Operations:
     """Return the operations as torch's compiler makes them; each is compiled when it is first called."""
-    whole = plain()
-    return Operations(*map(_compiled, (whole.norm, whole.norm_back, whole.gate, whole.gate_back)))
+    return Operations(_compiled(_norm), _compiled(_norm_back), _compiled(_gate), _compiled(_gate_back))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
     made = torch.compile(function, dynamic=False)  # but for the tokens, which are marked below
 
     def call(*given: Any) -> Any:
@@ -92,9 +91,7 @@ def differs(kind: str, width: int, dtype: Any, device: Any) -> str | None:
     Raises:
         Exception: of many kinds, when torch can't compile here.
     """
-    import torch
-
-    one, other = plain(), compiled()
+    one, other = PLAIN, compiled()
     random = torch.Generator(device="cpu").manual_seed(0)
     x, up, g = (torch.randn(48, width, generator=random).to(device, dtype) * size for size in (3, 1, 1))
     weight = torch.linspace(0.5, 1.5, width).to(device, dtype)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.nn.functional import cross_entropy, linear
 
 ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once, at most
 TRAINED = 4  # times as many where the head is trained: each part adds a product of the whole weight's size
@@ -47,11 +46,9 @@ def summed_cross_entropy(
         targets: (tokens,).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
     """
-    import torch
-
     if not torch.is_grad_enabled():  # a function of autograd's can't tell
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    total: torch.Tensor = _functions()[0].apply(hidden, weight, bias, targets, smoothing)
+    total: torch.Tensor = Head.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -63,7 +60,7 @@ def cross_entropy_of_logits(logits: torch.Tensor, targets: torch.Tensor, smoothi
         targets: (tokens,).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
     """
-    total: torch.Tensor = _functions()[1].apply(logits, targets, smoothing)
+    total: torch.Tensor = OfLogits.apply(logits, targets, smoothing)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -77,9 +74,6 @@ def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> 
         layer: a plain linear head (see `is_plain`), or None.
         targets: (tokens,).
     """
-    import torch
-    from torch.nn.functional import cross_entropy, linear
-
     losses, hits = [], []
     size = ROWS[states.device.type]
     for part, target in zip(torch.split(states, size), torch.split(targets, size), strict=True):
@@ -98,8 +92,6 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
         model: without the wrapper of several processes.
         ids: tokens to try it with, (rows, tokens).
     """
-    import torch
-
     layer = layer_of(model)
     half = torch.is_grad_enabled() and torch.float16
     return is_plain(model, ids) and half not in (_precision(layer), _plain[layer])
@@ -107,8 +99,6 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
 
 def is_plain(model: Any, ids: torch.Tensor) -> bool:
     """Return whether a model's logits are what a linear head gives, and nothing else; see `is_fusible`."""
-    import torch
-
     layer = layer_of(model)
     half = (torch.bfloat16, torch.float16)
     if type(layer) is not torch.nn.Linear or layer.weight.dtype not in (torch.float32, *half):
@@ -120,8 +110,6 @@ def is_plain(model: Any, ids: torch.Tensor) -> bool:
 
 def _precision(layer: Any) -> torch.dtype:
     """Return the precision a linear layer computes in here and now: its own, or that of autocast."""
-    import torch
-
     kind = layer.weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
 
@@ -133,8 +121,6 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
     in size, so that a cap shows at the large ones and whatever is added at the small ones. The model's own may lie
     where either is lost in rounding.
     """
-    import torch
-
     seen: list[torch.dtype | None] = []
     words = head.out_features
     given = torch.logspace(-5, 4, words, device=head.weight.device, dtype=torch.float32)
@@ -193,106 +179,97 @@ def _scores_to_gradient(scores: torch.Tensor, ones: torch.Tensor, target: torch.
         target: (rows, 1).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
     """
-    import torch
-
     scores.div_(ones)
     if smoothing:
         scores.sub_(smoothing / scores.shape[1])
     scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
 
 
-@cache
-def _functions() -> tuple[Any, Any]:
-    import torch
+class Head(torch.autograd.Function):
+    """Linear and cross entropy; the gradient of the weight is summed in float32."""
 
-    class Head(torch.autograd.Function):
-        """Linear and cross entropy; the gradient of the weight is summed in float32."""
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+        smoothing: float,
+    ) -> torch.Tensor:  # fmt: skip
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        of_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
+        parts = -(-len(hidden) // rows_at_once(weight))
+        rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # under autocast
+        # once for all parts: memory that is new has to be found page by page
+        made = hidden.new_empty(rows, len(weight))
+        wide = torch.empty_like(made, dtype=torch.float32) if made.dtype is not torch.float32 else made
+        for begin in range(0, len(hidden), max(rows, 1)):
+            part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
+            logits, scores = made[: len(part)], wide[: len(part)]  # (rows, vocabulary) each
+            if bias is None:
+                torch.mm(part, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, part, weight.t(), out=logits)
+            scores.copy_(logits)
+            scores.sub_(scores.amax(dim=-1, keepdim=True))
+            of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
+            ones = scores.exp_().sum(dim=-1, keepdim=True)
+            total += (ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            _scores_to_gradient(scores, ones, target, smoothing)
+            if of_bias is not None:
+                of_bias += scores.sum(dim=0)
+            logits.copy_(scores)
+            if gradient is not None:
+                torch.mm(logits, weight, out=gradient[begin : begin + rows])
+            if of_weight is not None and part.dtype is torch.float32:
+                of_weight.addmm_(logits.t(), part)
+            elif of_weight is not None:
+                of_weight += logits.t() @ part
+        ctx.save_for_backward(gradient)
+        ctx.summed = (of_weight, of_bias)
+        return total
 
-        @staticmethod
-        def forward(
-            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-            smoothing: float,
-        ) -> torch.Tensor:  # fmt: skip
-            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            of_bias = (
-                None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
-            )
-            parts = -(-len(hidden) // rows_at_once(weight))
-            rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
-            ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # under autocast
-            # once for all parts: memory that is new has to be found page by page
-            made = hidden.new_empty(rows, len(weight))
-            wide = torch.empty_like(made, dtype=torch.float32) if made.dtype is not torch.float32 else made
-            for begin in range(0, len(hidden), max(rows, 1)):
-                part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
-                logits, scores = made[: len(part)], wide[: len(part)]  # (rows, vocabulary) each
-                if bias is None:
-                    torch.mm(part, weight.t(), out=logits)
-                else:
-                    torch.addmm(bias, part, weight.t(), out=logits)
-                scores.copy_(logits)
-                scores.sub_(scores.amax(dim=-1, keepdim=True))
-                of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
-                ones = scores.exp_().sum(dim=-1, keepdim=True)
-                total += (ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
-                if not any(ctx.needs_input_grad):
-                    continue
-                _scores_to_gradient(scores, ones, target, smoothing)
-                if of_bias is not None:
-                    of_bias += scores.sum(dim=0)
-                logits.copy_(scores)
-                if gradient is not None:
-                    torch.mm(logits, weight, out=gradient[begin : begin + rows])
-                if of_weight is not None and part.dtype is torch.float32:
-                    of_weight.addmm_(logits.t(), part)
-                elif of_weight is not None:
-                    of_weight += logits.t() @ part
-            ctx.save_for_backward(gradient)
-            ctx.summed = (of_weight, of_bias)
-            return total
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        if gradient is not None:  # in float32: one over the count, rounded to bfloat16, would scale all alike
+            gradient = (gradient.float() * outer[0]).to(gradient.dtype)
+        summed = [
+            None if one is None else one.mul_(outer[0]).to(dtype)
+            for one, dtype in zip(ctx.summed, ctx.dtypes, strict=True)
+        ]
+        ctx.summed = None  # scaled in place, as large as the head: once only
+        return gradient, *summed, None, None
 
-        @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            (gradient,) = ctx.saved_tensors
-            if gradient is not None:  # in float32: one over the count, rounded to bfloat16, would scale all alike
-                gradient = (gradient.float() * outer[0]).to(gradient.dtype)
-            summed = [
-                None if one is None else one.mul_(outer[0]).to(dtype)
-                for one, dtype in zip(ctx.summed, ctx.dtypes, strict=True)
-            ]
-            ctx.summed = None  # scaled in place, as large as the head: once only
-            return gradient, *summed, None, None
 
-    class OfLogits(torch.autograd.Function):
-        """Cross entropy alone; the gradient is scaled in float32 before it is rounded, as float16 needs."""
+class OfLogits(torch.autograd.Function):
+    """Cross entropy alone; the gradient is scaled in float32 before it is rounded, as float16 needs."""
 
-        @staticmethod
-        def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-            size = ROWS[logits.device.type]
-            total = torch.zeros((), dtype=torch.float32, device=logits.device)
-            sums = []
-            for part, target in zip(torch.split(logits, size), torch.split(targets[:, None], size), strict=True):
-                scores = part.float()  # (size, vocabulary)
-                sums.append(scores.logsumexp(dim=-1, keepdim=True))
-                of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
-                total += (sums[-1] - (1 - smoothing) * of_target - smoothing * mean).sum()
-            ctx.save_for_backward(logits, targets, *sums)
-            ctx.smoothing = smoothing
-            return total
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        size = ROWS[logits.device.type]
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        sums = []
+        for part, target in zip(torch.split(logits, size), torch.split(targets[:, None], size), strict=True):
+            scores = part.float()  # (size, vocabulary)
+            sums.append(scores.logsumexp(dim=-1, keepdim=True))
+            of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
+            total += (sums[-1] - (1 - smoothing) * of_target - smoothing * mean).sum()
+        ctx.save_for_backward(logits, targets, *sums)
+        ctx.smoothing = smoothing
+        return total
 
-        @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            logits, targets, *sums = ctx.saved_tensors
-            size = ROWS[logits.device.type]
-            gradient = torch.empty_like(logits)
-            parts = zip(*(torch.split(one, size) for one in (logits, targets[:, None], gradient)), sums, strict=True)
-            for part, target, into, ones in parts:
-                scores = (part.float() - ones).exp_()
-                _scores_to_gradient(scores, torch.ones_like(ones), target, ctx.smoothing)
-                into.copy_(scores.mul_(outer[0]))
-            return gradient, None, None
-
-    return Head, OfLogits
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets, *sums = ctx.saved_tensors
+        size = ROWS[logits.device.type]
+        gradient = torch.empty_like(logits)
+        parts = zip(*(torch.split(one, size) for one in (logits, targets[:, None], gradient)), sums, strict=True)
+        for part, target, into, ones in parts:
+            scores = (part.float() - ones).exp_()
+            _scores_to_gradient(scores, torch.ones_like(ones), target, ctx.smoothing)
+            into.copy_(scores.mul_(outer[0]))
+        return gradient, None, None

@@ -7,37 +7,29 @@ read and added up once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners import lora
+from torch.nn.functional import linear
 
 from loratune.kernels import norm_swiglu
-
-if TYPE_CHECKING:
-    import torch
+from loratune.kernels.layer_kinds import is_of_bitsandbytes, precision
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that share what they are given
 
 
 def fits(layer: Any) -> bool:
     """Return whether a layer is one whose product this module computes itself: linear or in 4 bits, not float16."""
-    import torch
-
     plain = type(layer) is torch.nn.Linear
-    return (plain or _in_4_bits(layer)) and norm_swiglu.precision(layer) in (torch.float32, torch.bfloat16)
+    return (plain or _in_4_bits(layer)) and precision(layer) in (torch.float32, torch.bfloat16)
 
 
 def misfits(model: Any) -> list[str]:
     """Return what linear layers of a model are of for which nothing here can stand: float16, or the name of a class."""
-    import torch
-
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and not fits(module))
     return sorted({"float16" if type(m).__name__ == "Linear" else type(m).__name__ for m in linear})
-
-
-def is_of_bitsandbytes(layer: Any, name: str) -> bool:
-    """Return whether a layer is bitsandbytes' of a name, without importing bitsandbytes for models that have none."""
-    kind = type(layer)
-    return kind.__name__ == name and kind.__module__.startswith("bitsandbytes.")
 
 
 def _in_4_bits(layer: Any) -> bool:
@@ -46,7 +38,7 @@ def _in_4_bits(layer: Any) -> bool:
 
 def join(model: Any) -> None:
     """Tell the layers of a model which others are given the same state; if they are not, each is computed alone."""
-    kinds = tuple(modules().values())
+    kinds = tuple(MODULES.values())
     for parent in model.modules():
         for names in TOGETHER:
             found = [getattr(parent, name, None) for name in names]
@@ -55,150 +47,144 @@ def join(model: Any) -> None:
                 layer.together = members
 
 
-@cache
-def modules() -> dict[Any, Any]:
-    """Return what PEFT is to put over which layer, for `LoraConfig._register_custom_module`."""
-    import torch
-    from peft.import_utils import is_bnb_4bit_available
-    from peft.tuners import lora
-    from torch.nn.functional import linear
+class LowRank(torch.autograd.Function):
+    """x W^T + b + s x A^T B^T with W and b frozen, for some layers; in the precision of x, A and B may be wider.
 
-    class LowRank(torch.autograd.Function):
-        """x W^T + b + s x A^T B^T with W and b frozen, for some layers; in the precision of x, A and B may be wider.
+    The small products of all layers with x, and with its gradient, are one: their A stand below one another.
+    """
 
-        The small products of all layers with x, and with its gradient, are one: their A stand below one another.
-        """
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, scales: list[float],
+        weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """Take what gives the weight of each layer, and bias, A and B of each; return what each layer gives."""
+        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        biases, a, b = (given[part::3] for part in range(3))
+        downs = [part.to(x.dtype) for part in a]  # (r, in) each, kept as such: copies of weights, known by their size
+        ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
+        inners = torch.split_with_sizes(
+            rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
+        )  # (tokens, r) each
+        parts = zip(weights, biases, inners, ups, strict=True)
+        outs = [linear(rows, weight(), bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
+        ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
+        ctx.weights, ctx.scales = weights, scales
+        ctx.masters, ctx.product, ctx.shape = (a[0].dtype, b[0].dtype), again.product, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
-        @staticmethod
-        def forward(
-            ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, scales: list[float],
-            weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
-        ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-            """Take what gives the weight of each layer, and bias, A and B of each; return what each layer gives."""
-            rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            biases, a, b = (given[part::3] for part in range(3))
-            downs = [
-                part.to(x.dtype) for part in a
-            ]  # (r, in) each, kept as such: copies of weights, known by their size
-            ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
-            inners = torch.split_with_sizes(
-                rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
-            )  # (tokens, r) each
-            parts = zip(weights, biases, inners, ups, strict=True)
-            outs = [linear(rows, weight(), bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
-            ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
-            ctx.weights, ctx.scales = weights, scales
-            ctx.masters, ctx.product, ctx.shape = (a[0].dtype, b[0].dtype), again.product, x.shape
-            ctx.set_materialize_grads(False)
-            return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        number = len(outer)
+        saved = ctx.saved_tensors  # once: a checkpointed layer is computed again by it
+        ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
+        kept = saved[3 * number :]
+        found: list[torch.Tensor | None] = [None] * (3 * number)
+        of_x = None
+        gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
+        throughs = [
+            inner.new_zeros(inner.shape) if g is None else g @ up
+            for g, up, inner in zip(gradients, ups, inners, strict=True)
+        ]
+        through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
+        if any(ctx.needs_input_grad[5::3]):
+            of_down = ctx.product(through, *kept).to(ctx.masters[0])
+            found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
+        for index, g in enumerate(gradients):
+            if g is None:
+                continue
+            if ctx.needs_input_grad[6 + 3 * index]:  # this way round: the other is slower on a CPU
+                of_b = (inners[index].t() @ g).t().to(ctx.masters[1])
+                found[3 * index + 2] = of_b.mul_(ctx.scales[index])
+            if ctx.needs_input_grad[0]:
+                weight = ctx.weights[index]()
+                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+                del weight  # one that was in 4 bits, before the next is made
+        if of_x is not None:
+            of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
+        return of_x, None, None, None, *found
 
-        @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            number = len(outer)
-            saved = ctx.saved_tensors  # once: a checkpointed layer is computed again by it
-            ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
-            kept = saved[3 * number :]
-            found: list[torch.Tensor | None] = [None] * (3 * number)
-            of_x = None
-            gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
-            throughs = [
-                inner.new_zeros(inner.shape) if g is None else g @ up
-                for g, up, inner in zip(gradients, ups, inners, strict=True)
-            ]
-            through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
-            if any(ctx.needs_input_grad[5::3]):
-                of_down = ctx.product(through, *kept).to(ctx.masters[0])
-                found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
-            for index, g in enumerate(gradients):
-                if g is None:
-                    continue
-                if ctx.needs_input_grad[6 + 3 * index]:  # this way round: the other is slower on a CPU
-                    of_b = (inners[index].t() @ g).t().to(ctx.masters[1])
-                    found[3 * index + 2] = of_b.mul_(ctx.scales[index])
-                if ctx.needs_input_grad[0]:
-                    weight = ctx.weights[index]()
-                    of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
-                    del weight  # one that was in 4 bits, before the next is made
-            if of_x is not None:
-                of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
-            return of_x, None, None, None, *found
 
-    class Ours(torch.nn.Module):
-        """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA goes PEFT's way.
+class _Ours(torch.nn.Module):
+    """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA goes PEFT's way.
 
-        So does an evaluation in float32, and with it what a merge is held against. In bfloat16 it is the training's
-        forward pass: PEFT's would make a float32 copy of each layer's input.
-        """
+    So does an evaluation in float32, and with it what a merge is held against. In bfloat16 it is the training's
+    forward pass: PEFT's would make a float32 copy of each layer's input.
+    """
 
-        together: tuple[Any, ...] = ()  # itself and others, which are given the same
-        base_layer: Any
-        scaling: Any
-        active_adapters: Any
-        lora_A: Any
-        lora_B: Any
-        lora_dropout: Any
-        lora_variant: Any
-        disable_adapters: Any
-        merged: Any
+    together: tuple[Any, ...] = ()  # itself and others, which are given the same
+    base_layer: Any
+    scaling: Any
+    active_adapters: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: Any
+    disable_adapters: Any
+    merged: Any
 
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            version = norm_swiglu.version(x)
-            made: dict[Any, torch.Tensor] = getattr(x, "_made", {}).get(version, {})  # edited since: another state
-            if self in made:
-                return made.pop(self)
-            if args or kwargs or not self._plain(x):
-                out: torch.Tensor = super().forward(x, *args, **kwargs)
-                return out
-            layers = [self, *(other for other in self.together if other is not self and other._plain(x))]
-            given = [part for layer in layers for part in layer._tensors()]
-            scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
-            weights = [layer._weight for layer in layers]
-            outs = LowRank.apply(x, norm_swiglu.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
-            if len(layers) > 1:
-                x._made = {version: dict(zip(layers[1:], outs[1:], strict=True))}  # type: ignore[attr-defined]
-            return outs[0]  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        version = norm_swiglu.version(x)
+        made: dict[Any, torch.Tensor] = getattr(x, "_made", {}).get(version, {})  # edited since: another state
+        if self in made:
+            return made.pop(self)
+        if args or kwargs or not self._plain(x):
+            out: torch.Tensor = super().forward(x, *args, **kwargs)
+            return out
+        layers = [self, *(other for other in self.together if other is not self and other._plain(x))]
+        given = [part for layer in layers for part in layer._tensors()]
+        scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
+        weights = [layer._weight for layer in layers]
+        outs = LowRank.apply(x, norm_swiglu.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
+        if len(layers) > 1:
+            x._made = {version: dict(zip(layers[1:], outs[1:], strict=True))}  # type: ignore[attr-defined]
+        return outs[0]  # type: ignore[no-any-return]
 
-        def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-            name = self.active_adapters[0]
-            bias = self.base_layer.bias
-            wanted = bias if bias is None else bias.to(norm_swiglu.precision(self))
-            return wanted, self.lora_A[name].weight, self.lora_B[name].weight
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        name = self.active_adapters[0]
+        bias = self.base_layer.bias
+        wanted = bias if bias is None else bias.to(precision(self))
+        return wanted, self.lora_A[name].weight, self.lora_B[name].weight
 
-        def _weight(self) -> torch.Tensor:
-            """Return the base's weight in the precision it computes in, (out, in)."""
-            base = self.base_layer
-            if not _in_4_bits(base):
-                return base.weight  # type: ignore[no-any-return]
-            from bitsandbytes.functional import dequantize_4bit
+    def _weight(self) -> torch.Tensor:
+        """Return the base's weight in the precision it computes in, (out, in)."""
+        base = self.base_layer
+        if not _in_4_bits(base):
+            return base.weight  # type: ignore[no-any-return]
+        from bitsandbytes.functional import dequantize_4bit
 
-            wide: torch.Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
-            return wide
+        wide: torch.Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
+        return wide
 
-        def _plain(self, x: torch.Tensor) -> bool:
-            base, names = self.base_layer, self.active_adapters
-            return (
-                (self.training or x.dtype is torch.bfloat16)  # in float32 an evaluation is PEFT's to the bit
-                and not (self.disable_adapters or self.merged)
-                and len(names) == 1
-                and names[0] in self.lora_A
-                and names[0] not in self.lora_variant
-                and type(self.lora_dropout[names[0]]) is torch.nn.Identity
-                and self.lora_B[names[0]].bias is None
-                and fits(base)
-                and x.dtype == norm_swiglu.precision(base)
-                and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-                and not torch.is_autocast_enabled(x.device.type)
-            )
+    def _plain(self, x: torch.Tensor) -> bool:
+        base, names = self.base_layer, self.active_adapters
+        return (
+            (self.training or x.dtype is torch.bfloat16)  # in float32 an evaluation is PEFT's to the bit
+            and not (self.disable_adapters or self.merged)
+            and len(names) == 1
+            and names[0] in self.lora_A
+            and names[0] not in self.lora_variant
+            and type(self.lora_dropout[names[0]]) is torch.nn.Identity
+            and self.lora_B[names[0]].bias is None
+            and fits(base)
+            and x.dtype == precision(base)
+            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
-    class FewPasses(Ours, lora.Linear):  # type: ignore[misc]
-        """Over a linear layer."""
 
-    found: dict[Any, Any] = {torch.nn.Linear: FewPasses}
-    if not is_bnb_4bit_available():
-        return found
+class FewPasses(_Ours, lora.Linear):  # type: ignore[misc]
+    """Over a linear layer."""
+
+
+MODULES: dict[Any, Any] = {torch.nn.Linear: FewPasses}
+"""What PEFT is to put over which layer, for `LoraConfig._register_custom_module`."""
+
+if is_bnb_4bit_available():
     from bitsandbytes.nn import Linear4bit
 
-    class FewPasses4bit(Ours, lora.Linear4bit):  # type: ignore[misc]
+    class FewPasses4bit(_Ours, lora.Linear4bit):  # type: ignore[misc]
         """Over a linear layer whose weights are kept in 4 bits."""
 
-    return {Linear4bit: FewPasses4bit, **found}  # the first that fits, and one is a kind of the other
+    MODULES = {Linear4bit: FewPasses4bit, **MODULES}  # the first that fits, and one is a kind of the other

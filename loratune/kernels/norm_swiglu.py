@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from loratune.kernels import elementwise
-
-if TYPE_CHECKING:
-    import torch
+from loratune.kernels.layer_kinds import precision
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,6 @@ def _remember(out: torch.Tensor, product: Callable[..., torch.Tensor], *kept: to
     out._again = Again(product, kept, _versions(out, *kept))  # type: ignore[attr-defined]
 
 
-def precision(layer: Any) -> torch.dtype:
-    """Return the precision a linear layer computes in, adapted or not; weights of 4 bits don't show it."""
-    base = getattr(layer, "base_layer", layer)
-    found: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-    return found
-
-
 def install(model: Any, again: bool) -> None:
     """Let the norms and SwiGLUs of a model keep little while they train; in an evaluation they stay what they are.
 
@@ -103,10 +96,42 @@ def compile(model: Any, compiled: bool = True) -> set[tuple[str, int, Any]]:
     return found
 
 
+class Norm(torch.autograd.Function):
+    """The normed state, and what it was scaled with; its weight is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, operations: elementwise.Operations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, scale = operations.norm(x, weight, epsilon)
+        ctx.save_for_backward(x, scale, weight)
+        ctx.mark_non_differentiable(scale)
+        ctx.operations = operations
+        return out, scale
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        return ctx.operations.norm_back(outer[0], x, scale, weight), None, None, None
+
+
+class Gate(torch.autograd.Function):
+    """The gated state; both of what it is made of are kept by whoever made them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, operations: elementwise.Operations) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.operations = operations
+        return operations.gate(gate, up)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        return *ctx.operations.gate_back(outer[0], gate, up), None
+
+
 def _way(module: Any, again: bool) -> Callable[..., torch.Tensor] | None:
     """Return the other forward of a module that looks like an RMSNorm or a SwiGLU, or None."""
-    import torch
-
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if all(isinstance(getattr(module, part, None), torch.nn.Module) for part in parts):
         return partial(_gated, again=again) if "silu" in type(module.act_fn).__name__.lower() else None
@@ -125,13 +150,12 @@ def _epsilon(module: Any) -> float | None:
 def _normed(
     module: Any, x: torch.Tensor, *others: Any, again: bool, compiled: bool = False, **named: Any
 ) -> torch.Tensor:
-    import torch
-
     plain = module.training and x.dtype == module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
     if not plain or others or named:
         out: torch.Tensor = type(module).forward(module, x, *others, **named)
         return out
-    out, scale = _functions()[0].apply(x, module.weight, _epsilon(module), _operations(compiled))
+    given = (x, module.weight, _epsilon(module), _operations(compiled))
+    out, scale = Norm.apply(*given)  # type: ignore[no-untyped-call]
     if again:
         _remember(out, _product_of_normed, x.detach(), scale, module.weight)
     return out
@@ -145,7 +169,7 @@ def _gated(
         return done
     gate, up = module.gate_proj(x), module.up_proj(x)
     operations = _operations(compiled)
-    out = _functions()[1].apply(gate, up, operations)
+    out = Gate.apply(gate, up, operations)  # type: ignore[no-untyped-call]
     if again:
         _remember(out, partial(_product_of_gated, operations), gate.detach(), up.detach())
     return module.down_proj(out)  # type: ignore[no-any-return]
@@ -156,8 +180,6 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
 
     Its gradient may differ by what rounds otherwise.
     """
-    import torch
-
     is_norm = hasattr(module, "weight")
     width = module.weight.shape[0] if is_norm else module.gate_proj.in_features
     dtype = module.weight.dtype if is_norm else precision(module.gate_proj)
@@ -182,8 +204,6 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
 
 def _gradient(forward: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> torch.Tensor:
     """Return the gradient of a weighted sum of what comes out, in float32, of the shape of x."""
-    import torch
-
     with torch.enable_grad():
         given = x.clone().requires_grad_()
         out = forward(module, given)
@@ -208,43 +228,4 @@ def _product_of_gated(
 
 
 def _operations(compiled: bool) -> elementwise.Operations:
-    return elementwise.compiled() if compiled else elementwise.plain()
-
-
-@cache
-def _functions() -> tuple[Any, Any]:
-    import torch
-
-    class Norm(torch.autograd.Function):
-        """The normed state, and what it was scaled with; its weight is frozen."""
-
-        @staticmethod
-        def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, operations: elementwise.Operations
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            out, scale = operations.norm(x, weight, epsilon)
-            ctx.save_for_backward(x, scale, weight)
-            ctx.mark_non_differentiable(scale)
-            ctx.operations = operations
-            return out, scale
-
-        @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-            x, scale, weight = ctx.saved_tensors
-            return ctx.operations.norm_back(outer[0], x, scale, weight), None, None, None
-
-    class Gate(torch.autograd.Function):
-        """The gated state; both of what it is made of are kept by whoever made them."""
-
-        @staticmethod
-        def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, operations: elementwise.Operations) -> torch.Tensor:
-            ctx.save_for_backward(gate, up)
-            ctx.operations = operations
-            return operations.gate(gate, up)  # type: ignore[no-any-return]
-
-        @staticmethod
-        def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-            gate, up = ctx.saved_tensors
-            return *ctx.operations.gate_back(outer[0], gate, up), None
-
-    return Norm, Gate
+    return elementwise.compiled() if compiled else elementwise.PLAIN

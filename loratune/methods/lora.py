@@ -19,7 +19,6 @@ from pydantic_core import PydanticCustomError
 
 from loratune.config.section import Complaint, Section, as_tuple
 from loratune.errors import listed
-from loratune.kernels import lora_linear, norm_swiglu
 from loratune.methods import targets, tensor_files
 from loratune.models.section import Model
 
@@ -145,12 +144,14 @@ class Lora(Section):
         """
         from peft import get_peft_model
 
+        from loratune.kernels import lora_linear, norm_swiglu
+
         targets.check(self, model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
         config = self._config(model)
         few_passes = self._slower(model) is None
         if few_passes:
-            config._register_custom_module(lora_linear.modules())
+            config._register_custom_module(lora_linear.MODULES)
         peft_model: PeftModel = get_peft_model(model, config, revision=revision)
         _in_float32(peft_model)
         if self.init == "eva":
@@ -178,6 +179,8 @@ class Lora(Section):
             return "`method.lora_dropout`"
         if self.bias != "none":
             return f"`method.bias: {self.bias}`"
+        from loratune.kernels import lora_linear
+
         others = lora_linear.misfits(model)
         return f"the base has layers in {listed(others)}" if others else None
 

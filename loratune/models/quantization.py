@@ -13,7 +13,7 @@ import torch
 
 from loratune.console import size
 from loratune.errors import ModelError, Place, Problem, SetupError, listed
-from loratune.kernels.lora_linear import is_of_bitsandbytes
+from loratune.kernels.layer_kinds import is_of_bitsandbytes
 from loratune.models.section import Fp4, Int8, Model, Nf4
 
 _TELL = 0.05  # part (0-1) of the weights that may stay as they are without a word: norms, odd layers

@@ -12,14 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune.data import batches, prefix_sharing
+from loratune.data import batches, collate, prefix_sharing
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import packed_attention
+from loratune.models import policy
 from loratune.models.base_model import Loaded
-from loratune.objectives import Objective, sft
+from loratune.objectives import Objective
 from loratune.recipe import Recipe
 from loratune.training import loop
 
@@ -270,8 +271,8 @@ def _logits(
 
     def made(training: bool) -> torch.Tensor:
         net.train(training)
-        with torch.no_grad(), autocast(), sft.head_only_at(net, chosen):
-            logits: torch.Tensor = net(**sft.inputs(batch), use_cache=False).logits
+        with torch.no_grad(), autocast(), policy.head_only_at(net, chosen):
+            logits: torch.Tensor = net(**collate.inputs(batch), use_cache=False).logits
         return logits.float()
 
     before = _randomness(net)

@@ -13,7 +13,7 @@ import pytest
 
 from loratune.errors import Interrupted
 from loratune.runs import checkpoint
-from loratune.training import run, signals
+from loratune.training import setup, signals
 from tests.conftest import Fit, Trained
 from tests.faults import scene
 from tests.faults.child import Child, Plan
@@ -143,13 +143,13 @@ def test_a_step_or_an_evaluation_that_was_cut_short_is_done_again(
 
 
 def test_a_signal_while_rows_are_read_leaves_nothing(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    prepare = run._prepare
+    prepare = setup.prepare
 
     def asked(*args: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
         return prepare(*args)
 
-    monkeypatch.setattr(run, "_prepare", asked)
+    monkeypatch.setattr(setup, "prepare", asked)
     with pytest.raises(Interrupted, match="SIGUSR1: stopped before the first step: nothing to save") as caught:
         fit("a", **scene.SECTIONS)
     assert caught.value.exit_code == 143
