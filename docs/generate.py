@@ -1,11 +1,12 @@
-"""Write docs/recipe.md from the recipe's own schema and docs/cli.md from the real `--help` of each command.
+"""Write recipe.md from the recipe's own schema, cli.md from the `--help` of each command, modules.md from the code.
 
-Run: python docs/generate.py            writes both
+Run: python docs/generate.py            writes them
      python docs/generate.py --check    writes nothing; exit code 1 when one of them differs
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -15,12 +16,17 @@ from typing import Any
 
 import typer.main
 
+import loratune
 from loratune import cli, recipe
 
 FOLDER = Path(__file__).parent
 WIDTH = 100  # characters of a help page
 NOTE = "<!-- Written by docs/generate.py. Don't edit: change the descriptions in the code, then run `make docs`. -->\n"
 
+PACKAGES = (
+    "system", "kernels", "config", "models", "data", "data/formats", "methods", "objectives", "optim", "runs",
+    "training", "commands",
+)  # fmt: skip
 # Choices get a table each: the key they stand under, and what each of them is.
 TITLES = {
     "quantization": "Quantizations",
@@ -257,7 +263,36 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+def modules_page() -> str:
+    """Return docs/modules.md: each package and module with the first line of its docstring."""
+    root = Path(loratune.__file__).parent
+
+    def first(path: Path) -> str:
+        return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+    def table(folder: Path) -> Iterator[str]:
+        files = sorted(path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+        yield from (
+            "| module | what it is |",
+            "|---|---|",
+            *(f"| `{path.name}` | {_cell(first(path))} |" for path in files),
+        )
+
+    lines = [
+        NOTE,
+        "# The modules",
+        "",
+        "From the bottom up: a module imports from its own package and those above it here.",
+        "",
+    ]
+    lines += ["## `loratune/`", "", *table(root), ""]
+    for package in PACKAGES:
+        folder = root / package
+        lines += [f"## `{package}/`", "", first(folder / "__init__.py"), "", *table(folder), ""]
+    return "\n".join(lines)
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "modules.md": modules_page}
 
 
 def main() -> int:
