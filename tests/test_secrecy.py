@@ -200,7 +200,7 @@ FAILURES: dict[str, Force] = {
     "a traceback is asked for": fails(TRAIN, RECIPE, prepare="import os; os.environ['LORATUNE_TRACEBACK'] = '1'\n" + BREAK.format("data.dataset", f"__import__('loratune').DataError('{URL}')", "of")),
     "a library prints": fails(TRAIN, RECIPE, prepare=f"import sys, logging\nprint({OPENAI!r}); print({URL!r}, file=sys.stderr); logging.warning({TOKEN!r})\n" + BREAK.format("data.dataset", RAISE, "of")),
     "a device's name": fails(TRAIN, RECIPE, prepare=BREAK.format("training.run", RAISE, "_finish")),
-    "the facts": fails(TRAIN, RECIPE, prepare=f"import loratune.training.start_report as m\nf = m.start\nm.start = lambda *a: __import__('dataclasses').replace(f(*a), device={URL!r}, versions={{**f(*a).versions, **__import__('os').environ}})\n" + BREAK.format("runs.loss_plot", RAISE, "loss_svg")),
+    "the facts": fails(TRAIN, RECIPE, prepare=f"import loratune.training.start_report as m\nf = m.start\nm.start = lambda *a: __import__('dataclasses').replace(f(*a), device=' '.join([{URL!r}, *__import__('os').environ.values()]))\n" + BREAK.format("runs.loss_plot", RAISE, "loss_svg")),
 }  # fmt: skip
 # in a process of its own, as `main` is called; `prepare` runs once its streams are guarded
 _PROGRAM = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loratune.errors import Interrupted, RunFolderError
 from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
 from loratune.runs import changes
+from loratune.runs.facts import Facts, Setup, Start
 from loratune.training import run
 from loratune.training.progress import RunReport
 from loratune.training.signals import Signals
@@ -40,7 +42,17 @@ def _seal(known: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FACTS = {"steps": 9, "sources": [], "versions": {"torch": "2"}, "processes": 1}
+def _facts(
+    fingerprints: dict[str, Any], steps: int = 9, processes: int = 1, versions: dict[str, str] | None = None
+) -> Facts:
+    unknown = {field.name: None for field in (*fields(Start), *fields(Setup))}
+    start = {**unknown, "processes": processes, "versions": versions or {"torch": "2"}}
+    setup = {**unknown, "fingerprints": fingerprints, "steps": steps, "sources": []}
+    names = {field.name for field in fields(Start)}
+    return Facts(
+        Start(**{name: start[name] for name in names}),
+        setup=Setup(**{name: value for name, value in setup.items() if name not in names}),
+    )
 
 
 def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
@@ -55,7 +67,7 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
             place = place[key]
         place[leaf.split(".")[-1]] = "another"
         early = changes.of_recipe(seal, whole)
-        late = changes.of_run(seal, whole, seal["fingerprints"], FACTS, finished=False)
+        late = changes.of_run(seal, whole, _facts(seal["fingerprints"]), finished=False)
         assert len(early.refused + early.told + late.refused + late.told) == 1, leaf
         (refused if early.refused or late.refused else told).add(leaf)
     assert {leaf for leaf in told if not leaf.startswith("data.")} == {
@@ -79,11 +91,11 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
         ("base", 0),
     ):  # of the base `fingerprint.compare` speaks, with another exit code
         other = {**seal["fingerprints"], name: "other"}
-        assert len(changes.of_run(seal, whole, other, FACTS, finished=False).refused) == refusals
+        assert len(changes.of_run(seal, whole, _facts(other), finished=False).refused) == refusals
     seal = _seal(whole)
     seal["settings"]["model"]["base"] = "another"
     unknown = {"data": "1", "eval": None}
-    assert changes.of_run(seal, whole, unknown, FACTS, finished=False).refused == [
+    assert changes.of_run(seal, whole, _facts(unknown), finished=False).refused == [
         f"model.base: another -> {whole.model.base}"
     ]
 
@@ -114,7 +126,7 @@ def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cu
     longer = whole.model_copy(update={"train": train})
     seal = _seal(longer)
     seal["settings"]["train"]["epochs"] = 1.0
-    found = changes.of_run(seal, longer, seal["fingerprints"], {**FACTS, "steps": 18}, finished)
+    found = changes.of_run(seal, longer, _facts(seal["fingerprints"], steps=18), finished)
     (line,) = found.refused or found.told
     assert bool(found.refused) == refused
     if schedule == "constant":
@@ -125,7 +137,7 @@ def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cu
 
 def test_versions_and_processes_are_told(whole: Recipe):
     seal = _seal(whole)
-    found = changes.of_run(seal, whole, {}, {**FACTS, "processes": 2, "versions": {"torch": "3"}}, finished=False)
+    found = changes.of_run(seal, whole, _facts({}, processes=2, versions={"torch": "3"}), finished=False)
     assert found.refused == []
     assert found.told == [
         "processes: 1 -> 2; sums are rounded in another order",

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.commands import merge as merging
 from loratune.commands.merge import merge
 from loratune.errors import ModelError, StorageError, UsageError
 from tests import tiny
@@ -168,10 +169,8 @@ def test_a_merge_beyond_the_tolerance_leaves_nothing_behind(fit: Fit, tmp_path: 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e3])
 def test_a_merge_that_went_wrong_is_noticed(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float):
-    from loratune.commands import merge
-
     done = _trained(fit)
-    fold = merge._fold
+    fold = merging._fold
 
     def spoil(net: Any, adapter: Path) -> Any:
         merged = fold(net, adapter)
@@ -179,7 +178,7 @@ def test_a_merge_that_went_wrong_is_noticed(fit: Fit, tmp_path: Path, monkeypatc
             merged.model.layers[1].mlp.down_proj.weight[3, 5] = value
         return merged
 
-    monkeypatch.setattr(merge, "_fold", spoil)
+    monkeypatch.setattr(merging, "_fold", spoil)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(ModelError, match=r"is not base \+ adapter"):
         merge(done.folder, tmp_path / "merged")
@@ -187,15 +186,13 @@ def test_a_merge_that_went_wrong_is_noticed(fit: Fit, tmp_path: Path, monkeypatc
 
 
 def test_a_full_disk_leaves_nothing_behind(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from loratune.commands import merge
-
     done = _trained(fit)
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge.model_folder, "complete", full)
+    monkeypatch.setattr(merging.model_folder, "complete", full)
     with pytest.raises(StorageError, match="No space left on device"):
         merge(done.folder, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
