@@ -134,8 +134,7 @@ def evaluate(
     rows = _rows(what, data, format, encoder, limit)
     for line in _about(rows):
         tell.problem(line)
-    asked = [(i, _question(rows[i], tokenizer)) for i in range(len(rows))] if generate else []
-    questions = {index: question for index, question in asked if question is not None}
+    questions = _questions(rows, tokenizer) if generate else {}
     ends = turn_ends.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
     # before the model is loaded: a pattern that takes for ever is found on the references most likely
@@ -151,21 +150,17 @@ def evaluate(
             questions = _with_room(loaded, rows, questions, max_new_tokens, tell)
         tell.note(f"measuring {system} on {len(rows):,} rows")
         per_row[system] = _losses(loaded, rows)
-        if questions:
-            with tell.counting(f"{system}: answering") as progress:
-                answered[system] = _answers(
-                    loaded, questions, max_new_tokens, batch_size, temperature, progress, ends
-                )  # fmt: skip
-        answers = answered.get(system, {})
+        if not questions:
+            continue
+        with tell.counting(f"{system}: answering") as progress:
+            answers = _answers(loaded, questions, max_new_tokens, batch_size, temperature, progress, ends)
         matches = _matches(regex, answers, tell) if regex and wanted else {}
         if not matches:  # none of this system, none of another: they would be compared
             wanted = {}
             for row in (row for rows_of in per_row.values() for row in rows_of):
                 row.pop("regex", None)
-        for index, answer in answers.items():
-            reference = questions[index][1]
-            match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None
-            per_row[system][index] |= _compare(answer, reference, match, choices)
+        _add_comparisons(per_row[system], answers, questions, wanted, matches, choices)
+        answered[system] = answers
     scores = {system: _scores(values) for system, values in per_row.items()}
     path = path if questions else None
     if path is not None:
@@ -307,6 +302,12 @@ def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
     return sums
 
 
+def _questions(rows: Rows, tokenizer: Any) -> dict[int, tuple[list[int], str]]:
+    """Return the questions of all rows that have one, by the row's number; see `_question`."""
+    asked = ((index, _question(rows[index], tokenizer)) for index in range(len(rows)))
+    return {index: question for index, question in asked if question is not None}
+
+
 def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
     """Return the tokens before a row's last trained turn and that turn's text, or None where nothing leads to it.
 
@@ -320,6 +321,17 @@ def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
         return None
     reference = tokenizer.decode(row.ids[start : end + 1].tolist(), skip_special_tokens=True).strip()
     return (row.ids[:start].tolist(), reference) if reference else None
+
+
+def _add_comparisons(
+    sums: list[dict[str, float]], answers: dict[int, str], questions: dict[int, tuple[list[int], str]],
+    wanted: dict[int, str | None], matches: dict[int, str | None], choices: Sequence[str] | None,
+) -> None:  # fmt: skip
+    """Add to the sums of each row how its answer compares with its reference."""
+    for index, answer in answers.items():
+        reference = questions[index][1]
+        match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None
+        sums[index] |= _compare(answer, reference, match, choices)
 
 
 def _answers(

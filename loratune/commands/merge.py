@@ -96,10 +96,7 @@ def merge(
     base_files.quiet()
     tell = console.Report()
     target = files.local(out)
-    if files.there(target) and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
+    _check(target, dtype)
     what, folder = opened_model.open_adapter(str(name), base, trust_remote_code)
     outputs.check(target, "--out", what.base.base)
     loaded = opened_model.load(
@@ -113,25 +110,49 @@ def merge(
     merged = _fold(loaded.model, folder)
     _round(merged, wanted)
     after = _logits(merged, prompts)
-    difference = max(float((a - b).abs().max()) for a, b in zip(with_adapter, after, strict=True))
-    relative = difference / max(float(a.abs().max()) for a in with_adapter)
-    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(with_adapter, after, strict=True)])
+    differences = _differences(with_adapter, after, TOLERANCE[wanted] if tolerance is None else tolerance, tell)
+    merged.to(wanted)
+    ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
+    done = Merge(target, str(wanted).removeprefix("torch."), *differences, loaded.base_differs)
+    _write(done, merged, loaded.tokenizer, wanted, what, ends)
+    return done
+
+
+def _check(target: Path, dtype: str) -> None:
+    """Check what was asked for before anything is loaded."""
+    if files.there(target) and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
+
+
+def _differences(
+    wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], limit: float, tell: console.Report
+) -> tuple[float, float, float]:
+    """Return the largest difference of a logit, that over the largest logit, and the part of equal next tokens.
+
+    Args:
+        wanted: logits of base and adapter for each prompt, (1, tokens, vocabulary).
+        found: the same of the merged model.
+        limit: largest relative difference.
+        tell: prints them.
+
+    Raises:
+        ModelError: when they differ by more, or are no numbers.
+    """
+    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+    relative = difference / max(float(a.abs().max()) for a in wanted)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(wanted, found, strict=True)])
     agreement = float(same.mean())
-    limit = TOLERANCE[wanted] if tolerance is None else tolerance
     line = (
         f"largest logit difference {difference:.2e} ({relative:.1e} of the largest logit; {limit:.0e} allowed), "
         f"same next token at {100 * agreement:.1f} % of {len(same)} positions"
     )
     if not relative <= limit:
-        raise ModelError(
-            f"the merged model is not base + adapter: {line}", "merge in float32, or allow more with --tolerance"
-        )
+        hint = "merge in float32, or allow more with --tolerance"
+        raise ModelError(f"the merged model is not base + adapter: {line}", hint)
     tell.note(line)
-    merged.to(wanted)
-    ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
-    done = Merge(target, str(wanted).removeprefix("torch."), difference, relative, agreement, loaded.base_differs)
-    _write(done, merged, loaded.tokenizer, wanted, what, ends)
-    return done
+    return difference, relative, agreement
 
 
 def _dtype(name: str, base: Path) -> torch.dtype:

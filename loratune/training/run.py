@@ -91,41 +91,54 @@ def train(
         status, begun = "failed", False
         facts = Facts(start_report.start(recipe, accelerator, trust_remote_code))
         try:
-            found = session.find(folder, resume, overwrite, accelerator, report)
-            if found:
-                facts.drift = found.seal["drift"]
-                changes.check(folder, found, changes.of_recipe(found.seal, recipe), allow_drift, facts, report)
-            with garbage.seldom(), torch_compile.later():
-                job = setup.prepare(recipe, accelerator, report, facts, found)
-            if found:
-                progress = session.resume(job, found, allow_drift, allow_base_mismatch)
-            else:
-                progress = session.start(job, resume)
-            session.check_code(job)
-            session.check_space(job, resume)
-            begun = True  # from here on the run folder is this run's
-            session.open_folder(job, progress, resume)
-            progress = _loop(job, progress, asked)
-            run = _finish(job, progress)
+            with _in_words(recipe, facts, asked):
+                found = session.find(folder, resume, overwrite, accelerator, report)
+                if found:
+                    facts.drift = found.seal["drift"]
+                    changes.check(folder, found, changes.of_recipe(found.seal, recipe), allow_drift, facts, report)
+                with garbage.seldom(), torch_compile.later():
+                    job = setup.prepare(recipe, accelerator, report, facts, found)
+                if found:
+                    progress = session.resume(job, found, allow_drift, allow_base_mismatch)
+                else:
+                    progress = session.start(job, resume)
+                session.check_code(job)
+                session.check_space(job, resume)
+                begun = True  # from here on the run folder is this run's
+                session.open_folder(job, progress, resume)
+                run = _finish(job, _loop(job, progress, asked))
             status = "complete"
             return run
-        except (signals.Leave, Interrupted) as error:
+        except Interrupted:
             status = "interrupted"
-            if isinstance(error, Interrupted):
-                raise
-            raise signals.interrupted(asked.number, 0) from None
-        except (MemoryError, RuntimeError) as error:
-            if not base_model.is_out_of_memory(error):
-                raise
-            raise SetupError(f"out of memory on {facts.start.device}", memory_use.advice(recipe, facts.setup)) from None
-        except OSError as error:
-            if error.filename is None or isinstance(error, ConnectionError):
-                raise
-            raise StorageError(Problem(f"{error.strerror}", Place(str(error.filename)))) from None
+            raise
         finally:
             if first and begun:
                 with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
                     storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
+
+
+@contextlib.contextmanager
+def _in_words(recipe: Recipe, facts: Facts, asked: Signals) -> Iterator[None]:
+    """Raise what ends a training as an error that says what would do.
+
+    Raises:
+        Interrupted: for a signal before the first step.
+        SetupError: for memory that ran out.
+        StorageError: for a file that can't be read or written.
+    """
+    try:
+        yield
+    except signals.Leave:
+        raise signals.interrupted(asked.number, 0) from None
+    except (MemoryError, RuntimeError) as error:
+        if not base_model.is_out_of_memory(error):
+            raise
+        raise SetupError(f"out of memory on {facts.start.device}", memory_use.advice(recipe, facts.setup)) from None
+    except OSError as error:
+        if error.filename is None or isinstance(error, ConnectionError):
+            raise
+        raise StorageError(Problem(f"{error.strerror}", Place(str(error.filename)))) from None
 
 
 def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:

@@ -115,16 +115,7 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
         yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
 
 
-def tell_start(
-    report: Report, recipe: Recipe, loaded: base_model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
-    on_disk: int, plan: Plan, batching: dict[str, Any],
-) -> None:  # fmt: skip
-    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
-    name = str(loaded.dtype).removeprefix("torch.")
-    report.note(
-        f"base     {recipe.model.base}: {name}"
-        f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}"
-    )
+def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
     counts = rows.counts
     report.note(
         f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
@@ -143,15 +134,9 @@ def tell_start(
         if one is not None and one.unkept:
             report.problem(f"         not kept for the next run: {one.unkept.splitlines()[0]}")
             break
-    trainable, total = base_model.count_parameters(net)
-    report.note(
-        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
-        f"({100 * trainable / total:.2f} %), "
-        f"{product(recipe)} of {size(on_disk)} on disk"
-    )
-    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
-    if steps <= (warmup := warmup_steps(recipe.train.warmup, steps)):
-        report.note(f"         the warmup of {warmup:,} steps does not end before the run: see train.warmup")
+
+
+def _tell_batches(report: Report, recipe: Recipe, batching: dict[str, Any]) -> None:
     if batching.get("shared"):
         report.note(
             f"batches  packed; what rows begin with alike is computed once, and nothing behind their last trained "
@@ -171,6 +156,29 @@ def tell_start(
             )
     else:
         report.note(f"batches  padded ({batching['why_not']})")
+
+
+def tell_start(
+    report: Report, recipe: Recipe, loaded: base_model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
+    on_disk: int, plan: Plan, batching: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
+    name = str(loaded.dtype).removeprefix("torch.")
+    report.note(
+        f"base     {recipe.model.base}: {name}"
+        f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}"
+    )
+    _tell_rows(report, recipe, rows, held_out)
+    trainable, total = base_model.count_parameters(net)
+    report.note(
+        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %), "
+        f"{product(recipe)} of {size(on_disk)} on disk"
+    )
+    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    if steps <= (warmup := warmup_steps(recipe.train.warmup, steps)):
+        report.note(f"         the warmup of {warmup:,} steps does not end before the run: see train.warmup")
+    _tell_batches(report, recipe, batching)
     report.note(f"memory   {plan.told()}")
     of_method = recipe.method.notes(loaded.model)
     for note in (*loaded.notes, plan.note, *of_method, recipe.optimizer.note(loaded.device.type)):
