@@ -95,17 +95,7 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
         micro = [objective.collate(part, batch.layout) for part in batch.micro]
-        counted = [part for part in micro if objective.count(part)]  # one without keeps this process in step, no more
-        sizes = torch.tensor(
-            [
-                sum(objective.count(part) for part in counted),
-                sum(part["tokens"] for part in counted),
-                sum(part["input_ids"].numel() for part in micro),
-            ]
-        )
-        if world > 1:
-            sizes = accelerator.reduce(sizes.to(device), reduction="sum")
-        count, tokens, computed = (int(size) for size in sizes)
+        count, tokens, computed = _sizes(objective, micro, accelerator)
         total = torch.zeros((), device=device)
         for index, part in enumerate(micro):
             poll()
@@ -151,6 +141,22 @@ def _whole() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(str(error)) from None
+
+
+def _sizes(objective: Objective, micro: list[dict[str, Any]], accelerator: Any) -> tuple[int, int, int]:
+    """Return what the loss is divided by, tokens, and tokens that are computed, over all processes."""
+    counted = [part for part in micro if objective.count(part)]  # one without keeps this process in step, no more
+    sizes = torch.tensor(
+        [
+            sum(objective.count(part) for part in counted),
+            sum(part["tokens"] for part in counted),
+            sum(part["input_ids"].numel() for part in micro),
+        ]
+    )
+    if accelerator.num_processes > 1:
+        sizes = accelerator.reduce(sizes.to(accelerator.device), reduction="sum")
+    count, tokens, computed = (int(size) for size in sizes)
+    return count, tokens, computed
 
 
 def measure(
