@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.data.section import SUFFIXES
 from loratune.errors import Place, Problem, UsageError, shorten
-from loratune.recipe import SUFFIXES, Recipe
+from loratune.recipe import Recipe
 from loratune.system import files, run_files, storage
 
 Input = tuple[str, str]  # what names a file, folder or glob that is read, and its path

@@ -103,8 +103,8 @@ def _expressions(value: object) -> list[str]:
 
 def _ask(asked: dict[str, Any], patience: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        child_process.command("loratune.system.regex_match"), input=json.dumps(asked), capture_output=True, text=True, encoding="utf-8",
-        env=child_process.environment(), timeout=patience, check=False,
+        child_process.command("loratune.system.regex_match"), input=json.dumps(asked), capture_output=True, text=True,
+        encoding="utf-8", env=child_process.environment(), timeout=patience, check=False,
     )  # fmt: skip
 
 

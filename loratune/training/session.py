@@ -214,7 +214,7 @@ def check_code(job: Job) -> None:
     Raises:
         RunFolderError: when a file of its name lies there that no run wrote.
     """
-    if job.first and job.recipe.method.type == "full" and job.facts["trust_remote_code"]:
+    if job.first and job.recipe.method.type == "full" and job.facts.start.trust_remote_code:
         checkpoint.check_foreign(job.folder, model_folder.code(base_files.folder_of(job.recipe.model)))
 
 
