@@ -38,7 +38,7 @@ def of(source: Source, name: str = "train") -> list[Input]:
 
     Args:
         source: of rows.
-        name: of the set of rows; see `rows.chosen`.
+        name: of the set of rows; see `row_files.chosen`.
 
     Raises:
         DataError: when there are none, or one can't be read.

@@ -79,7 +79,7 @@ def _behind_one_another(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _sharing(rows: Sequence[Row]) -> dict[str, Any]:
-    """Pack rows such that what they have in common stands there once; see `sharing.lay`.
+    """Pack rows such that what they have in common stands there once; see `prefix_sharing.lay`.
 
     Returns:
         As `_behind_one_another`, but no labels: several tokens may be foretold from one place. cu_seq_lens_q tells

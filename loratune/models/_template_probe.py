@@ -1,4 +1,4 @@
-"""Render a chat template a few times under limits: run by `templating.check` as a program of its own.
+"""Render a chat template a few times under limits: run by `template_check.check` as a program of its own.
 
 Reads `{"template": ..., "tokens": {...}}` from stdin and writes a line `ready`, then `{"refused": null}` or why the
 template is refused. It knows jinja2 and nothing of loratune: a child that imported torch would take seconds and have

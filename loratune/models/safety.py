@@ -143,7 +143,7 @@ def check_configs(files: dict[str, Path], trust: bool, attention: str = "auto") 
         elif name == "adapter_config.json":
             if "config.json" in files:
                 _refuse(path, "a model with an adapter inside loads more than it shows", "merge the two, or name one")
-            continue  # see `adapter.check`
+            continue  # see `adapter_files.check`
         else:
             problems = _bad_keys(read_object(path), trust, attention)
         if found := [Problem(message, Place(str(path)), hint) for message, hint in problems]:

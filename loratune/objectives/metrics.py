@@ -44,7 +44,7 @@ def regex_match(found: str | None, wanted: str | None, reference: str) -> float:
     """Return 1 where a pattern finds the same in an answer and in its reference, which may be bare.
 
     Args:
-        found: in the answer, by `matching.found`.
+        found: in the answer, by `regex_match.found`.
         wanted: found in the reference.
         reference: itself, where nothing is found in it.
     """

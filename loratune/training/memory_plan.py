@@ -83,7 +83,7 @@ def choose(
         packing: how they are put together.
         device: `cpu` or `cuda`.
         free: bytes for this process; None where that can't be known: everything is kept.
-        fixed: bytes that are not there yet and don't grow with the tokens: see `fit.fixed_bytes`.
+        fixed: bytes that are not there yet and don't grow with the tokens: see `memory_use.fixed_bytes`.
         world: number of processes.
         begun: what was chosen when the run was begun: the budget stays, as it decides the order of sums; no fewer
             layers are computed again.
