@@ -20,10 +20,10 @@ from loratune.kernels import packed_attention
 from loratune.objectives import Sft
 from loratune.optim import PagedAdamW8bit, PagedAdamW32bit
 from loratune.training import layout_test
-from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit
-from tests.test_sharing import alike
+from tests.data.test_prefix_sharing import alike
+from tests.kernels import test_packed_attention as models
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,9 +24,9 @@ from loratune.models.section import Model, Nf4
 from loratune.objectives import Sft
 from tests import tiny
 from tests.conftest import Fit
+from tests.data.test_prefix_sharing import alike
+from tests.objectives.test_sft import llama, rows
 from tests.oracle.test_split import TRAIN, _two_processes
-from tests.test_sft import llama, rows
-from tests.test_sharing import alike
 
 ROWS = alike(rows([70, 9, 140, 33, 2, 66]), 40)
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")

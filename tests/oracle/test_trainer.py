@@ -20,7 +20,7 @@ from loratune.methods import Lora
 from loratune.models import base_model, tokenizing
 from loratune.objectives import Sft
 from tests.conftest import Fit, Trained
-from tests.test_sft import llama, rows
+from tests.objectives.test_sft import llama, rows
 
 CLIP = 0.3
 

@@ -27,10 +27,10 @@ from loratune.training import memory_use as fits
 from loratune.training.activation_memory import Cost
 from loratune.training.layout_test import Packing
 from loratune.training.memory_plan import BUDGETS, Plan
-from tests import test_attention as models
 from tests import tiny
 from tests.conftest import Fit
-from tests.test_sharing import alike
+from tests.data.test_prefix_sharing import alike
+from tests.kernels import test_packed_attention as models
 
 GB = 10**9
 LAYERS = 30

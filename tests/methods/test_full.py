@@ -14,8 +14,8 @@ from loratune.methods import Lora
 from loratune.runs import checkpoint
 from tests import tiny
 from tests.conftest import Fit, logits
+from tests.methods.test_targets import bases  # noqa: F401  a fixture
 from tests.oracle.test_resume import _stop_after
-from tests.test_targets import bases  # noqa: F401  a fixture
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 SECTIONS = {

@@ -16,7 +16,7 @@ from loratune.models import base_model, quantization
 from loratune.models.section import Int8, Model, Nf4, NoQuantization
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
-from tests.test_targets import _save
+from tests.methods.test_targets import _save
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")  # it says on a CPU that it computes in float16

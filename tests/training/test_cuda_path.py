@@ -24,7 +24,7 @@ from loratune.optim import adamw
 from loratune.runs import training_state
 from loratune.training import launcher, layout_test, memory_use
 from tests import tiny
-from tests.test_sft import llama
+from tests.objectives.test_sft import llama
 
 
 def _parts(heads: int = 4, of_keys: int = 2, width: int = 64, narrower: int = 0) -> list[torch.Tensor]:

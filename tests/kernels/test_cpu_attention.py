@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from loratune.data import prefix_sharing
 from loratune.kernels import cpu_attention, cpu_long_rows, cpu_tiling
-from tests.test_sharing import alike, row
+from tests.data.test_prefix_sharing import alike, row
 
 
 def made(tokens: int, groups: int, dtype: torch.dtype, of_value: int = 24) -> list[torch.Tensor]:

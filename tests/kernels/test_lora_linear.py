@@ -17,7 +17,7 @@ from loratune.kernels import lora_linear
 from loratune.methods import Lora
 from loratune.training import loop
 from tests.conftest import Fit, logits
-from tests.test_sft import llama
+from tests.objectives.test_sft import llama
 
 
 def in_4_bits(layer: torch.nn.Linear, kind: str) -> Any:

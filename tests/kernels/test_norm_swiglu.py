@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from loratune.kernels import lora_linear, norm_swiglu
 from loratune.methods import Lora
-from tests.test_sft import llama
+from tests.objectives.test_sft import llama
 
 BOTH = [torch.float32, torch.bfloat16]
 

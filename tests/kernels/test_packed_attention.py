@@ -19,7 +19,7 @@ from loratune.errors import Place
 from loratune.kernels import cpu_attention, packed_attention
 from loratune.objectives import Sft
 from loratune.training import layout_test
-from tests.test_sharing import alike
+from tests.data.test_prefix_sharing import alike
 
 WINDOW = 16
 COMMON: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 from loratune.errors import SetupError
 from loratune.kernels import elementwise, torch_compile
 from loratune.methods import Lora
-from tests.test_sft import llama
+from tests.objectives.test_sft import llama
 
 IMPORT = """
 import sys

@@ -13,7 +13,7 @@ from loratune.commands.evaluate import evaluate
 from loratune.errors import DataError
 from loratune.training import run
 from tests import tiny
-from tests.test_generate import POSITIONS, made
+from tests.models.test_generate import POSITIONS, made
 
 LENGTHS = (10, POSITIONS + 9, POSITIONS + 5)
 

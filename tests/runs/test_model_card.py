@@ -19,7 +19,7 @@ from loratune.runs import model_card
 from tests import tiny
 from tests.conftest import Fit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def front(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from loratune.kernels import linear_cross_entropy
 from loratune.objectives import Sft
-from tests.test_sft import ROWS, gemma2, llama
+from tests.objectives.test_sft import ROWS, gemma2, llama
 
 CHUNK = linear_cross_entropy.ROWS["cpu"]  # tokens
 
