@@ -69,7 +69,7 @@ train:
   batch_size: 16                     # rows per step: what is optimised
   micro_batch_size: auto             # rows in memory at once: never changes the result
   schedule: {type: cosine, floor: 0.1}
-  warmup: 0.03                       # a fraction is that part of all steps, a whole number is steps
+  warmup: 0.03                       # a fraction is that part of all steps, an integer is steps
   eval_every: 0.25                   # a quarter of an epoch
   early_stopping: {patience: 3}
   seed: 0
@@ -101,7 +101,7 @@ lead into sections, numbers into lists (`data.train.1.weight=0.5`). The value is
 with a leading zero (`012`), a key given twice, a tag (`!!python/...`), a merge key (`<<`) and a second document are
 errors. A text with `: ` in it needs quotes. No value is converted silently: `r: "16"` is text, and an error.
 
-**Whole numbers and fractions.** Of `warmup`, `log_every`, `eval_every` and `save_every` a whole number is steps; a
+**Integers and fractions.** Of `warmup`, `log_every`, `eval_every` and `save_every` an integer is steps; a
 fraction is a part (0-1) of all steps (`warmup`) or of an epoch. So `1` is one step and `1.0` one epoch.
 
 **Secrets.** There is no place for them, and nothing in a recipe can run code.

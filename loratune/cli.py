@@ -94,8 +94,8 @@ def _top(
 def train(
     recipe: RecipePath,
     set_: Set = [],  # noqa: B006
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest valid checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that holds a run")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume from the newest valid checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over in a folder that holds a run")] = False,
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="with --resume: go on although recipe or rows have changed")] = False,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,

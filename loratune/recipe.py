@@ -34,13 +34,13 @@ _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def _rows_or_auto(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise PydanticCustomError("expected", "must be a whole number of rows from 1, or `auto`")
+    raise PydanticCustomError("expected", "must be an integer number of rows from 1, or `auto`")
 
 
 def _layers(value: Any) -> Any:
     if value in ("auto", "none", "all") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise PydanticCustomError("expected", "must be a whole number of layers from 1, or one of `auto`, `none`, `all`")
+    raise PydanticCustomError("expected", "must be an integer number of layers from 1, or one of `auto`, `none`, `all`")
 
 
 class EarlyStopping(Section):
@@ -75,8 +75,8 @@ class Train(Section):
         WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["auto", "none", "all"]}]}),
     ] = Field(
         "auto",
-        description="layers whose activations are computed twice to save memory: a number (the first ones), all or "
-        "none; auto: no more than the free memory asks for; never changes what is optimized",
+        description="layers whose activations are recomputed in the backward pass to save memory: a number (the first "
+        "ones), all or none; auto: no more than the free memory asks for; never changes what is optimized",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",

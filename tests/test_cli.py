@@ -121,7 +121,7 @@ def test_init(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load(recipe)
     (problem,) = caught.value.problems
-    assert problem.message == "`model.base` must be text, given nothing"
+    assert problem.message == "`model.base` must be a string, given null"
     assert problem.place is not None
     assert problem.place.text.startswith("  base:")
     assert problem.hint == "hub id, local folder, or a .gguf file"

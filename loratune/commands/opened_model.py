@@ -97,7 +97,7 @@ def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tup
     base_files.check_subject(name, hub=False)
     found = open_subject(name, base, trust)
     if found.adapter is None:
-        raise UsageError(Problem("is a whole model, no adapter", Place(name), "name a run or an adapter folder"))
+        raise UsageError(Problem("is a full model, not an adapter", Place(name), "name a run or an adapter folder"))
     return found, found.adapter
 
 

@@ -115,17 +115,17 @@ def in_order(problems: Sequence[Problem]) -> list[Problem]:
 
 
 _EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "bool_type": "`true` or `false`",
-    "string_type": "text",
+    "string_type": "a string",
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
     "finite_number": "a finite number",
-    "none_required": "nothing",
+    "none_required": "null",
 }
 _NO_MEMBER = ("union_tag_invalid", "union_tag_not_found", "literal_error", "model_type", "model_attributes_type")
 _LIMITS = {

@@ -37,7 +37,7 @@ FOREIGN = {
     "betas": "write `optimizer.beta1` and `optimizer.beta2`",
     "lr_scheduler": "write `train.schedule`",
     "lr_scheduler_type": "write `train.schedule`",
-    "warmup_steps": "write `train.warmup`: a whole number is steps",
+    "warmup_steps": "write `train.warmup`: an integer is steps",
     "warmup_ratio": "write `train.warmup`: a fraction is that part of all steps",
     "num_epochs": "write `train.epochs`",
     "num_train_epochs": "write `train.epochs`",

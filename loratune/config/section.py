@@ -79,16 +79,18 @@ def _cadence(value: Any) -> int | float:
     if is_number and (value >= 1 if isinstance(value, int) else 0 < value < 1e6):
         return value  # type: ignore[no-any-return]
     raise PydanticCustomError(
-        "expected", "must be a whole number of steps from 1, or a number of epochs with a decimal point, such as 0.5"
+        "expected", "must be an integer number of steps from 1, or a number of epochs with a decimal point, such as 0.5"
     )
 
 
 def _share(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise PydanticCustomError("expected", "must be a whole number of steps, or a fraction of all steps (0 to 1)")
+        raise PydanticCustomError("expected", "must be an integer number of steps, or a fraction of all steps (0 to 1)")
     if (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1):
         return value
-    raise PydanticCustomError("expected", "must be a whole number of steps from 0, or a fraction between 0.0 and 1.0")
+    raise PydanticCustomError(
+        "expected", "must be an integer number of steps from 0, or a fraction between 0.0 and 1.0"
+    )
 
 
 Cadence = Annotated[
@@ -96,14 +98,14 @@ Cadence = Annotated[
     PlainValidator(_cadence),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "number", "exclusiveMinimum": 0}]}),
 ]
-"""How often: a whole number is steps, a number with a decimal point is epochs."""
+"""How often: an integer is steps, a number with a decimal point is epochs."""
 
 Share = Annotated[
     int | float,
     PlainValidator(_share),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0, "maximum": 1}]}),
 ]
-"""How long: a whole number is steps, a fraction (0 to 1) is that part of all steps."""
+"""How long: an integer is steps, a fraction (0 to 1) is that part of all steps."""
 
 
 def as_tuple(value: Any) -> Any:

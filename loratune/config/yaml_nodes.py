@@ -83,8 +83,8 @@ class Node:
         if isinstance(self.value, list):
             return "a list" if self.value else "an empty list"
         if self.value is None:
-            return "nothing"
-        return f"`{shorten(self.raw)}`" if self.raw else "an empty text"
+            return "null"
+        return f"`{shorten(self.raw)}`" if self.raw else "an empty string"
 
 
 @dataclass

@@ -21,7 +21,7 @@ from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.models import base_files
 
 SHOWN = 5  # rows named in an error
-DAMAGED = "rows in the cache were not as they were written: read anew"
+DAMAGED = "rows in the cache were damaged: read again"
 
 Progress = Callable[[int, float], None]
 
@@ -354,7 +354,7 @@ def _check_apart(train: Rows, held_out: Rows) -> None:
     number = len(np.unique(held_out.store.records[held_out.chosen[both]]))
     shown.append(
         Problem(
-            f"{number:,} of {held_out.counts.read:,} eval rows are trained on: the eval loss would flatter",
+            f"{number:,} of {held_out.counts.read:,} eval rows are trained on: the eval loss would be too low",
             hint="take them out of one of the two, or set data.overlap: allow",
         )
     )

@@ -92,9 +92,9 @@ class Data(Section):
     )
     prefix_sharing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="what rows of a micro-batch begin with alike (a system prompt, a question) is computed once for "
-        "all of them, and nothing behind the last trained token of a row; auto: where rows are packed, nothing is "
-        "drawn at random (dropout, neftune), and it saves 2 % of the tokens; never changes what is optimized",
+        description="a prefix that rows of a micro-batch share (a system prompt, a question) is computed once for all "
+        "of them, and nothing after the last label token of a row; auto: where rows are packed, nothing is drawn at "
+        "random (dropout, neftune), and it saves 2 % of the tokens; never changes what is optimized",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="what happens to a row that can't be read or has nothing to train"
@@ -103,7 +103,7 @@ class Data(Section):
         0.01, ge=0, le=1, description="part (0-1) of the rows that may be dropped or skipped before that is an error"
     )
     duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="what happens to a row that says exactly what an earlier one said; they are counted"
+        "keep", description="what happens to a row that is identical to an earlier one; they are counted"
     )
     overlap: Literal["error", "allow"] = Field(
         "error", description="whether a row may stand in both the training and the eval rows"

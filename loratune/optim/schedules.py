@@ -76,7 +76,7 @@ Schedule = Annotated[
 
 
 def warmup_steps(warmup: int | float, steps: int) -> int:
-    """Return a recipe's `warmup` in steps: a whole number is that already, a fraction is a part of all steps."""
+    """Return a recipe's `warmup` in steps: an integer is that already, a fraction is a part of all steps."""
     return warmup if isinstance(warmup, int) else round(warmup * steps)
 
 

@@ -55,16 +55,13 @@ class Plan:
 
     def told(self) -> str:
         """Return a line for the start report."""
-        kept = self.layers - self.again
-        if not self.layers:
-            what = "activations"  # a note says what became of them
-        elif not self.again or not kept:
-            what = f"activations of all {self.layers} layers {'kept' if kept else 'computed again'}"
-        else:
-            what = f"activations of {kept} of {self.layers} layers kept, {self.again} computed again"
+        what = "activations"
+        if self.again:
+            part = f"{self.again} of {self.layers}" if self.again < self.layers else f"all {self.layers}"
+            what = f"gradient checkpointing on {part} layers, activations"
         free = f", {size(self.free)} free" if self.free is not None else ""
         free += ": it may not fit" if self.short else ""
-        return f"{what}: about {size(self.needed)} for {self.largest:,} tokens at once{free}"
+        return f"{what}: about {size(self.needed)} for a micro-batch of {self.largest:,} tokens{free}"
 
 
 def choose(
@@ -168,12 +165,12 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bo
         )
     except ValueError:  # transformers' word for it
         if wish == "auto":
-            return replace(plan, note="this model can't compute activations a second time: they are kept")
+            return replace(plan, note="this model has no gradient checkpointing: all activations stay in memory")
         hint = "use `none`, and a smaller train.micro_batch_size or data.max_length"
-        message = f"`train.gradient_checkpointing: {wish}`: this model can't compute activations a second time"
+        message = f"`train.gradient_checkpointing: {wish}`: this model has no gradient checkpointing"
         raise ModelError(message, hint) from None
     for layer in layers[plan.again :]:
         layer.gradient_checkpointing = False
     if not whole:
         return plan
-    return replace(plan, note="this model's layers can't be switched one by one: all activations are computed again")
+    return replace(plan, note="this model has gradient checkpointing for all layers or none: for all")

@@ -105,7 +105,7 @@ class RunReport(Report):
         return (
             f"step {step.number}/{self._steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  lr {step.lr:.2e}  "
             f"grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
-            f"{step.trained_tokens / step.seconds:,.0f} trained/s  {size(memory())}  {duration(left)} left"
+            f"{step.trained_tokens / step.seconds:,.0f} label tokens/s  {size(memory())}  {duration(left)} left"
         )
 
     def _table(self, step: Step) -> Table:
@@ -121,8 +121,8 @@ class RunReport(Report):
         )
         table.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "memory", size(memory()))
         table.add_row(
-            "tokens/s", f"{step.tokens / step.seconds:,.0f}", "trained/s", f"{step.trained_tokens / step.seconds:,.0f}",
-            "rows", str(step.rows),
+            "tokens/s", f"{step.tokens / step.seconds:,.0f}",
+            "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "rows", str(step.rows),
         )  # fmt: skip
         return table
 

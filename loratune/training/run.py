@@ -66,8 +66,8 @@ def train(
 
     Args:
         recipe: from `load_recipe`.
-        resume: go on from the newest valid checkpoint of the run folder.
-        overwrite: begin anew in a run folder that holds a run.
+        resume: resume from the newest valid checkpoint of the run folder.
+        overwrite: start over in a run folder that holds a run.
         allow_drift: go on although recipe or rows are no longer those the run was begun with; recorded in run.json.
         allow_base_mismatch: resume on another base than the run was begun on; recorded in run.json.
         trust_remote_code: run code that comes with the base model; recorded in run.json.

@@ -43,7 +43,7 @@ def alone(folder: Path, first: bool, report: Report) -> Iterator[None]:
 
 
 def find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, report: Report) -> Found | None:
-    """Return the checkpoint to go on from, the same one on every process."""
+    """Return the checkpoint to resume from, the same one on every process."""
     found = None
     if accelerator.is_main_process:
         checkpoint.check_free(folder, resume, overwrite)
@@ -250,7 +250,7 @@ def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def in_steps(cadence: int | float, per_epoch: int) -> int:
-    """Return a cadence in steps: a whole number is that already, a fraction is a part of an epoch."""
+    """Return a cadence in steps: an integer is that already, a fraction is a part of an epoch."""
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
 
 

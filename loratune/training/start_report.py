@@ -105,20 +105,20 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
         "skipped, not usable": counts.skipped,
         "cut": counts.truncated,
         "split": counts.split,
-        "trained turn by turn (the template changes earlier turns)": counts.by_turn,
-        "dropped, said before": counts.deduplicated,
+        "split into one row per turn (the template changes earlier turns)": counts.by_turn,
+        "dropped as duplicates": counts.deduplicated,
     }
     if any(changed.values()):
         told = ", ".join(f"{number:,} {what}" for what, number in changed.items() if number)
         yield f"of {counts.read:,} read: {told}; {counts.lost_tokens:,} tokens lost (ledger.jsonl)"
     if counts.duplicates > counts.deduplicated:
-        yield f"{counts.duplicates:,} rows say exactly what an earlier one says (data.duplicates: drop takes them out)"
+        yield f"{counts.duplicates:,} rows are identical to an earlier one (data.duplicates: drop removes them)"
 
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
     counts = rows.counts
     report.note(
-        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} trained)"
+        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
         + (f", {len(held_out):,} held out" if held_out else "")
         + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
     )
@@ -138,20 +138,17 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
 
 def _tell_batches(report: Report, recipe: Recipe, batching: dict[str, Any]) -> None:
     if batching.get("shared"):
-        report.note(
-            f"batches  packed; what rows begin with alike is computed once, and nothing behind their last trained "
-            f"token: {100 * batching['saved']:.0f} % of the tokens saved"
-        )
+        report.note(f"batches  packed with prefix sharing: {100 * batching['saved']:.0f} % fewer tokens to compute")
     elif batching["packed"]:
         report.note(
-            f"batches  packed: {batching['rows_per_pack']:.1f} rows in a pack of at most {recipe.data.max_length:,} "
-            f"tokens on average, {100 * batching['filled']:.0f} % filled"
+            f"batches  packed: {batching['rows_per_pack']:.1f} rows per pack of at most {recipe.data.max_length:,} "
+            f"tokens, {100 * batching['filled']:.0f} % filled"
             + (", kept apart by a mask" if batching["by"] == "mask" else "")
             + (f" ({batching['why_mask']})" if batching["why_mask"] else "")
         )
         if batching["missed"]:
             report.note(
-                f"         {100 * batching['missed']:.0f} % of the tokens could be saved (data.prefix_sharing), but "
+                f"         {100 * batching['missed']:.0f} % fewer tokens would be computed with prefix sharing, but "
                 f"{batching['why_not_shared']}"
             )
     else:
@@ -175,7 +172,7 @@ def tell_start(
         f"({100 * trainable / total:.2f} %), "
         f"{product(recipe)} of {size(on_disk)} on disk"
     )
-    report.note(f"steps    {steps:,} of {recipe.train.batch_size} rows")
+    report.note(f"steps    {steps:,}, batch size {recipe.train.batch_size}")
     if steps <= (warmup := warmup_steps(recipe.train.warmup, steps)):
         report.note(f"         the warmup of {warmup:,} steps does not end before the run: see train.warmup")
     _tell_batches(report, recipe, batching)

@@ -153,7 +153,7 @@ def test_a_wrong_command_ends_nothing(
     )
     assert err.splitlines() == [
         "unknown command `/what`", known,
-        f"{base}: is a whole model, no adapter", hint, "nowhere: no such folder", hint,
+        f"{base}: is a full model, not an adapter", hint, "nowhere: no such folder", hint,
     ]  # fmt: skip
 
 

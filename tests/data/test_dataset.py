@@ -434,7 +434,7 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
     assert str(caught.value).replace(f"{tmp_path}/", "") == "\n".join(
         [
             "eval.jsonl:2: stands in the training rows too: train.jsonl:2",
-            "1 of 2 eval rows are trained on: the eval loss would flatter",
+            "1 of 2 eval rows are trained on: the eval loss would be too low",
             "  take them out of one of the two, or set data.overlap: allow",
         ]
     )

@@ -114,9 +114,9 @@ WRONG = [
     (Chat(), {"messages": [USER, {"content": "x"}]}, f"`messages[1].role` must be one of {ROLES}, given null"),
     (Chat(), {"messages": [{**USER, "role": "bot"}]}, f"`messages[0].role` must be one of {ROLES}, given `bot`"),
     (Chat(), {"messages": [{**USER, "role": ["user"]}]}, f"`messages[0].role` must be one of {ROLES}, given a list"),
-    (Chat(), {"messages": [{"role": "user"}, ANSWER]}, "`messages[0].content` must be text, given null"),
-    (Chat(), {"messages": [{**USER, "content": 5}]}, "`messages[0].content` must be text, given a number"),
-    (Chat(), {"messages": [{**USER, "content": True}]}, "`messages[0].content` must be text, given true or false"),
+    (Chat(), {"messages": [{"role": "user"}, ANSWER]}, "`messages[0].content` must be a string, given null"),
+    (Chat(), {"messages": [{**USER, "content": 5}]}, "`messages[0].content` must be a string, given a number"),
+    (Chat(), {"messages": [{**USER, "content": True}]}, "`messages[0].content` must be a string, given true or false"),
     (
         Chat(),
         {"messages": [{**USER, "content": ["a"]}]},
@@ -130,7 +130,7 @@ WRONG = [
     (
         Chat(),
         {"messages": [{**USER, "content": [{"type": "text", "text": None}]}]},
-        "`messages[0].content[0].text` must be text, given null",
+        "`messages[0].content[0].text` must be a string, given null",
     ),
     (Chat(), {"messages": [USER]}, "`messages` has no message of the assistant: there is nothing to learn"),
     (
@@ -167,20 +167,20 @@ WRONG = [
     (Chat(), {"messages": [USER, ANSWER], "tools": {}}, "`tools` must be a list of JSON schemas, given an object"),
     (Chat(), {"messages": [USER, ANSWER], "tools": ["f"]}, "`tools` must be a list of JSON schemas, given a list"),
     (Instruction(), {"instruction": "a"}, "`output` is missing; the row's columns: `instruction`"),
-    (Instruction(), {"instruction": "a", "output": None}, "`output` must be text, given null"),
+    (Instruction(), {"instruction": "a", "output": None}, "`output` must be a string, given null"),
     (Instruction(), {"instruction": "a", "output": " \n"}, "`output` is empty: there is nothing to learn"),
-    (Instruction(), {"instruction": "a", "output": "b", "input": 3}, "`input` must be text, given a number"),
-    (Instruction(system="s"), {"instruction": "a", "output": "b", "s": []}, "`s` must be text, given a list"),
+    (Instruction(), {"instruction": "a", "output": "b", "input": 3}, "`input` must be a string, given a number"),
+    (Instruction(system="s"), {"instruction": "a", "output": "b", "s": []}, "`s` must be a string, given a list"),
     (Completion(), {"prompt": "a", "text": "b"}, "`completion` is missing; the row's columns: `prompt`, `text`"),
-    (Completion(), {"prompt": 1.5, "completion": "b"}, "`prompt` must be text, given a number"),
+    (Completion(), {"prompt": 1.5, "completion": "b"}, "`prompt` must be a string, given a number"),
     (Completion(completion="c"), {"prompt": "a", "c": ""}, "`c` is empty: there is nothing to learn"),
     (Text(), {"body": "a"}, "`text` is missing; the row's columns: `body`"),
-    (Text(), {"text": {"a": 1}}, "`text` must be text, given an object"),
+    (Text(), {"text": {"a": 1}}, "`text` must be a string, given an object"),
     (Text(), {"text": "\n"}, "`text` is empty: there is nothing to learn"),
     (
         Text(),
         {"text": b"raw"},
-        "`text` must be text, given bytes: write that column as text, or name another in `data.format`",
+        "`text` must be a string, given bytes: write that column as text, or name another in `data.format`",
     ),
 ]
 

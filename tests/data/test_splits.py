@@ -180,7 +180,7 @@ def test_a_column_that_is_no_text_and_needed_is_named(tmp_path: Path, name: str)
     source = table_of(tmp_path, name)
     section = Data.model_validate({"train": source, "format": {"type": "text", "text": name}})
     remedy = "" if COLUMNS[name][1] in ("an object", "a list", "a number", "null") else ".*: write that column as text"
-    with pytest.raises(DataError, match=f"row 1: `{name}` must be text, given ({COLUMNS[name][1]}){remedy}"):
+    with pytest.raises(DataError, match=f"row 1: `{name}` must be a string, given ({COLUMNS[name][1]}){remedy}"):
         dataset.load([source], section, Encoder(tiny.tokenizer()))
 
 

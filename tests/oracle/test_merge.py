@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing_behind(fit: Fit, tmp_path: Path, monkeypatch
 
 
 def test_a_whole_model_has_nothing_to_merge(base: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="is a whole model, no adapter"):
+    with pytest.raises(UsageError, match="is a full model, not an adapter"):
         merge(base, tmp_path / "merged")
 
 

@@ -449,7 +449,7 @@ def test_any_flipped_bit_in_the_cache_is_seen(
     loaded = recipe.load(tiny.write_recipe(tmp_path, base, rows=6))
     wanted = json.dumps(inspect.inspect(loaded).as_json())
     (home,) = (tmp_path / "cache" / "rows").iterdir()
-    assert "read anew" not in capsys.readouterr().err
+    assert "read again" not in capsys.readouterr().err
     for name in ("rows.arrow", "ledger.jsonl", "about.json"):
         size = (home / name).stat().st_size
         for place in (0, size // 3, size // 2, size - 3):
@@ -457,9 +457,9 @@ def test_any_flipped_bit_in_the_cache_is_seen(
             whole[place] ^= 4
             (home / name).write_bytes(whole)
             assert json.dumps(inspect.inspect(loaded).as_json()) == wanted
-            assert "rows in the cache were not as they were written: read anew" in capsys.readouterr().err
+            assert "rows in the cache were damaged: read again" in capsys.readouterr().err
             inspect.inspect(loaded)
-            assert "read anew" not in capsys.readouterr().err
+            assert "read again" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- words of the command line and of the input

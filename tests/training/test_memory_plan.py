@@ -196,14 +196,14 @@ def test_a_model_that_is_switched_as_a_whole(wish: str | int, short: bool, on: b
     net = Legacy(able=True)
     plan = memory_plan.switch(net, [], plan_of(short=short), wish)
     assert net.on is on
-    assert ("can't be switched one by one" in plan.note) is on
+    assert ("for all layers or none" in plan.note) is on
 
 
 def test_a_model_that_can_compute_nothing_again() -> None:
     net = Legacy(able=False)
-    assert "they are kept" in memory_plan.switch(net, [], plan_of(short=True), "auto").note
+    assert "stay in memory" in memory_plan.switch(net, [], plan_of(short=True), "auto").note
     assert memory_plan.switch(net, [], plan_of(), "none").note == ""
-    with pytest.raises(ModelError, match=r"`train\.gradient_checkpointing: all`: this model can't"):
+    with pytest.raises(ModelError, match=r"`train\.gradient_checkpointing: all`: this model has no"):
         memory_plan.switch(net, [], plan_of(), "all")
 
 
@@ -314,10 +314,11 @@ def test_no_micro_batch_is_larger_than_the_largest(layout: Layout, micro: int | 
 
 def test_what_is_told() -> None:
     assert plan_of(8, 30).told() == (
-        "activations of 22 of 30 layers kept, 8 computed again: about 1.0 GB for 4,096 tokens at once, 1.0 GB free"
+        "gradient checkpointing on 8 of 30 layers, activations: about 1.0 GB for a micro-batch of 4,096 tokens, "
+        "1.0 GB free"
     )
-    assert plan_of(0, 30).told().startswith("activations of all 30 layers kept: about")
-    assert plan_of(30, 30).told().startswith("activations of all 30 layers computed again: about")
+    assert plan_of(0, 30).told().startswith("activations: about")
+    assert plan_of(30, 30).told().startswith("gradient checkpointing on all 30 layers, activations: about")
     assert plan_of(0, 0).told().startswith("activations: about")
     assert plan_of(30, 30, short=True).told().endswith("1.0 GB free: it may not fit")
 
@@ -393,9 +394,8 @@ def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
     again = tried.facts()["activations"]["again"]
     assert again == (0 if kind == "tokens" else 1)
     told = capsys.readouterr().err
-    assert (
-        f"out of memory: once more with activations of {'all 2' if kind == 'tokens' else '1 of 2'} layers kept" in told
-    )
+    lighter = "activations: about" if kind == "tokens" else "gradient checkpointing on 1 of 2 layers, activations"
+    assert f"out of memory: once more with {lighter}" in told
     monkeypatch.setitem(memory_plan.BUDGETS, "cpu", budgets[-1:])
     straight = fit("straight", **DRAWING, train=train if kind == "tokens" else {**train, "gradient_checkpointing": 1})
     for name in ("loss", "grad_norm"):

@@ -432,7 +432,7 @@ def test_packs_are_told(fit: Fit, capsys: pytest.CaptureFixture[str]):
     done = fit(data={"prefix_sharing": "off"})
     batching = done.facts()["batching"]
     each, filled = batching["rows_per_pack"], batching["filled"]
-    told = f"batches  packed: {each:.1f} rows in a pack of at most 256 tokens on average, {100 * filled:.0f} % filled"
+    told = f"batches  packed: {each:.1f} rows per pack of at most 256 tokens, {100 * filled:.0f} % filled"
     assert told in capsys.readouterr().err.splitlines()
     assert (batching["shared"], batching["why_not_shared"]) == (False, "data.prefix_sharing: off")
     fit("off", data={"packing": "off"})
@@ -443,7 +443,7 @@ def test_what_rows_share_is_told_and_counted(fit: Fit, capsys: pytest.CaptureFix
     done = fit(train={"epochs": 2})
     saved = done.facts()["batching"]["saved"]
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("batches")]
-    assert told.endswith(f"{100 * saved:.0f} % of the tokens saved")
+    assert told.endswith(f"{100 * saved:.0f} % fewer tokens to compute")
     assert sum(done.column("computed")) == pytest.approx((1 - saved) * sum(done.column("tokens")), rel=0.01)
     assert sum(done.column("tokens")) == 2 * done.facts()["data"]["train"]["tokens"]
     off = fit("off", train={"epochs": 2}, data={"prefix_sharing": "off"})
@@ -467,10 +467,10 @@ def test_what_rows_share_is_told_and_counted(fit: Fit, capsys: pytest.CaptureFix
 def test_why_rows_do_not_share(fit: Fit, capsys: pytest.CaptureFixture[str], sections: dict[str, Any], told: str):
     batching = fit(**sections).facts()["batching"]
     assert batching.get("why_not_shared", batching.get("why_not")) == told
-    missed = [line for line in capsys.readouterr().err.splitlines() if "could be saved" in line]
+    missed = [line for line in capsys.readouterr().err.splitlines() if "fewer tokens would be computed" in line]
     if "draws" in told:  # who asked for it learns what it costs
         assert missed == [
-            f"         {100 * batching['missed']:.0f} % of the tokens could be saved (data.prefix_sharing), but {told}"
+            f"         {100 * batching['missed']:.0f} % fewer tokens would be computed with prefix sharing, but {told}"
         ]
         assert batching["missed"] > 0.1
     else:

@@ -98,7 +98,7 @@ def text_column(row: Mapping[str, Any], name: str) -> str:
     value = column(row, name)
     if not isinstance(value, str):
         hint = "" if isinstance(value, _JSON) else ": write that column as text, or name another in `data.format`"
-        raise RowError(name, f"must be text, given {named(value)}{hint}")
+        raise RowError(name, f"must be a string, given {named(value)}{hint}")
     return value
 
 

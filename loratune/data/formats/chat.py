@@ -157,7 +157,7 @@ def _with_system(
     if not has_content(system):
         return messages, trained
     if not isinstance(system, str):
-        raise RowError("system", f"must be text, given {named(system)}")
+        raise RowError("system", f"must be a string, given {named(system)}")
     if messages[0]["role"] not in ("system", "developer"):
         return ({"role": "system", "content": system}, *messages), (False, *trained)
     if messages[0]["content"].strip() != system.strip():
@@ -230,7 +230,7 @@ def _content(turn: Mapping[str, Any], name: str) -> str:
     if isinstance(content, list):
         return "".join(_part(part, f"{name}.content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
-        raise RowError(f"{name}.content", f"must be text, given {named(content)}")
+        raise RowError(f"{name}.content", f"must be a string, given {named(content)}")
     return content
 
 
@@ -240,7 +240,7 @@ def _part(part: Any, name: str) -> str:
     if part.get("type") != "text":
         raise RowError(f"{name}.type", "must be `text`: only text is trained here")
     if not isinstance(part.get("text"), str):
-        raise RowError(f"{name}.text", f"must be text, given {named(part.get('text'))}")
+        raise RowError(f"{name}.text", f"must be a string, given {named(part.get('text'))}")
     return str(part["text"])
 
 

@@ -76,5 +76,5 @@ class Instruction(Section):
     def _optional(self, row: Mapping[str, Any], name: str) -> str:
         value = row.get(name)
         if value is not None and not isinstance(value, str):
-            raise RowError(name, f"must be text, given {named(value)}")
+            raise RowError(name, f"must be a string, given {named(value)}")
         return value or ""
