@@ -284,7 +284,9 @@ def test_broken_archives_and_tables(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": wrong}), stream)
     (row,) = read(write(tmp_path, "b.parquet", stream.getvalue()))
     assert row.value == {"text": Unreadable("not UTF-8")}
-    with pytest.raises(RowError, match=r"`text` must be a string, given what can't be read .not UTF-8.: write that column"):
+    with pytest.raises(
+        RowError, match=r"`text` must be a string, given what can't be read .not UTF-8.: write that column"
+    ):
         Text().read(row.value)
 
 
