@@ -102,6 +102,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train what a recipe says; the result lies in its `output` folder."""
     import loratune
+    from loratune.commands import next_steps
 
     if resume and overwrite:
         raise errors.UsageError("--resume and --overwrite exclude each other")
@@ -116,6 +117,12 @@ def train(
     )  # fmt: skip
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(str(run.folder))
+        _tell_next(next_steps.of_run(run.folder, ("eval", "chat", "merge")))
+
+
+def _tell_next(commands: Sequence[str]) -> None:
+    for index, command in enumerate(commands):
+        typer.echo(f"{'      ' if index else 'next: '}{command}", err=True)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -236,6 +243,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
     import loratune
+    from loratune.commands import next_steps
     from loratune.commands.evaluate import show
     from loratune.models import base_files
 
@@ -246,6 +254,8 @@ def evaluate(
         allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else show(result))
+    if not as_json:
+        _tell_next(next_steps.of_run(files.local(subject), ("chat", "merge")))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -261,6 +271,7 @@ def merge(
 ) -> None:  # fmt: skip
     """Fold an adapter into its base model and compare the two before anything is kept."""
     import loratune
+    from loratune.commands import next_steps
     from loratune.models import base_files
 
     base_files.check_subject(subject, hub=False)
@@ -272,6 +283,7 @@ def merge(
         typer.echo(json.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
     else:
         typer.echo(str(result.folder))
+        _tell_next(next_steps.of_merged(result.folder))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -6,6 +6,7 @@ Messages go to stderr, stdout is left to results. Secrets are redacted.
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from loratune.redact import redact
 
+LABEL = 9  # columns of a label
+NARROW = 60  # columns of a terminal below which each figure has a line of its own
 QUIET = 15  # seconds between two lines about long work where there is no terminal
 
 
@@ -56,6 +59,31 @@ class Report:
     def problem(self, line: str) -> None:
         """Print a line that must not be missed."""
         self.console.print(redact(line), markup=False, style="yellow")
+
+    def field(self, label: str, text: str, problem: bool = False) -> None:
+        """Print a labelled text; on a terminal it is wrapped at words and aligned behind its label.
+
+        Below `NARROW` columns each figure has a line of its own. Elsewhere it is one line: logs are searched.
+
+        Args:
+            label: of one word, or empty for what belongs to the label above.
+            text: what stands behind it.
+            problem: whether it must not be missed.
+        """
+        lines = [redact(text)]
+        if self.console.is_terminal:
+            width = self.console.width
+            parts = lines[0].split(", ") if width < NARROW else lines
+            parts = [f"{part}," for part in parts[:-1]] + parts[-1:]
+            room = max(width - LABEL, 20)
+            lines = [
+                line
+                for part in parts
+                for line in textwrap.wrap(part, room, break_long_words=False, break_on_hyphens=False) or [""]
+            ]
+        style = "yellow" if problem else None
+        for index, line in enumerate(lines):
+            self.console.print(f"{label if index == 0 else '':{LABEL}}{line}", markup=False, style=style)
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[..., None]]:

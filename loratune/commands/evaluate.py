@@ -22,7 +22,7 @@ from loratune.data.batches import AUTO_TOKENS, in_length_order
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.encode import Encoder, Row
 from loratune.data.section import SUFFIXES, Data, Source
-from loratune.errors import DataError, RecipeError, UsageError
+from loratune.errors import DataError, RecipeError, UsageError, shorten
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, generate
@@ -31,6 +31,9 @@ from loratune.recipe import Recipe
 from loratune.runs import outputs
 from loratune.system import files, regex_match, storage
 from loratune.training import loop, memory_use
+
+EXAMPLES = 3  # answers that are shown side by side
+SHOWN = 100  # characters of each
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Evaluation:
         predictions: file with prompt, reference and answers of each row, or None.
         base_differs: how the base differs from the one it was trained on, where that was allowed.
         trust_remote_code: whether code that comes with the base model was allowed to run.
+        examples: reference and answers of the first rows that were answered: `reference` or system -> text.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Evaluation:
     predictions: Path | None
     base_differs: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    examples: tuple[dict[str, str], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
@@ -76,6 +81,7 @@ class Evaluation:
             "predictions": predictions,
             "base_differs": list(self.base_differs),
             "trust_remote_code": self.trust_remote_code,
+            "examples": list(self.examples),
         }
 
 
@@ -165,7 +171,11 @@ def evaluate(
     path = path if questions else None
     if path is not None:
         _write_predictions(path, rows, tokenizer, questions, answered, per_row)
-    return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code)
+    shown = tuple(
+        {"reference": questions[index][1], **{system: texts[index] for system, texts in answered.items()}}
+        for index in list(questions)[:EXAMPLES]
+    )
+    return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code, shown)
 
 
 def show(result: Evaluation) -> str:
@@ -181,6 +191,10 @@ def show(result: Evaluation) -> str:
     head = ["", *systems, *(["intervals"] if len(systems) == 2 else [])]
     lines = [f"{result.name}: {result.rows:,} rows, {result.generated:,} answered (mean, 95 % bootstrap interval)", ""]
     lines.append(console.table(head, body))
+    for number, example in enumerate(result.examples, 1):
+        lines += ["", f"answer {number} of {result.generated:,}"]
+        width = max(map(len, example))
+        lines += [f"  {who:{width}}  {shorten(text, SHOWN)}" for who, text in example.items()]
     if result.predictions:
         lines += ["", f"predictions: {result.predictions}"]
     return "\n".join(lines)

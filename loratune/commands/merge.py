@@ -151,7 +151,7 @@ def _differences(
     if not relative <= limit:
         hint = "merge in float32, or allow more with --tolerance"
         raise ModelError(f"the merged model is not base + adapter: {line}", hint)
-    tell.note(line)
+    tell.note(f"verified: {line}")
     return difference, relative, agreement
 
 

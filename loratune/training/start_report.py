@@ -117,42 +117,45 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
     counts = rows.counts
-    report.note(
-        f"rows     {len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
+    report.field(
+        "rows",
+        f"{len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
         + (f", {len(held_out):,} held out" if held_out else "")
-        + ("; unchanged since they were last read: taken from the cache" if rows.cached else "")
+        + ("; unchanged since they were last read: taken from the cache" if rows.cached else ""),
     )
     if rows.damaged or (held_out is not None and held_out.damaged):
-        report.problem(f"         {DAMAGED}")
+        report.field("", DAMAGED, problem=True)
     for line in _about_rows(recipe, rows):
-        report.note(f"         {line}")
+        report.field("", line)
     for line in rows.told_unread(held_out):
-        report.problem(f"         {line}")
+        report.field("", line, problem=True)
     for line in counts.first:
-        report.problem(f"         {line}")
+        report.field("", line, problem=True)
     for one in (rows, held_out):
         if one is not None and one.unkept:
-            report.problem(f"         not kept for the next run: {one.unkept.splitlines()[0]}")
+            report.field("", f"not kept for the next run: {one.unkept.splitlines()[0]}", problem=True)
             break
 
 
 def _tell_batches(report: Report, recipe: Recipe, batching: dict[str, Any]) -> None:
     if batching.get("shared"):
-        report.note(f"batches  packed with prefix sharing: {100 * batching['saved']:.0f} % fewer tokens to compute")
+        report.field("batches", f"packed with prefix sharing: {100 * batching['saved']:.0f} % fewer tokens to compute")
     elif batching["packed"]:
-        report.note(
-            f"batches  packed: {batching['rows_per_pack']:.1f} rows per pack of at most {recipe.data.max_length:,} "
+        report.field(
+            "batches",
+            f"packed: {batching['rows_per_pack']:.1f} rows per pack of at most {recipe.data.max_length:,} "
             f"tokens, {100 * batching['filled']:.0f} % filled"
             + (", kept apart by a mask" if batching["by"] == "mask" else "")
-            + (f" ({batching['why_mask']})" if batching["why_mask"] else "")
+            + (f" ({batching['why_mask']})" if batching["why_mask"] else ""),
         )
         if batching["missed"]:
-            report.note(
-                f"         {100 * batching['missed']:.0f} % fewer tokens would be computed with prefix sharing, but "
-                f"{batching['why_not_shared']}"
+            report.field(
+                "",
+                f"{100 * batching['missed']:.0f} % fewer tokens would be computed with prefix sharing, but "
+                f"{batching['why_not_shared']}",
             )
     else:
-        report.note(f"batches  padded ({batching['why_not']})")
+        report.field("batches", f"padded ({batching['why_not']})")
 
 
 def tell_start(
@@ -161,26 +164,28 @@ def tell_start(
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
     name = str(loaded.dtype).removeprefix("torch.")
-    report.note(
-        f"base     {recipe.model.base}: {name}"
-        f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}"
+    report.field(
+        "base",
+        f"{recipe.model.base}: {name}"
+        f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}",
     )
     _tell_rows(report, recipe, rows, held_out)
     trainable, total = base_model.count_parameters(net)
-    report.note(
-        f"method   {recipe.method.type}: {trainable:,} of {total:,} parameters trained "
+    report.field(
+        "method",
+        f"{recipe.method.type}: {trainable:,} of {total:,} parameters trained "
         f"({100 * trainable / total:.2f} %), "
-        f"{product(recipe)} of {size(on_disk)} on disk"
+        f"{product(recipe)} of {size(on_disk)} on disk",
     )
-    report.note(f"steps    {steps:,}, batch size {recipe.train.batch_size}")
+    report.field("steps", f"{steps:,}, batch size {recipe.train.batch_size}")
     if steps <= (warmup := warmup_steps(recipe.train.warmup, steps)):
-        report.note(f"         the warmup of {warmup:,} steps does not end before the run: see train.warmup")
+        report.field("", f"the warmup of {warmup:,} steps does not end before the run: see train.warmup")
     _tell_batches(report, recipe, batching)
-    report.note(f"memory   {plan.told()}")
+    report.field("memory", plan.told())
     of_method = recipe.method.notes(loaded.model)
     for note in (*loaded.notes, plan.note, *of_method, recipe.optimizer.note(loaded.device.type)):
         if note:
-            report.note(f"note     {note}")
+            report.field("note", note)
 
 
 def product(recipe: Recipe) -> str:

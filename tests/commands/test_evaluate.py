@@ -168,7 +168,16 @@ def test_limit(run: Path, base: Path) -> None:
 def test_json_table_and_default_predictions(run: Path) -> None:
     result = evaluate(run, max_new_tokens=4, regex=r"\w+", choices=["cat", "dog"])
     found = json.loads(json.dumps(result.as_json()))
-    assert set(found) == {"name", "rows", "generated", "scores", "predictions", "base_differs", "trust_remote_code"}
+    assert set(found) == {
+        "name",
+        "rows",
+        "generated",
+        "scores",
+        "predictions",
+        "base_differs",
+        "trust_remote_code",
+        "examples",
+    }
     names = ["loss", "perplexity", "token accuracy", "exact match", "contains", "token F1", "regex", "choice"]
     for system in ("base", "adapter"):
         assert list(found["scores"][system]) == names
@@ -180,6 +189,13 @@ def test_json_table_and_default_predictions(run: Path) -> None:
     assert table[2].split() == ["base", "adapter", "intervals"]
     assert [line.split("  ")[0] for line in table[4:12]] == names
     assert table[-1] == f"predictions: {run / 'predictions.jsonl'}"
+    first = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    assert found["examples"][0] == {name: first[name] for name in ("reference", "base", "adapter")}
+    at = table.index("answer 1 of 6")
+    assert [line.split()[0] for line in table[at + 1 : at + 4]] == ["reference", "base", "adapter"]
+    assert table[at + 1] == f"  reference  {first['reference']}"
+    assert "answer 3 of 6" in table
+    assert "answer 4 of 6" not in table
     score = result.scores["base"]["loss"]
     assert f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" in table[4]
 

@@ -1,0 +1,38 @@
+"""Which commands make sense after a training, an evaluation or a merge: only those that would not fail."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from loratune.system import storage
+
+
+def of_run(run: Path, names: Sequence[str]) -> list[str]:
+    """Return the commands of some names for a finished run folder; none for anything else."""
+    facts = storage.read_json(run / "run.json")
+    if facts.get("status") != "complete":
+        return []
+    merged = run.with_name(f"{run.name}-merged")
+    fits = {
+        "eval": bool((facts.get("data") or {}).get("eval")),
+        "chat": facts.get("chat") is True,
+        "merge": (run / "adapter_config.json").is_file() and not merged.exists(),
+    }
+    lines = [f"loratune {name} {_shown(run)}" for name in names if fits[name]]
+    return [f"{line} --out {_shown(merged)}" if line.startswith("loratune merge ") else line for line in lines]
+
+
+def of_merged(folder: Path) -> list[str]:
+    """Return the commands for a merged model: a talk, where it has a chat template."""
+    has = (folder / "chat_template.jinja").is_file()
+    has = has or "chat_template" in storage.read_json(folder / "tokenizer_config.json")
+    return [f"loratune chat {_shown(folder)}"] if has else []
+
+
+def _shown(path: Path) -> str:
+    """Return a path as a shell takes it, relative where it lies in the current folder."""
+    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    return shlex.quote(str(whole.relative_to(here) if whole.is_relative_to(here) else whole))
