@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,21 +110,20 @@ class RunReport(Report):
         )
 
     def _table(self, step: Step) -> Table:
+        """Return what the live view shows of a step: nothing in it is the same throughout a run."""
         table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        finite = [(loss, number) for number, loss in self.evaluation if math.isfinite(loss)]
         latest = f"{self.evaluation[-1][1]:.4f}" if self.evaluation else "not yet"
+        best = f"{min(finite)[0]:.4f}, step {min(finite)[1]:.0f}" if finite else "not yet"
         table.add_row(
-            "loss",
-            Text(f"{step.loss:.4f}", style="bold"),
-            "eval loss",
-            Text(latest, style="bold"),
-            "epoch",
-            f"{step.epoch:.2f}",
+            "loss", Text(f"{step.loss:.4f}", style="bold"), "eval loss", Text(latest, style="bold"), "best", best
         )
-        table.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "memory", size(memory()))
+        table.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "epoch", f"{step.epoch:.2f}")
         table.add_row(
             "tokens/s", f"{step.tokens / step.seconds:,.0f}",
-            "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "rows", str(step.rows),
+            "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "step time", f"{step.seconds:.2f} s",
         )  # fmt: skip
+        table.add_row("memory", size(memory()))
         return table
 
     def _write(self, event: dict[str, Any]) -> None:
