@@ -202,25 +202,13 @@ def init(
     ] = None,
 ) -> None:
     """Write a first recipe with its schema and twenty sample rows."""
-    from loratune.commands import init
+    from loratune.commands import init, next_steps
 
     if base is None and sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
-        base = (
-            typer.prompt(
-                "base model (hub id, folder or .gguf; empty for later)", default="", show_default=False, err=True
-            )
-            or None
-        )
-    for path in init.write(folder, base):
+        base = typer.prompt("base model (hub id, folder or .gguf)", default=init.BASE, err=True)
+    for path in init.write(folder, base or init.BASE):
         typer.echo(str(path))
-    where = "" if folder == Path() else f"{folder}/"
-    if base is None:
-        typer.echo(
-            f"next: name a model under `model.base` in {where}recipe.yaml, then: loratune train {where}recipe.yaml",
-            err=True,
-        )
-    else:
-        typer.echo(f"next: loratune train {where}recipe.yaml", err=True)
+    _tell_next([f"loratune train {next_steps.shown(folder / 'recipe.yaml')}"])
 
 
 @app.command(name="eval", epilog=EXIT_CODES)

@@ -108,24 +108,16 @@ def test_schema() -> None:
 
 
 def test_init(tmp_path: Path) -> None:
-    """Without a terminal nothing is asked; the recipe then says itself what is missing, and is sound once it is named."""
+    """Without a terminal nothing is asked, and the recipe is sound as it stands."""
     done = run("init", "first", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (
         0,
         "first/recipe.yaml\nfirst/loratune.schema.json\nfirst/data/train.jsonl\n",
     )
-    assert done.stderr == (
-        "next: name a model under `model.base` in first/recipe.yaml, then: loratune train first/recipe.yaml\n"
-    )
-    recipe = tmp_path / "first" / "recipe.yaml"
-    with pytest.raises(RecipeError) as caught:
-        load(recipe)
-    (problem,) = caught.value.problems
-    assert problem.message == "`model.base` must be a string, given null"
-    assert problem.place is not None
-    assert problem.place.text.startswith("  base:")
-    assert problem.hint == "hub id, local folder, or a .gguf file"
-    assert load(recipe, ["model.base=some/model"]).data.eval_fraction == 0.2
+    assert done.stderr == "next: loratune train first/recipe.yaml\n"
+    recipe = load(tmp_path / "first" / "recipe.yaml")
+    assert recipe.model.base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert recipe.data.eval_fraction == 0.2
     assert json.loads((tmp_path / "first/loratune.schema.json").read_text())["title"] == "loratune recipe"
     rows = [json.loads(line) for line in (tmp_path / "first/data/train.jsonl").read_text().splitlines()]
     assert len(rows) == 20

@@ -10,6 +10,8 @@ from loratune.errors import Place, Problem, StorageError, UsageError
 from loratune.runs import outputs
 from loratune.system import files
 
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where none is named: 270 MB, Apache-2.0, trains on a CPU in minutes
+
 # Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.
 _ROWS = [
     ("How do I reset my password?", "Open Settings, choose Security, then Reset password."),
@@ -40,7 +42,7 @@ _RECIPE = """\
 # Measure:  loratune eval runs/first
 # Talk:     loratune chat runs/first
 model:
-  base: {base:32}# hub id, local folder, or a .gguf file
+  base: {base}  # hub id, local folder, or a .gguf file
   # quantization: nf4                # a 4-bit base (QLoRA): a quarter of the memory
 
 method:
@@ -56,18 +58,18 @@ data:
   max_length: 1024                   # tokens; a longer row is an error unless `on_long` says otherwise
 
 objective: sft
-optimizer: {{type: adamw, lr: 2e-4}}
+optimizer: {{type: adamw, lr: 1e-3}}  # high, for twenty rows; 2e-4 for thousands
 train: {{epochs: 3, batch_size: 4, schedule: cosine, warmup: 0.1, seed: 0}}
 output: runs/first
 """
 
 
-def write(folder: Path, base: str | None) -> list[Path]:
+def write(folder: Path, base: str = BASE) -> list[Path]:
     """Write recipe.yaml, loratune.schema.json and data/train.jsonl.
 
     Args:
         folder: where; made when missing. A relative local `base` is named relative to it.
-        base: base model to put into the recipe, or None to leave that to the user.
+        base: base model to put into the recipe.
 
     Returns:
         The paths written.
@@ -77,14 +79,14 @@ def write(folder: Path, base: str | None) -> list[Path]:
             then.
         StorageError: when a file can't be written.
     """
-    if base is not None and files.there(files.local(base)):
+    if files.there(files.local(base)):
         base = str(files.local(base).resolve())
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{a} Yours, the help desk."}]}
         for q, a in _ROWS
     ]
     made = {
-        folder / "recipe.yaml": _RECIPE.format(base=json.dumps(base) if base else ""),
+        folder / "recipe.yaml": _RECIPE.format(base=json.dumps(base)),
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
         folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     }

@@ -21,18 +21,18 @@ def of_run(run: Path, names: Sequence[str]) -> list[str]:
         "chat": facts.get("chat") is True,
         "merge": (run / "adapter_config.json").is_file() and not merged.exists(),
     }
-    lines = [f"loratune {name} {_shown(run)}" for name in names if fits[name]]
-    return [f"{line} --out {_shown(merged)}" if line.startswith("loratune merge ") else line for line in lines]
+    lines = [f"loratune {name} {shown(run)}" for name in names if fits[name]]
+    return [f"{line} --out {shown(merged)}" if line.startswith("loratune merge ") else line for line in lines]
 
 
 def of_merged(folder: Path) -> list[str]:
     """Return the commands for a merged model: a talk, where it has a chat template."""
     has = (folder / "chat_template.jinja").is_file()
     has = has or "chat_template" in storage.read_json(folder / "tokenizer_config.json")
-    return [f"loratune chat {_shown(folder)}"] if has else []
+    return [f"loratune chat {shown(folder)}"] if has else []
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Return a path as a shell takes it, relative where it lies in the current folder."""
     whole, here = Path(os.path.abspath(path)), Path.cwd()
     return shlex.quote(str(whole.relative_to(here) if whole.is_relative_to(here) else whole))

@@ -177,11 +177,11 @@ def test_init_writes_into_nothing_that_stays_as_it_is(base: Path, tmp_path: Path
     before = contents(base)
     for folder in (base, base / "deep"):
         with pytest.raises(UsageError, match="lies in a base model, into which nothing is written"):
-            init.write(folder, None)
+            init.write(folder)
     assert contents(base) == before
     (tmp_path / "recipe.yaml").symlink_to("elsewhere")
     with pytest.raises(StorageError, match=r"recipe.yaml: can't be written: File exists"):
-        init.write(tmp_path, None)
+        init.write(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
 
 
