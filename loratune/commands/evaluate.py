@@ -33,7 +33,7 @@ from loratune.system import files, regex_match, storage
 from loratune.training import loop, memory_use
 
 EXAMPLES = 3  # answers that are shown side by side
-SHOWN = 100  # characters of each
+SHOWN = 66  # characters of each
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,11 @@ def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
 def as_text(inspection: Inspection, colour: bool) -> str:
     """Return the rows for a terminal: trained tokens in green, or in [[ ]] where there is no colour."""
     lines = [
-        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} trained "
+        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
         f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
     ]
     for row in inspection.shown:
-        lines += ["", f"row {row.number}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} trained", ""]
+        lines += ["", f"row {row.number}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} label tokens", ""]
         lines.append("".join(_coloured(piece) if colour else _bracketed(piece) for piece in _joined(row.pieces)))
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import torch
 
 from loratune.config import decode, yaml_nodes
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
-from loratune.kernels import lora_linear, torch_compile
+from loratune.kernels import torch_compile
 from loratune.methods import adapter_files
 from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
 from loratune.models.section import Model, NoQuantization
@@ -172,6 +172,8 @@ def attach(net: Any, folder: Path, name: str) -> Any:
     """
     with torch_compile.later():
         from peft import LoraConfig, PeftConfig, PeftModel
+
+        from loratune.kernels import lora_linear
 
     adapter_files.check(folder)
     file = folder / "adapter_config.json"

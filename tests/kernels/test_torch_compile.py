@@ -24,6 +24,20 @@ sys.exit("torch._inductor.compile_fx" in sys.modules)
 """
 
 
+COMMANDS = """
+import sys
+from loratune.commands import chat, evaluate, merge
+from loratune.training import run
+print([name for name in ("peft", "bitsandbytes") if name in sys.modules])
+"""
+
+
+def test_commands_are_imported_without_them() -> None:
+    """They are imported within `later`, and once their loggers are quiet."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMMANDS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def test_bitsandbytes_and_peft_come_without_the_compiler() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
