@@ -52,3 +52,18 @@ def test_the_reader_of_imports_sees_them() -> None:
     text = "import torch\ntry:\n    from peft import x\nexcept ImportError:\n    import datasets\nif TYPE_CHECKING:\n    import a\ndef f():\n    import b\nclass C:\n    import c\n"
     assert set(imports(ast.parse(text).body, inside=False)) == {"torch", "peft.x", "datasets", "c"}
     assert set(imports(ast.parse(text).body, inside=True)) == {"torch", "peft.x", "datasets", "b", "c"}
+
+
+OWN = {"__init__", "optim.adamw", "runs.facts", "system.limits"}  # by a name that is known: of a module, or of our own
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_objects_of_others_are_looked_into_in_kernels_and_models_alone(path: Path) -> None:
+    """By the name of an attribute or of a class: what a library may change."""
+    if name_of(path).split(".")[0] in ("kernels", "models") or name_of(path) in OWN:
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    assert not [node.lineno for node in calls if node.func.id in ("getattr", "hasattr")]
+    compared = (node.left for node in ast.walk(tree) if isinstance(node, ast.Compare))
+    assert not [node.lineno for node in compared if isinstance(node, ast.Attribute) and node.attr == "__name__"]

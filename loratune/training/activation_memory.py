@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.kernels import cpu_attention
+from loratune.kernels.layer_kinds import is_of_bitsandbytes
 from loratune.recipe import Recipe
 from loratune.runs import training_state
 from loratune.training import loop
@@ -202,7 +203,7 @@ def _watched(
             layer.register_forward_hook(leave),
         )
     ]
-    int8 = [module for module in net.modules() if type(module).__name__ == "Linear8bitLt"]
+    int8 = [module for module in net.modules() if is_of_bitsandbytes(module, "Linear8bitLt")]
     hooks += [module.register_forward_pre_hook(held) for module in int8]
     try:
         yield
