@@ -56,11 +56,12 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     from loratune.data.bin_packing import pack
     from loratune.data.encode import Encoder
     from loratune.data.section import Data, Source
-    from loratune.models import base_files, tokenizing
+    from loratune.models import tokenizing
     from loratune.models.section import Model
+    from loratune.system import startup
 
     logging.disable()
-    base_files.quiet()
+    startup.quiet()
     source = Source(path=str(rows))
     section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
     encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loratune import recipe
-from loratune.models import base_files
+from loratune.system import startup
 from loratune.training import run
 from tests import tiny
 
@@ -52,7 +52,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CI", "1")
-    base_files.quiet()
+    startup.quiet()
 
 
 @pytest.fixture(scope="session")

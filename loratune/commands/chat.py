@@ -12,7 +12,8 @@ from loratune import console
 from loratune.commands import chat_input, opened_model
 from loratune.commands.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
-from loratune.models import base_files, base_model
+from loratune.models import base_model
+from loratune.system import startup
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
 AGAIN = "Ctrl-C once more, or /exit, leaves"
@@ -49,7 +50,7 @@ def chat(
     Raises:
         LoratuneError: any of its kinds.
     """
-    base_files.quiet()
+    startup.quiet()
     torch.manual_seed(seed)
     what = opened_model.open_subject(str(name), base, trust_remote_code)
     loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)

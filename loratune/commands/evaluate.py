@@ -25,11 +25,11 @@ from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import DataError, RecipeError, UsageError, shorten
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
-from loratune.models import base_files, base_model, generate
+from loratune.models import base_model, generate
 from loratune.objectives import Sft, metrics
 from loratune.recipe import Recipe
 from loratune.runs import outputs
-from loratune.system import files, regex_match, storage
+from loratune.system import files, regex_match, startup, storage
 from loratune.training import loop, memory_use
 
 EXAMPLES = 3  # answers that are shown side by side
@@ -127,7 +127,7 @@ def evaluate(
     Raises:
         LoratuneError: any of its kinds.
     """
-    base_files.quiet()
+    startup.quiet()
     if regex is not None:
         regex_match.check(regex)
     tell = console.Report()

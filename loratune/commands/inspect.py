@@ -14,8 +14,8 @@ from loratune.data import chat_template, dataset
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
 from loratune.errors import UsageError
-from loratune.models import base_files
 from loratune.recipe import Recipe
+from loratune.system import startup
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def inspect(
         UsageError: when there is no such row.
         DataError: when the rows can't be used, as `train` would say.
     """
-    base_files.quiet()
+    startup.quiet()
     tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust_remote_code)
     encoder = Encoder(tokenizer)
     with console.Report().counting("reading rows") as progress:

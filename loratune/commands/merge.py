@@ -26,7 +26,7 @@ from loratune.models import (
     tokenizing,
 )
 from loratune.runs import model_card, outputs
-from loratune.system import files, storage  # fmt: skip
+from loratune.system import files, startup, storage  # fmt: skip
 from loratune.system.version import VERSION
 
 # Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
@@ -93,7 +93,7 @@ def merge(
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
-    base_files.quiet()
+    startup.quiet()
     tell = console.Report()
     target = files.local(out)
     _check(target, dtype)

@@ -7,12 +7,10 @@ import difflib
 import hashlib
 import importlib.util
 import io
-import logging
 import os
 import re
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +224,3 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
         if is_offline_mode():
             hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only models in the local cache can be had"
     return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))
-
-
-def quiet() -> None:
-    """Keep libraries from writing between our lines; what matters of theirs is told by us."""
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retries while offline
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")

@@ -5,8 +5,6 @@ Weights and optimizer states are known from shapes to a few percent, activations
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,29 +28,6 @@ _LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and thei
 _SUM = 6  # bytes per weight of a trained head: its gradient in float32, and a part of it in 16 bit
 _NF4 = 0.52  # bytes per weight, scales included
 _WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's own (64 MiB on Hopper), and what lies between tensors
-_PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
-
-
-def keep_few_products() -> None:
-    """Let oneDNN keep few matrix products ready; to be called before the first.
-
-    Each is made for a number of tokens and takes 0.6 MB, nearly every step has another number, and on its own oneDNN
-    keeps a thousand twice: between the places of activations, which then don't fit there any more.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_PRODUCTS))
-
-
-def expand_segments() -> None:
-    """Let torch's allocator grow its segments; to be called before a GPU is first used.
-
-    Nearly every step has another number of tokens, so each activation another size: in segments of fixed sizes up to
-    half a gigabyte of an 8B model's training would lie in pieces too small for the next. Not on Windows and with ROCm,
-    where torch has them in part or not at all, and warns.
-    """
-    able = sys.platform != "win32" and torch.version.hip is None
-    if able and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def checkpoint_bytes(recipe: Recipe, net: Any) -> int:

@@ -18,13 +18,13 @@ from loratune.data.encode import Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.kernels import torch_compile
 from loratune.methods import other_programs
-from loratune.models import base_files, base_model
+from loratune.models import base_model
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
 from loratune.runs.checkpoint import Progress
 from loratune.runs.facts import End, Facts
-from loratune.system import garbage, storage  # fmt: skip
+from loratune.system import garbage, startup, storage  # fmt: skip
 from loratune.training import (
     launcher,
     loop,
@@ -78,9 +78,7 @@ def train(
     Raises:
         LoratuneError: any of its kinds; `exit_code` says which.
     """
-    base_files.quiet()
-    memory_use.keep_few_products()
-    memory_use.expand_segments()
+    startup.training()
     folder = Path(recipe.output)
     accelerator = launcher.accelerator(recipe)
     first = accelerator.is_main_process

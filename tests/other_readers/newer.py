@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loratune
 from loratune.commands import opened_model
 from loratune.models import base_files
+from loratune.system import startup
 from tests import tiny
 from tests.other_readers import gguf_file
 
@@ -69,7 +70,7 @@ def write(folder: Path, name: str) -> None:
 
 def main(folder: Path, older: str) -> int:
     os.environ.update(HF_HUB_OFFLINE="1", LORATUNE_CACHE=str(folder / "cache"), CI="1")
-    base_files.quiet()
+    startup.quiet()
     script = str(Path(__file__).parent / "older.py")
     subprocess.run([older, script, "make", str(folder)], check=True)
     for base in sorted(folder.glob("*/base")):

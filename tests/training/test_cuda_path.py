@@ -22,7 +22,8 @@ from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.optim import adamw
 from loratune.runs import training_state
-from loratune.training import launcher, layout_test, memory_use
+from loratune.system import startup
+from loratune.training import launcher, layout_test
 from tests import tiny
 from tests.objectives.test_sft import llama
 
@@ -225,7 +226,7 @@ def test_segments_grow_unless_the_user_says_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    memory_use.expand_segments()
+    startup.expand_segments()
     assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == wanted
 
 
@@ -234,8 +235,8 @@ def test_segments_do_not_grow_where_torch_can_not(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     if where == "windows":
-        monkeypatch.setattr(memory_use.sys, "platform", "win32")
+        monkeypatch.setattr(startup.sys, "platform", "win32")
     else:
         monkeypatch.setattr(torch.version, "hip", "7.0")
-    memory_use.expand_segments()
+    startup.expand_segments()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
