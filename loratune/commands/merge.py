@@ -15,6 +15,7 @@ from loratune.commands import opened_model
 from loratune.data import turn_ends
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
+from loratune.kernels.layer_kinds import name_of
 from loratune.models import (
     base_files,
     base_model,
@@ -113,7 +114,7 @@ def merge(
     differences = _differences(with_adapter, after, TOLERANCE[wanted] if tolerance is None else tolerance, tell)
     merged.to(wanted)
     ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
-    done = Merge(target, str(wanted).removeprefix("torch."), *differences, loaded.base_differs)
+    done = Merge(target, name_of(wanted), *differences, loaded.base_differs)
     _write(done, merged, loaded.tokenizer, wanted, what, ends)
     return done
 

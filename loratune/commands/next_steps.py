@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.models import tokenizer_files
 from loratune.system import storage
 
 
@@ -27,9 +28,7 @@ def of_run(run: Path, names: Sequence[str]) -> list[str]:
 
 def of_merged(folder: Path) -> list[str]:
     """Return the commands for a merged model: a talk, where it has a chat template."""
-    has = (folder / "chat_template.jinja").is_file()
-    has = has or "chat_template" in storage.read_json(folder / "tokenizer_config.json")
-    return [f"loratune chat {shown(folder)}"] if has else []
+    return [f"loratune chat {shown(folder)}"] if tokenizer_files.template_of(folder) else []
 
 
 def shown(path: Path) -> str:

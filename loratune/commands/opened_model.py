@@ -13,12 +13,12 @@ import torch
 from loratune.config import decode, yaml_nodes
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.kernels import torch_compile
-from loratune.methods import adapter_files
+from loratune.methods import adapter_files, targets
 from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
 from loratune.models.section import Model, NoQuantization
 from loratune.recipe import Recipe
 from loratune.runs import checkpoint
-from loratune.system import files, regex_match  # fmt: skip
+from loratune.system import files, run_files  # fmt: skip
 from loratune.system.paths import is_inside
 
 
@@ -65,7 +65,7 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
     if (folder / "adapter_config.json").is_file():
         section = _adapter_base(folder, known, base)
         return Subject(name, section, folder.resolve(), None, known, trust)
-    if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
+    if run_files.is_run(folder) and not (folder / "config.json").is_file():
         status = shorten(checkpoint.status(folder) or "unknown")
         raise ModelError(
             Problem(
@@ -177,7 +177,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
 
     adapter_files.check(folder)
     file = folder / "adapter_config.json"
-    regex_match.check_modules(safety.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
+    targets.check_expressions(safety.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
     try:
         with warnings.catch_warnings():
@@ -225,7 +225,7 @@ def _recipe(folder: Path) -> Recipe | None:
     """Return the recipe of the run that a folder is, or lies in as a checkpoint."""
     for place in (folder, folder.parent.parent):
         path = place / "recipe.yaml"
-        if (place / "run.json").is_file() and path.is_file():
+        if run_files.is_run(place) and path.is_file():
             try:
                 return decode.decode(Recipe, yaml_nodes.parse(yaml_nodes.read_text(path), str(path)))
             except LoratuneError:

@@ -1,4 +1,4 @@
-"""What a layer is: of bitsandbytes or plain, and the precision it computes in."""
+"""What a layer is: of bitsandbytes or plain, and the precision it computes in, by its name, too."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def precision(layer: Any) -> torch.dtype:
     base = getattr(layer, "base_layer", layer)
     found: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
     return found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a precision as recipes, configs and messages name it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

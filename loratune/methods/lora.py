@@ -172,7 +172,7 @@ class Lora(Section):
         return [*targets.notes(self, model), *([slower] if reason else [])]
 
     def _slower(self, model: Any) -> str | None:
-        """Return why PEFT's own layers are left as they are, or None where `lowrank` stands for them."""
+        """Return why PEFT's own layers are left as they are, or None where `lora_linear` stands for them."""
         if self.dora:
             return "`method.dora`"
         if self.lora_dropout:

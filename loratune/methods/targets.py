@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loratune.errors import ModelError, Problem, listed
+from loratune.errors import ModelError, Place, Problem, listed
+from loratune.system import regex_match
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from loratune.methods.lora import Lora
 
+_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_REPEATS = re.compile(r"[*+?{]")  # without one an expression ends soon
+
 
 def whole(word: str) -> str:
     """Return the regular expression over full names that PEFT makes of a key of `rank_pattern`."""
     return rf"(.*\.)?({word})$"
+
+
+def check_expressions(
+    config: Mapping[str, Any], names: Sequence[str], place: Place | None = None, patience: float = regex_match.PATIENCE
+) -> None:
+    """Check that the expressions of a LoRA configuration find modules in bounded time: PEFT asks them of every name.
+
+    Args:
+        config: with `target_modules` and the like, of a recipe or an adapter.
+        names: of a model's modules.
+        place: of the configuration, if it is a file.
+        patience: seconds for all of them.
+
+    Raises:
+        ModelError: when they take longer. What is no expression at all is told elsewhere.
+        SetupError: when no child process can be started.
+    """
+    asked = {key: [one for one in _expressions(config.get(key)) if _REPEATS.search(one)] for key in _KEYS}
+    patterns = [whole(one) for some in asked.values() for one in some]
+    if patterns and not regex_match.end(patterns, names, patience):
+        keys = listed([key for key, some in asked.items() if some])
+        told = f"{keys}: an expression takes more than {patience:g} s on the names of {len(names):,} modules"
+        raise ModelError(Problem(told, place, regex_match.SIMPLER))
+
+
+def _expressions(value: object) -> list[str]:
+    """Return what PEFT takes for regular expressions in a value: a text, or the keys of an object."""
+    if isinstance(value, str):
+        return [value]
+    return [one for one in value if isinstance(one, str)] if isinstance(value, dict | list) else []
 
 
 def names(method: Lora, model: Any) -> str | list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loratune.errors import SetupError
+from loratune.kernels.layer_kinds import name_of
 from loratune.models import base_files, quantization, tokenizing
 from loratune.models.section import Model
 from loratune.system import limits
@@ -106,7 +107,7 @@ def precision_notes(asked: str, dtype: torch.dtype, where: torch.device, full: b
         where: the device.
         full: whether every weight will be trained.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     if asked == "auto" and dtype is not dtype_of("auto", where, full):
         return [f"{name}, as the run was begun; here `model.dtype: auto` would choose otherwise"]
     if computes_in_bf16(where):

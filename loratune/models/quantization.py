@@ -13,7 +13,7 @@ import torch
 
 from loratune.console import size
 from loratune.errors import ModelError, Place, Problem, SetupError, listed
-from loratune.kernels.layer_kinds import is_of_bitsandbytes
+from loratune.kernels.layer_kinds import is_of_bitsandbytes, name_of
 from loratune.models.section import Fp4, Int8, Model, Nf4
 
 _TELL = 0.05  # part (0-1) of the weights that may stay as they are without a word: norms, odd layers
@@ -137,7 +137,7 @@ def note(model: Any, kind: str, wanted: str) -> list[str]:
         names = sorted({".".join(word for word in name.split(".")[-3:] if not word.isdigit()) for name in left})
         told.append(
             f"{kind} is for linear layers: {size(bytes_left)} of the model's {size(whole)} "
-            f"({100 * bytes_left / whole:.0f} %) stay in {str(model.dtype).removeprefix('torch.')}: {listed(names)}"
+            f"({100 * bytes_left / whole:.0f} %) stay in {name_of(model.dtype)}: {listed(names)}"
         )
     return told
 

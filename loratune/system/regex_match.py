@@ -11,18 +11,16 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from loratune.errors import ModelError, Place, Problem, SetupError, UsageError, listed, shorten
+from loratune.errors import SetupError, UsageError, shorten
 from loratune.system import child_process
 
 PATIENCE = 10.0  # seconds for all texts: a thousand answers of a thousand characters take 0.1
 MEMORY = 1 << 30  # bytes for the child
-_SIMPLER = "a repetition within a repetition, such as (a+)+, can take for ever: write it simpler"
-_OF_MODULES = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-_REPEATS = re.compile(r"[*+?{]")  # without one an expression ends soon
+SIMPLER = "a repetition within a repetition, such as (a+)+, can take for ever: write it simpler"
 
 
 def check(pattern: str) -> None:
@@ -52,9 +50,7 @@ def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> lis
     try:
         done = _ask({"pattern": pattern, "texts": list(texts)}, patience)
     except subprocess.TimeoutExpired:
-        raise UsageError(
-            f"--regex `{shown}` takes more than {patience:g} s on {len(texts):,} texts", _SIMPLER
-        ) from None
+        raise UsageError(f"--regex `{shown}` takes more than {patience:g} s on {len(texts):,} texts", SIMPLER) from None
     except OSError as error:
         raise SetupError(f"no process can be started for --regex: {error.strerror}") from None
     if done.returncode:
@@ -65,40 +61,19 @@ def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> lis
     return [None if one is None else str(one) for one in answer]
 
 
-def check_modules(
-    config: Mapping[str, Any], names: Sequence[str], place: Place | None = None, patience: float = PATIENCE
-) -> None:
-    """Check that the expressions of a LoRA configuration find modules in bounded time: PEFT asks them of every name.
-
-    Args:
-        config: with `target_modules` and the like, of a recipe or an adapter.
-        names: of a model's modules.
-        place: of the configuration, if it is a file.
-        patience: seconds for all of them.
+def end(patterns: Sequence[str], texts: Sequence[str], patience: float = PATIENCE) -> bool:
+    """Return whether patterns are matched against texts within so many seconds; what is none is passed over.
 
     Raises:
-        ModelError: when they take longer. What is no expression at all is told elsewhere.
         SetupError: when no child process can be started.
     """
-    asked = {key: [one for one in _expressions(config.get(key)) if _REPEATS.search(one)] for key in _OF_MODULES}
-    patterns = [rf"(.*\.)?({one})$" for some in asked.values() for one in some]
-    if not patterns:
-        return
     try:
-        _ask({"patterns": patterns, "texts": list(names)}, patience)
+        _ask({"patterns": list(patterns), "texts": list(texts)}, patience)
     except subprocess.TimeoutExpired:
-        keys = listed([key for key, some in asked.items() if some])
-        told = f"{keys}: an expression takes more than {patience:g} s on the names of {len(names):,} modules"
-        raise ModelError(Problem(told, place, _SIMPLER)) from None
+        return False
     except OSError as error:
         raise SetupError(f"no process can be started for expressions: {error.strerror}") from None
-
-
-def _expressions(value: object) -> list[str]:
-    """Return what PEFT takes for regular expressions in a value: a text, or the keys of an object."""
-    if isinstance(value, str):
-        return [value]
-    return [one for one in value if isinstance(one, str)] if isinstance(value, dict | list) else []
+    return True
 
 
 def _ask(asked: dict[str, Any], patience: float) -> subprocess.CompletedProcess[str]:

@@ -77,7 +77,7 @@ def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
         loaded: the model.
         longest: tokens of the longest row.
         most: tokens.
-        plain: whether its logits are never in memory at once; see `head.is_plain`.
+        plain: whether its logits are never in memory at once; see `linear_cross_entropy.is_plain`.
     """
     free = free_memory(loaded.device)
     config = loaded.model.config.get_text_config().to_dict()

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from loratune.console import Report
 from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
+from loratune.kernels.layer_kinds import name_of
 from loratune.models import base_files, base_model, config_files, end_tokens, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
@@ -175,7 +176,7 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
         write_origin(job, folder)
         if job.recipe.method.type == "full":
             config_files.write_config(
-                folder, base_files.folder_of(job.recipe.model), job.net.config, _name(job.net.dtype)
+                folder, base_files.folder_of(job.recipe.model), job.net.config, name_of(job.net.dtype)
             )
 
     if job.first:
@@ -203,7 +204,7 @@ def write_readable(job: Job, folder: Path) -> None:
     base = base_files.folder_of(job.recipe.model)
     if job.recipe.method.type == "full":
         trust = job.facts.start.trust_remote_code
-        model_folder.complete(folder, base, job.net.config, _name(job.loaded.dtype), job.tokenizer, trust=trust)
+        model_folder.complete(folder, base, job.net.config, name_of(job.loaded.dtype), job.tokenizer, trust=trust)
     else:
         tokenizer_files.write(folder, base, job.tokenizer, alone=True)
 
@@ -252,7 +253,3 @@ def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def in_steps(cadence: int | float, per_epoch: int) -> int:
     """Return a cadence in steps: an integer is that already, a fraction is a part of an epoch."""
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,13 +17,13 @@ from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import torch_compile
-from loratune.methods import tensor_files
+from loratune.kernels.layer_kinds import name_of
+from loratune.methods import targets, tensor_files
 from loratune.models import base_model, end_tokens, fingerprint, generate
 from loratune.models.base_model import Loaded
 from loratune.recipe import Recipe
 from loratune.runs.checkpoint import Found
 from loratune.runs.facts import Facts, Setup
-from loratune.system import regex_match
 from loratune.training import activation_memory, layout_test, memory_plan, memory_use, session, start_report
 from loratune.training.activation_memory import Cost
 from loratune.training.layout_test import Packing
@@ -152,7 +152,7 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
     if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
         raise ModelError(refused)
-    regex_match.check_modules(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
+    targets.check_expressions(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
     remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
     sets = [rows for rows in (data.train, data.held_out) if rows is not None]
     reached = [model_limits.check(loaded.model, rows, remedy) for rows in sets]
@@ -223,7 +223,7 @@ def _setup(
         batching=batching,
         steps=length.steps,
         adapter_bytes_predicted=tuned.on_disk,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=name_of(loaded.dtype),
         quantization=loaded.quantization,
         fingerprints={
             **start_report.fingerprints(data.train, data.held_out),

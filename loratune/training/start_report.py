@@ -18,6 +18,7 @@ from loratune.console import Report, size
 from loratune.data import batches
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.row_files import chosen
+from loratune.kernels.layer_kinds import name_of
 from loratune.models import base_model
 from loratune.optim.schedules import warmup_steps
 from loratune.recipe import Recipe
@@ -163,10 +164,9 @@ def tell_start(
     on_disk: int, plan: Plan, batching: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
-    name = str(loaded.dtype).removeprefix("torch.")
     report.field(
         "base",
-        f"{recipe.model.base}: {name}"
+        f"{recipe.model.base}: {name_of(loaded.dtype)}"
         f"{f', {loaded.quantization}' if loaded.quantization != 'none' else ''}, on {loaded.device}",
     )
     _tell_rows(report, recipe, rows, held_out)

@@ -28,6 +28,7 @@ from loratune.data.encode import Encoder
 from loratune.data.row_files import Block
 from loratune.data.section import Data, Source
 from loratune.errors import DataError, LoratuneError, ModelError, Place, RecipeError, StorageError, UsageError
+from loratune.methods import targets
 from loratune.models import safety
 from loratune.system import files, regex_match, storage
 from loratune.training.progress import RunReport
@@ -403,21 +404,21 @@ def test_an_expression_for_modules_that_takes_for_ever(config: dict[str, object]
     names = ["model", "model.layers.11.self_attn.q_proj_of_the_language_model_in_it"]
     key = list(config)[-1]
     with pytest.raises(ModelError, match=rf"`{key}`.*: an expression takes more than 1 s on the names of 2 modules"):
-        regex_match.check_modules(config, names, patience=1.0)
+        targets.check_expressions(config, names, patience=1.0)
 
 
 def test_sound_expressions_for_modules_ask_nobody_or_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in ({"target_modules": r".*\.(q|v)_proj"}, {"rank_pattern": {r"layers\.\d+\.x": 8, "(": 1, "a+(": 1}}):
-        regex_match.check_modules(config, ["model.layers.1.x", "model.q_proj"])
+        targets.check_expressions(config, ["model.layers.1.x", "model.q_proj"])
     monkeypatch.setattr(regex_match, "_ask", lambda *_: pytest.fail("asked"))
     for config in ({}, {"target_modules": ("q_proj", "v.proj")}, {"target_modules": "all-linear", "rank_pattern": {}}):
-        regex_match.check_modules(config, ["model"])
+        targets.check_expressions(config, ["model"])
 
 
 def test_adapters_and_recipes_are_asked_for_it(fit: Fit, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(rows=4, method={"target_modules": r".*\.(q|v)_proj"}).folder
     monkeypatch.setattr(regex_match, "PATIENCE", 1.0)
-    monkeypatch.setattr(regex_match.check_modules, "__defaults__", (None, 1.0))
+    monkeypatch.setattr(targets.check_expressions, "__defaults__", (None, 1.0))
     with pytest.raises(ModelError, match=r"`target_modules`: an expression takes more than 1 s"):
         fit("b", rows=4, method={"target_modules": r"(.|..|\w+)*\.k_proj!"})
     file = run / "adapter_config.json"
