@@ -95,7 +95,7 @@ def write_rows(path: Path, number: int, length: int | tuple[int, int], vocabular
 
 
 def main() -> None:
-    """Measure the cases one after the other; figures, table and picture of each go under `--out`."""
+    """Measure the cases one after the other; figures and tables go under `--out` after each, in two files."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -136,23 +136,23 @@ def main() -> None:
                 found[name] |= median
                 for key, part in parts.items():
                     everything[name][key] |= part
+                everything[name]["median"] = found[name]
                 for arm, one in median.items():
                     planned = f", {one['planned'] / 2**30:.1f} planned" if "planned" in one else ""
                     told = f"{one['tokens_per_second']:.0f} tokens/s, {one['peak_memory'] / 2**30:.1f} GiB{planned}"
                     print(f"= {name} {arm}: {told}", flush=True)
-                if found[name]:
-                    about = {
-                        "device": device,
-                        "shape": given.shape,
-                        "case": name,
-                        "median": found[name],
-                        **everything[name],
-                    }
-                    report.keep(
-                        given.out / f"gpu-{name}-{re.sub('[^a-z0-9]+', '-', device.lower())}", about, found[name]
-                    )
+                keep(given.out, {"device": device, "shape": given.shape, "cases": everything}, found)
     if not any(found.values()):
         sys.exit("no arm came through")
+
+
+def keep(out: Path, about: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+    """Write all figures and a table for each case, named after the device."""
+    out.mkdir(parents=True, exist_ok=True)
+    name = "gpu-" + re.sub("[^a-z0-9]+", "-", about["device"].lower())
+    tables = [f"## {case}\n\n{report.table(arms)}\n" for case, arms in found.items() if arms]
+    (out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join([f"# {about['device']}, {about['shape']}\n", *tables]), encoding="utf-8")
 
 
 def prepare(

@@ -5,12 +5,14 @@
 #   SESSION_LIMIT=480    seconds for everything           SESSION_ONLY="1 3"  only these steps
 #   SESSION_PEERS=""     arms of peers, after ours        SESSION_DRY=1       a rehearsal on a CPU: tiny shapes
 #   PYTHON=python3       with loratune and the peers      OUT=./gpu-out       where the results go, kept after each step
+#
+# The results are five files: table.txt, said.txt (all that was printed), profile.txt, gpu-DEVICE.json and .md.
 set -u
 SECONDS=0
 LIMIT=${SESSION_LIMIT:-480} DRY=${SESSION_DRY:-0} ONLY=${SESSION_ONLY:-1 2 3 4}
 PEERS=${SESSION_PEERS-trl trainer-axolotl trl-liger trainer} PY=${PYTHON:-python3}
 [ -d loratune ] || { echo "run this in the project's root" >&2; exit 2; }
-OUT=${OUT:-./gpu-out}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd); : >"$OUT/table.txt"
+OUT=${OUT:-./gpu-out}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd); : >"$OUT/table.txt"; : >"$OUT/said.txt"
 place=${TMPDIR:-/tmp}  # 16 GB of weights are written once: into memory, where there is room for them
 [ "$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print int($4 / 1048576)}')" -ge 40 ] 2>/dev/null && place=/dev/shm
 WORK=$(mktemp -d "$place/loratune.XXXXXX"); trap 'rm -rf "$WORK"' EXIT
@@ -19,19 +21,19 @@ export LORATUNE_CACHE=$WORK/cache TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBY
 
 left() { echo $((LIMIT - SECONDS - 6)); }
 told() { printf '%s\n' "$*" | tee -a "$OUT/table.txt"; }
-step() {  # NUMBER NAME SECONDS COMMAND...: all it says goes to NAME.txt, lines that begin with `= ` into the table as well
+step() {  # NUMBER NAME SECONDS COMMAND...: all it says goes to said.txt, lines that begin with `= ` into the table as well
   local number=$1 name=$2 limit=$3 began=$SECONDS rc; shift 3
   case " $ONLY " in *" $number "*) ;; *) return 0 ;; esac
   [ "$(left)" -lt "$limit" ] && limit=$(left)
   if [ "$limit" -lt 10 ]; then told "[$number] $name: skipped, no time is left"; return 0; fi
   echo "--- $number $name, at most $limit s" >&2
-  timeout -s INT -k 8 "$limit" "$@" >>"$OUT/$name.txt" 2>&1; rc=$?
+  timeout -s INT -k 8 "$limit" "$@" >"$WORK/said.txt" 2>&1; rc=$?
+  { echo "--- $number $name"; cat "$WORK/said.txt"; } >>"$OUT/said.txt"
   told "[$number] $name: exit code $rc, $((SECONDS - began)) s$([ $rc = 124 ] && echo ', out of time')"
-  grep -a '^= ' "$OUT/$name.txt" | sed 's/^= /      /' | tee -a "$OUT/table.txt"
+  grep -a '^= ' "$WORK/said.txt" | sed 's/^= /      /' | tee -a "$OUT/table.txt"
 }
-for name in machine run tests speed; do : >"$OUT/$name.txt"; done
 
-[ "$DRY" = 1 ] || { nvidia-smi; nproc; free -g; } >>"$OUT/machine.txt" 2>&1
+[ "$DRY" = 1 ] || { nvidia-smi; nproc; free -g; } >>"$OUT/said.txt" 2>&1
 step 1 machine 60 "$PY" benchmarks/gpu_machine.py
 step 2 run "${SESSION_RUN:-120}" "$PY" benchmarks/gpu_run.py "$WORK/runs"
 
@@ -43,7 +45,7 @@ tests() {  # warnings are told and not raised: an image of somebody else's has i
 export -f tests; export PY
 step 3 tests "${SESSION_TESTS:-110}" bash -c tests
 case " $ONLY " in *" 3 "*)
-  grep -aE '^(FAILED|ERROR)|[0-9]+ (passed|failed|skipped)' "$OUT/tests.txt" | cut -c1-180 | tail -12 | sed 's/^/      /' | tee -a "$OUT/table.txt" ;;
+  grep -aE '^(FAILED|ERROR)|[0-9]+ (passed|failed|skipped)' "$WORK/said.txt" | cut -c1-180 | tail -12 | sed 's/^/      /' | tee -a "$OUT/table.txt" ;;
 esac
 
 shape=(--steps 11 --warm 3)

@@ -29,14 +29,16 @@ def run(program: str, *words: str, folder: Path) -> str:
 def test_gpu_with_a_tiny_model(tmp_path: Path) -> None:
     words = ["--shape", "tiny", "--shrink", "64", "--steps", "3", "--warm", "1", "--rounds", "1", "--arms", "loratune"]
     said = run("gpu.py", *words, "--cases", "lora-2x4096", "qlora-16xvaried", "--out", str(tmp_path), folder=tmp_path)
-    assert "loratune as it comes" in said
-    assert "loratune, rows padded" in said  # where lengths vary
-    (plain,), (varied,) = (list(tmp_path.glob(f"gpu-{case}*.json")) for case in ("lora-2x4096", "qlora-16xvaried"))
-    found = json.loads(plain.read_text())
+    assert said.count(" tokens/s, ") == 3
+    table = next(tmp_path.glob("gpu-*.md")).read_text()
+    assert "loratune as it comes" in table
+    assert "loratune, rows padded" in table  # where lengths vary
+    cases = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())["cases"]
+    found, varied = cases["lora-2x4096"], cases["qlora-16xvaried"]
     assert found["failed"] == {}
     assert found["median"]["loratune"].keys() >= FIGURES
     assert len(found["rounds"]["loratune"][0]["losses"]) == 3
-    packed, padded = (json.loads(varied.read_text())["median"][arm] for arm in ("loratune", "loratune-padded"))
+    packed, padded = (varied["median"][arm] for arm in ("loratune", "loratune-padded"))
     assert packed["losses"] == pytest.approx(padded["losses"], rel=1e-3)
 
 
@@ -64,6 +66,7 @@ def test_a_session_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     assert table.count("losses the same to the bit, adapter 0.0e+00 apart") == 3
     assert table.count(" tokens/s, ") == 8
     assert (tmp_path / "out" / "profile.txt").read_text()
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 @pytest.mark.slow
