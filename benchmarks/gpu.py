@@ -58,7 +58,8 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "qlora-1x2048-checkpointed": (1, 2048, NF4 | ALL),
 }
 ARMS = (
-    "loratune", "loratune-compiled", "trl", "trl-plain", "trl-liger", "trainer", "trainer-axolotl", "unsloth",
+    "loratune", "loratune-plain", "loratune-compiled", "trl", "trl-plain", "trl-liger", "trainer", "trainer-axolotl",
+    "unsloth",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ TITLES = {  # of the arms
     "loratune-unshared": "loratune, each row computed whole",
     "loratune-padded": "loratune, rows padded",
     "loratune-compiled": "loratune, `train.compile: on`",
+    "loratune-plain": "loratune, `train.kernels: off`",
     "trl": "TRL's SFTTrainer as it comes",
     "trl-plain": "TRL, loratune's precision, no checkpointing",
     "trl-padding-free": "TRL, the same, padding-free",

@@ -44,7 +44,7 @@ def loratune(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     attention = clocked_attention() if case.get("attention_apart") else []
     changes = {
         "loratune-unshared": ["data.prefix_sharing=off"], "loratune-padded": ["data.packing=off"],
-        "loratune-compiled": ["train.compile=on"],
+        "loratune-compiled": ["train.compile=on"], "loratune-plain": ["train.kernels=off", "train.compile=off"],
     }.get(name, [])  # fmt: skip
     if case.get("profile") and name == "loratune":
         profile_last_step(case["steps"], Path(case["profile"]))

@@ -81,7 +81,13 @@ class Train(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="whether torch's compiler joins the small operations between matrix products (norms, SwiGLU); "
-        "auto: on a GPU, where the run is long enough to pay for it; changes the last digits only",
+        "auto: on a GPU, where the run is long enough to pay for it and `kernels` does not do it; changes the last "
+        "digits only",
+    )
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="whether a GPU uses kernels of our own for norms, SwiGLU, nf4 and cross entropy; auto: those that "
+        "give the right numbers on it, tried before the first step; changes the last digits only",
     )
     log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
     eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")

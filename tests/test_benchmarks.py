@@ -64,7 +64,8 @@ def test_a_session_on_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     for kind in ("bf16", "nf4-paged", "checkpointed"):
         assert f"{kind} on " in table
     assert table.count("losses the same to the bit, adapter 0.0e+00 apart") == 3
-    assert table.count(" tokens/s, ") == 8
+    assert table.count(" tokens/s, ") == 12
+    assert "no GPU is in reach: nothing is measured" in table
     assert (tmp_path / "out" / "profile.txt").read_text()
     assert len(list((tmp_path / "out").iterdir())) == 5
 

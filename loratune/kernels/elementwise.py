@@ -1,7 +1,7 @@
-"""RMSNorm and SwiGLU, forward and backward, as functions of the last dimension: as torch computes them, or compiled.
+"""RMSNorm and SwiGLU, forward and backward, as functions of the last dimension: by torch, its compiler or Triton.
 
-Compiled, each is one pass over its tensors instead of up to seven, and rounds once. A number of tokens is no reason to
-compile again.
+Compiled, or as kernels of our own on a GPU, each is one pass over its tensors instead of up to seven. A number of
+tokens is no reason to compile again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-CLOSE = {"torch.float32": 1e-5, "torch.float16": 2**-9, "torch.bfloat16": 2**-6}  # compiled from plain, relative
+CLOSE = {"torch.float32": 1e-5, "torch.float16": 2**-9, "torch.bfloat16": 2**-6}  # others from plain, relative
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,21 @@ def compiled() -> Operations:
     return Operations(_compiled(_norm), _compiled(_norm_back), _compiled(_gate), _compiled(_gate_back))
 
 
+@cache
+def in_triton() -> Operations:
+    """Return the operations as kernels of our own, which need a GPU and `triton`.
+
+    Raises:
+        ImportError: where `triton` is not installed.
+    """
+    from loratune.kernels import triton_kernels
+
+    return Operations(triton_kernels.norm, triton_kernels.norm_back, triton_kernels.gate, triton_kernels.gate_back)
+
+
+WAYS: dict[str, Callable[[], Operations]] = {"plain": lambda: PLAIN, "compiled": compiled, "triton": in_triton}
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     made = torch.compile(function, dynamic=False)  # but for the tokens, which are marked below
 
@@ -85,13 +100,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def differs(kind: str, width: int, dtype: Any, device: Any) -> str | None:
-    """Return which compiled operation of a kind, `norm` or `gate`, gives other numbers than the plain one, or None.
+def differs(kind: str, width: int, dtype: Any, device: Any, way: str = "compiled") -> str | None:
+    """Return which operation of a kind, `norm` or `gate`, gives other numbers one way than the plain one, or None.
 
     Raises:
-        Exception: of many kinds, when torch can't compile here.
+        Exception: of many kinds, when torch or Triton can't compile here.
     """
-    one, other = PLAIN, compiled()
+    one, other = PLAIN, WAYS[way]()
     random = torch.Generator(device="cpu").manual_seed(0)
     x, up, g = (torch.randn(48, width, generator=random).to(device, dtype) * size for size in (3, 1, 1))
     weight = torch.linspace(0.5, 1.5, width).to(device, dtype)

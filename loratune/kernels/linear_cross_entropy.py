@@ -10,8 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-ROWS = {"cpu": 128, "cuda": 256}  # tokens whose logits are in memory at once, at most
-TRAINED = 4  # times as many where the head is trained: each part adds a product of the whole weight's size
+from loratune.kernels import gpu_kernels
+
+ROWS = {"cpu": 128, "cuda": 1024}  # tokens whose logits are in memory at once, at most
+TRAINED = {"cpu": 512, "cuda": 1024}  # the same where the head is trained: each part adds a product of its whole size
+WIDE = {"cpu": 128, "cuda": 256}  # tokens of which a float32 copy of the logits is in memory at once, at most
 _LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
 
 _plain: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by layer: the precision it computes in, None: not plain
@@ -28,7 +31,21 @@ def layer_of(model: Any) -> Any:
 
 def rows_at_once(weight: torch.Tensor) -> int:
     """Return how many tokens' logits are in memory at once, at most."""
-    return ROWS[weight.device.type] * (TRAINED if weight.requires_grad else 1)
+    return (TRAINED if weight.requires_grad else ROWS)[weight.device.type]
+
+
+def chunk_bytes(kind: str, words: int, itemsize: int, trained: bool) -> int:
+    """Return the bytes of the logits that are in memory at once: of a chunk, and of some in float32 where it is not.
+
+    Args:
+        kind: of the device, `cpu` or `cuda`.
+        words: of the vocabulary.
+        itemsize: bytes of a logit.
+        trained: whether the head is trained.
+    """
+    rows = (TRAINED if trained else ROWS)[kind]
+    wide = 0 if itemsize == 4 else rows if kind == "cpu" else WIDE[kind]
+    return words * (rows * itemsize + wide * 4)
 
 
 def summed_cross_entropy(
@@ -75,7 +92,7 @@ def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> 
         targets: (tokens,).
     """
     losses, hits = [], []
-    size = ROWS[states.device.type]
+    size = WIDE[states.device.type]
     for part, target in zip(torch.split(states, size), torch.split(targets, size), strict=True):
         logits = (part if layer is None else linear(part, layer.weight, layer.bias)).float()  # (size, vocabulary)
         losses.append(cross_entropy(logits, target, reduction="none"))
@@ -185,6 +202,42 @@ def _scores_to_gradient(scores: torch.Tensor, ones: torch.Tensor, target: torch.
     scores.scatter_add_(1, target, torch.full_like(ones, smoothing - 1))
 
 
+class _Softmax:
+    """Cross entropy of logits that become their gradient in place, float32 copies of few rows at a time."""
+
+    def __init__(self, logits: torch.Tensor, smoothing: float, gradient: bool, of_bias: torch.Tensor | None):
+        """Take a tensor of (rows, vocabulary) for the largest chunk, and what the bias's gradient is added to."""
+        self.smoothing, self.gradient, self.of_bias = smoothing, gradient, of_bias
+        self.fused = gpu_kernels.uses("cross_entropy", logits.device) and of_bias is None
+        rows = len(logits) if logits.device.type == "cpu" else min(len(logits), WIDE[logits.device.type])
+        of_its_own = logits.dtype is not torch.float32 and not self.fused
+        self.rows = max(rows, 1)
+        self.wide = torch.empty_like(logits[:rows], dtype=torch.float32) if of_its_own else None
+
+    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the sum of losses of a chunk, float32, (); its targets are (rows, 1)."""
+        if self.fused:
+            from loratune.kernels import triton_kernels
+
+            return triton_kernels.cross_entropy(logits, target[:, 0], self.smoothing, self.gradient).sum()
+        pieces = zip(torch.split(logits, self.rows), torch.split(target, self.rows), strict=True)
+        sums = [self._piece(part, wanted) for part, wanted in pieces]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+    def _piece(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = logits if self.wide is None else self.wide[: len(logits)].copy_(logits)
+        scores.sub_(scores.amax(dim=-1, keepdim=True))
+        of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if self.smoothing else 0
+        ones = scores.exp_().sum(dim=-1, keepdim=True)
+        total = (ones.log() - (1 - self.smoothing) * of_target - self.smoothing * mean).sum()
+        if self.gradient:
+            _scores_to_gradient(scores, ones, target, self.smoothing)
+            if self.of_bias is not None:
+                self.of_bias += scores.sum(dim=0)
+            logits.copy_(scores)
+        return total
+
+
 class Head(torch.autograd.Function):
     """Linear and cross entropy; the gradient of the weight is summed in float32."""
 
@@ -203,25 +256,17 @@ class Head(torch.autograd.Function):
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # under autocast
         # once for all parts: memory that is new has to be found page by page
         made = hidden.new_empty(rows, len(weight))
-        wide = torch.empty_like(made, dtype=torch.float32) if made.dtype is not torch.float32 else made
+        softmax = _Softmax(made, smoothing, any(ctx.needs_input_grad), of_bias)
         for begin in range(0, len(hidden), max(rows, 1)):
             part, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
-            logits, scores = made[: len(part)], wide[: len(part)]  # (rows, vocabulary) each
+            logits = made[: len(part)]  # (rows, vocabulary)
             if bias is None:
                 torch.mm(part, weight.t(), out=logits)
             else:
                 torch.addmm(bias, part, weight.t(), out=logits)
-            scores.copy_(logits)
-            scores.sub_(scores.amax(dim=-1, keepdim=True))
-            of_target, mean = scores.gather(1, target), scores.mean(dim=-1, keepdim=True) if smoothing else 0
-            ones = scores.exp_().sum(dim=-1, keepdim=True)
-            total += (ones.log() - (1 - smoothing) * of_target - smoothing * mean).sum()
+            total += softmax(logits, target)
             if not any(ctx.needs_input_grad):
                 continue
-            _scores_to_gradient(scores, ones, target, smoothing)
-            if of_bias is not None:
-                of_bias += scores.sum(dim=0)
-            logits.copy_(scores)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[begin : begin + rows])
             if of_weight is not None and part.dtype is torch.float32:
@@ -250,7 +295,7 @@ class OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        size = ROWS[logits.device.type]
+        size = WIDE[logits.device.type]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         sums = []
         for part, target in zip(torch.split(logits, size), torch.split(targets[:, None], size), strict=True):
@@ -265,7 +310,7 @@ class OfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, targets, *sums = ctx.saved_tensors
-        size = ROWS[logits.device.type]
+        size = WIDE[logits.device.type]
         gradient = torch.empty_like(logits)
         parts = zip(*(torch.split(one, size) for one in (logits, targets[:, None], gradient)), sums, strict=True)
         for part, target, into, ones in parts:

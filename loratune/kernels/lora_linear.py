@@ -14,7 +14,7 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from torch.nn.functional import linear
 
-from loratune.kernels import norm_swiglu
+from loratune.kernels import gpu_kernels, norm_swiglu
 from loratune.kernels.layer_kinds import is_of_bitsandbytes, precision
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that share what they are given
@@ -34,6 +34,37 @@ def misfits(model: Any) -> list[str]:
 
 def _in_4_bits(layer: Any) -> bool:
     return is_of_bitsandbytes(layer, "Linear4bit")
+
+
+def dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return a weight out of its 4 bits, (out, in), in the precision it had before.
+
+    Args:
+        packed: what bitsandbytes keeps, (out * in / 2, 1).
+        state: its `QuantState`.
+    """
+    if gpu_kernels.uses("nf4", packed.device) and is_nf4(packed, state):
+        return in_one_launch(packed, state)
+    from bitsandbytes.functional import dequantize_4bit
+
+    wide: torch.Tensor = dequantize_4bit(packed, state)
+    return wide
+
+
+def is_nf4(packed: torch.Tensor, state: Any) -> bool:
+    """Return whether `in_one_launch` can read a weight: nf4 in bytes that lie one after the other."""
+    plain = packed.dtype is torch.uint8 and packed.dim() == 2 and packed.shape[1] == 1 and packed.is_contiguous()
+    return (
+        plain and state.quant_type == "nf4" and state.absmax.dtype is (torch.uint8 if state.nested else torch.float32)
+    )
+
+
+def in_one_launch(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return a weight out of nf4 by a kernel of our own that reads both levels of scales; see `dequantized`."""
+    from loratune.kernels import triton_kernels
+
+    nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
+    return triton_kernels.nf4(packed, state.absmax, state.code, state.blocksize, state.shape, state.dtype, nested)
 
 
 def join(model: Any) -> None:
@@ -152,10 +183,7 @@ class _Ours(torch.nn.Module):
         base = self.base_layer
         if not _in_4_bits(base):
             return base.weight  # type: ignore[no-any-return]
-        from bitsandbytes.functional import dequantize_4bit
-
-        wide: torch.Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
-        return wide
+        return dequantized(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
 
     def _plain(self, x: torch.Tensor) -> bool:
         base, names = self.base_layer, self.active_adapters

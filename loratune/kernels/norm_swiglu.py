@@ -79,21 +79,35 @@ def install(model: Any, again: bool) -> None:
             module.forward = MethodType(forward, module)  # a method, so that a copy of the module gets one of its own
 
 
-def compile(model: Any, compiled: bool = True) -> set[tuple[str, int, Any]]:
-    """Let the norms and SwiGLUs that `install` found go through torch's compiler from now on, or no longer.
+def found(model: Any) -> set[tuple[str, int, Any]]:
+    """Return which operations those need that `install` found: `norm` or `gate`, with width and device of each."""
+    return {_need(module) for module in model.modules() if _installed(module)}
 
-    Returns:
-        Which operations they need (`norm` or `gate`), each with width and device; none where nothing was installed.
+
+def switch(model: Any, way: str, needs: set[tuple[str, int, Any]]) -> None:
+    """Let the norms and SwiGLUs of a model with these needs (see `found`) go another way from now on.
+
+    Args:
+        model: given to `install` before.
+        way: one of `elementwise.WAYS`.
+        needs: of those that change.
     """
-    found = set()
     for module in model.modules():
-        way = getattr(vars(module).get("forward"), "__func__", None)
-        if isinstance(way, partial) and way.func in (_normed, _gated):
-            module.forward = MethodType(partial(way.func, **{**way.keywords, "compiled": compiled}), module)
-            is_norm = way.func is _normed
-            width = module.weight.shape[0] if is_norm else module.gate_proj.out_features
-            found.add(("norm" if is_norm else "gate", width, next(module.parameters()).device))
-    return found
+        if _installed(module) and _need(module) in needs:
+            now = module.forward.__func__
+            module.forward = MethodType(partial(now.func, **{**now.keywords, "way": way}), module)
+
+
+def _installed(module: Any) -> bool:
+    now = getattr(vars(module).get("forward"), "__func__", None)
+    return isinstance(now, partial) and now.func in (_normed, _gated)
+
+
+def _need(module: Any) -> tuple[str, int, Any]:
+    device = next(module.parameters()).device
+    if module.forward.__func__.func is _normed:
+        return "norm", module.weight.shape[0], device
+    return "gate", module.gate_proj.out_features, device
 
 
 class Norm(torch.autograd.Function):
@@ -147,28 +161,24 @@ def _epsilon(module: Any) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-def _normed(
-    module: Any, x: torch.Tensor, *others: Any, again: bool, compiled: bool = False, **named: Any
-) -> torch.Tensor:
+def _normed(module: Any, x: torch.Tensor, *others: Any, again: bool, way: str = "plain", **named: Any) -> torch.Tensor:
     plain = module.training and x.dtype == module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
     if not plain or others or named:
         out: torch.Tensor = type(module).forward(module, x, *others, **named)
         return out
-    given = (x, module.weight, _epsilon(module), _operations(compiled))
+    given = (x, module.weight, _epsilon(module), elementwise.WAYS[way]())
     out, scale = Norm.apply(*given)  # type: ignore[no-untyped-call]
     if again:
         _remember(out, _product_of_normed, x.detach(), scale, module.weight)
     return out
 
 
-def _gated(
-    module: Any, x: torch.Tensor, *others: Any, again: bool, compiled: bool = False, **named: Any
-) -> torch.Tensor:
+def _gated(module: Any, x: torch.Tensor, *others: Any, again: bool, way: str = "plain", **named: Any) -> torch.Tensor:
     if not module.training or others or named:
         done: torch.Tensor = type(module).forward(module, x, *others, **named)
         return done
     gate, up = module.gate_proj(x), module.up_proj(x)
-    operations = _operations(compiled)
+    operations = elementwise.WAYS[way]()
     out = Gate.apply(gate, up, operations)  # type: ignore[no-untyped-call]
     if again:
         _remember(out, partial(_product_of_gated, operations), gate.detach(), up.detach())
@@ -225,7 +235,3 @@ def _product_of_gated(
     operations: elementwise.Operations, left: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
     return _product(left, operations.gate(gate, up))
-
-
-def _operations(compiled: bool) -> elementwise.Operations:
-    return elementwise.compiled() if compiled else elementwise.PLAIN

@@ -46,7 +46,7 @@ def _later(compile_now: Callable[..., Any], function: Any = None, **settings: An
     return first
 
 
-def is_wanted(wish: str, device: str, operations: float, begun: bool | None = None) -> bool:
+def is_wanted(wish: str, device: str, operations: float, begun: bool | None = None, done: bool = False) -> bool:
     """Return whether a training compiles what it can.
 
     Args:
@@ -54,10 +54,11 @@ def is_wanted(wish: str, device: str, operations: float, begun: bool | None = No
         device: `cpu` or `cuda`. On a CPU it gains nothing: never `auto`.
         operations: floating point operations of the whole training, roughly.
         begun: whether the run was begun so; `auto` keeps to that, as the last digits differ.
+        done: whether kernels of our own do already what would be compiled.
     """
     if wish != "auto":
         return wish == "on"
-    return begun if begun is not None else device == "cuda" and operations >= LONG
+    return begun if begun is not None else device == "cuda" and operations >= LONG and not done
 
 
 def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]) -> tuple[bool, str]:
@@ -75,7 +76,7 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     Raises:
         SetupError: when it was asked for and torch can't compile here, or compiles wrongly.
     """
-    needed = norm_swiglu.compile(net)
+    needed = norm_swiglu.found(net)
     if not needed:
         return False, "nothing is compiled: norms and activations of this training are trained, or no known ones"
     tell("compile  norms and activations: this may take a minute")
@@ -89,9 +90,9 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
         if wrong:
             break
     if not wrong:
+        norm_swiglu.switch(net, "compiled", needed)
         return True, ""
     if wish == "on":
         hint = "use `auto` or `off`; torch's compiler needs a C++ compiler, and on a GPU the package `triton`"
         raise SetupError(f"`train.compile: on`: torch can't compile here: {wrong}", hint)
-    norm_swiglu.compile(net, compiled=False)
     return False, f"nothing is compiled: torch can't do it here ({wrong})"

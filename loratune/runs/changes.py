@@ -27,6 +27,7 @@ FREE = {
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.kernels",
     "train.early_stopping",
 }
 LENGTH = {"train.epochs", "train.max_steps"}

@@ -48,6 +48,7 @@ class Setup:
         memory: in bytes, as `training.memory_use.measure` gives it.
         activations: the memory plan.
         compiled: whether torch's compiler was used.
+        kernels: names of the kernels of our own that were used on a GPU.
     """
 
     base: str
@@ -64,6 +65,7 @@ class Setup:
     memory: dict[str, int]
     activations: dict[str, int | None]
     compiled: bool
+    kernels: list[str]
 
 
 @dataclass

@@ -24,7 +24,6 @@ from loratune.training.activation_memory import Cost
 from loratune.training.memory_plan import Plan
 
 _ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
-_LOGITS = 6  # bytes per word and token of a chunk of the head: logits, and their scores in float32
 _SUM = 6  # bytes per weight of a trained head: its gradient in float32, and a part of it in 16 bit
 _NF4 = 0.52  # bytes per weight, scales included
 _WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's own (64 MiB on Hopper), and what lies between tensors
@@ -62,7 +61,8 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     """
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
-    logits = linear_cross_entropy.ROWS[loaded.device.type] * words * _LOGITS + _of_trained_head(loaded, net, words)
+    about = (loaded.device.type, words, loaded.dtype.itemsize)
+    logits = linear_cross_entropy.chunk_bytes(*about, trained=False) + _of_trained_head(loaded, net, words)
     working = _WORKSPACE if loaded.device.type == "cuda" else 0
     dequantized = quantization.largest_dequantized(net, loaded.dtype)
     return gradients + _states(recipe, net) + logits + dequantized + working
@@ -151,8 +151,9 @@ def _of_trained_head(loaded: Loaded, net: Any, words: int) -> int:
     """Return what a head takes more where it is trained: larger chunks, in 16 bit its gradient's sum and summand."""
     trained = [p.numel() for p in net.get_output_embeddings().parameters() if p.requires_grad]
     half = loaded.device.type == "cuda" or loaded.dtype is not torch.float32
-    more = (linear_cross_entropy.TRAINED - 1) * linear_cross_entropy.ROWS[loaded.device.type] * words * _LOGITS
-    return more + half * _SUM * sum(trained) if trained else 0
+    about = (loaded.device.type, words, loaded.dtype.itemsize)
+    frozen, whole = (linear_cross_entropy.chunk_bytes(*about, trained=one) for one in (False, True))
+    return whole - frozen + half * _SUM * sum(trained) if trained else 0
 
 
 def _states(recipe: Recipe, net: Any) -> int:

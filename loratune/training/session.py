@@ -241,7 +241,8 @@ def about(job: Job) -> dict[str, Any]:
         "recipe": job.recipe.hash(), "settings": job.recipe.model_dump(mode="json"), "drift": job.facts.drift or [],
         "fingerprints": setup.fingerprints, "sources": setup.sources, "steps": setup.steps,
         "processes": job.facts.start.processes, "versions": job.facts.start.versions,
-        "activations": setup.activations, "compiled": setup.compiled, "dtype": setup.dtype,
+        "activations": setup.activations, "compiled": setup.compiled, "kernels": setup.kernels,
+        "dtype": setup.dtype,
     }  # fmt: skip
 
 

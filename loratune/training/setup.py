@@ -16,7 +16,7 @@ from loratune.data import batches, chat_template, dataset, model_limits, turn_en
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem
-from loratune.kernels import torch_compile
+from loratune.kernels import gpu_self_test, torch_compile
 from loratune.kernels.layer_kinds import name_of
 from loratune.methods import targets, tensor_files
 from loratune.models import base_model, end_tokens, fingerprint, generate
@@ -119,17 +119,19 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
     data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
     base = load_base(recipe, data, where, facts.start.trust_remote_code, seal.get("dtype"))
     tuned = apply_method(recipe, base.loaded, data.train, where)
+    kernels = use_kernels(recipe, base.loaded, tuned.net, seal.get("kernels"))
     packing = layout_test.choose(recipe, base.loaded, tuned.net, data.train, accelerator)
     memory = plan_memory(recipe, base.loaded, tuned.net, data.train, packing, accelerator, seal.get("activations"))
     optimizer = recipe.optimizer.build(session.trainable(tuned.net), where.type)
     length = length_of(recipe, data.train)
-    compiled = use_compiler(recipe, base.loaded, tuned.net, data.train, length, report, seal.get("compiled"))
+    fused = {"norm", "gate"} <= set(kernels)
+    compiled = use_compiler(recipe, base.loaded, tuned.net, data.train, length, report, seal.get("compiled"), fused)
     batching = start_report.batching(recipe, packing, data.train, accelerator.num_processes)
     start_report.tell_start(
         report, recipe, base.loaded, tuned.net, data.train, data.held_out, length.steps, tuned.on_disk, memory.plan,
         batching,
     )  # fmt: skip
-    facts.setup = _setup(recipe, data, base, tuned, memory, length, batching, compiled)
+    facts.setup = _setup(recipe, data, base, tuned, memory, length, batching, compiled, kernels)
     return Job(
         recipe, Path(recipe.output), accelerator, report, facts, base.origin, base.ends, data.encoder.tokenizer,
         base.loaded, tuned.net, tuned.initial, optimizer, data.train, data.held_out, packing, memory.cost,
@@ -177,6 +179,13 @@ def apply_method(recipe: Recipe, loaded: Loaded, rows: Rows, where: torch.device
     return Tuned(net, initial, tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype))
 
 
+def use_kernels(recipe: Recipe, loaded: Loaded, net: Any, begun: list[str] | None) -> list[str]:
+    """Let a GPU use kernels of our own that are right there; return their names. `begun`: those of a resumed run."""
+    used, notes = gpu_self_test.install(net, loaded.dtype, [] if recipe.train.kernels == "off" else begun)
+    loaded.notes += notes
+    return used
+
+
 def plan_memory(
     recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator,
     begun: dict[str, int] | None,
@@ -198,11 +207,15 @@ def length_of(recipe: Recipe, rows: Rows) -> Length:
 
 
 def use_compiler(
-    recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, length: Length, report: RunReport, begun: bool | None
-) -> bool:
-    """Let torch's compiler join small operations where that pays; `begun` is what a resumed run did."""
+    recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, length: Length, report: RunReport, begun: bool | None,
+    fused: bool,
+) -> bool:  # fmt: skip
+    """Let torch's compiler join small operations where that pays and no kernel of ours has `fused` them already.
+
+    What a resumed run did is `begun`.
+    """
     operations = memory_use.operations(net, rows, length.steps * recipe.train.batch_size)
-    if not torch_compile.is_wanted(recipe.train.compile, loaded.device.type, operations, begun):
+    if not torch_compile.is_wanted(recipe.train.compile, loaded.device.type, operations, begun, fused):
         return False
     compiled, note = torch_compile.install(net, loaded.dtype, recipe.train.compile, report.note)
     loaded.notes += [note] if note else []
@@ -211,7 +224,7 @@ def use_compiler(
 
 def _setup(
     recipe: Recipe, data: Data, base: Base, tuned: Tuned, memory: Memory, length: Length, batching: dict[str, Any],
-    compiled: bool,
+    compiled: bool, kernels: list[str],
 ) -> Setup:  # fmt: skip
     loaded = base.loaded
     return Setup(
@@ -236,6 +249,7 @@ def _setup(
         memory=memory_use.measure(recipe, loaded, tuned.net, data.train, memory.cost, memory.plan),
         activations=memory.plan.as_json(),
         compiled=compiled,
+        kernels=kernels,
     )
 
 

@@ -16,7 +16,7 @@ import loratune
 from loratune.commands import evaluate
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
-from loratune.kernels import packed_attention
+from loratune.kernels import elementwise, gpu_self_test, packed_attention
 from loratune.objectives import Sft
 from loratune.optim import PagedAdamW8bit, PagedAdamW32bit
 from loratune.training import layout_test
@@ -232,3 +232,72 @@ def test_a_trained_head_over_a_large_vocabulary_holds_few_logits() -> None:
     (loss, _), peak = peak_of(lambda: loss_and_gradients(net, rows, "padded"))
     assert loss / (64 * 255) == pytest.approx(math.log(WORDS), rel=0.05)
     assert peak < 64 * 255 * WORDS * 2 / 2
+
+
+# ---------------------------------------------------------------- kernels of our own
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [96, 128, 1000, 4096, 14336])
+def test_norms_and_swiglus_are_the_plain_ones(width: int, dtype: torch.dtype) -> None:
+    for kind in ("norm", "gate"):
+        assert elementwise.differs(kind, width, dtype, DEVICE, "triton") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_norms_and_swiglus_are_no_further_from_the_truth(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, up, g = (torch.randn(300, 1000, device=DEVICE).to(dtype) for _ in range(3))
+    weight = (torch.rand(1000, device=DEVICE) + 0.5).to(dtype)
+    exact, other = x.double().requires_grad_(), up.double().requires_grad_()
+    gated = torch.nn.functional.silu(exact) * other
+    normed = torch.nn.functional.rms_norm(exact, (1000,), weight.double(), 1e-5)
+    truth = [
+        normed, torch.autograd.grad(normed, exact, g.double())[0],
+        gated, *torch.autograd.grad(gated, (exact, other), g.double()),
+    ]  # fmt: skip
+    off = []
+    for way in (elementwise.PLAIN, elementwise.in_triton()):
+        out, scale = way.norm(x, weight, 1e-5)
+        found = [out, way.norm_back(g, x, scale, weight), way.gate(x, up), *way.gate_back(g, x, up)]
+        off.append([float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)])
+    for plain, ours in zip(*off, strict=True):
+        assert ours <= 1.2 * plain + 1e-6
+
+
+def test_cross_entropy_in_one_kernel() -> None:
+    for words in (1000, 50257, 128256):
+        assert gpu_self_test._cross_entropy(words, torch.float32, DEVICE) is None
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nf4_is_that_of_bitsandbytes_bit_for_bit(dtype: torch.dtype, nested: bool) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from loratune.kernels import lora_linear
+
+    for shape in ((256, 512), (300, 1000), (1, 70), (4096, 1024)):
+        weight = torch.randn(shape, device=DEVICE).to(dtype)
+        packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+        assert lora_linear.is_nf4(packed, state)
+        got, wanted = lora_linear.in_one_launch(packed, state), dequantize_4bit(packed, state)
+        assert got.dtype is dtype
+        assert torch.equal(got, wanted), shape
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "all"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_run_with_the_kernels_is_one_without(tmp_path: Path, quantization: str, checkpointing: str) -> None:
+    done, used = {}, {}
+    for word in ("auto", "off"):
+        done[word] = run(
+            tmp_path / word, model={"dtype": "bfloat16", "quantization": quantization},
+            train={"kernels": word, "epochs": 2, "gradient_checkpointing": checkpointing},
+        )  # fmt: skip
+        used[word] = json.loads((done[word].folder / "run.json").read_text())["kernels"]
+    assert used["off"] == []
+    assert {"cross_entropy", "gate", "norm", *(["nf4"] if quantization == "nf4" else [])} <= set(used["auto"])
+    assert done["auto"].train_loss == pytest.approx(done["off"].train_loss, rel=1e-2)

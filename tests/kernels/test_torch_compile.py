@@ -85,6 +85,9 @@ def test_auto_compiles_what_pays_and_keeps_to_what_was_begun(
     wish: str, device: str, operations: float, begun: bool | None, wanted: bool
 ) -> None:
     assert torch_compile.is_wanted(wish, device, operations, begun) is wanted
+    assert torch_compile.is_wanted(wish, device, operations, begun, done=True) is (
+        wanted and (wish == "on" or bool(begun))
+    )
 
 
 def adapted() -> Any:
@@ -93,7 +96,7 @@ def adapted() -> Any:
 
 def compiles(net: Any) -> bool:
     norm = net.base_model.model.model.norm
-    return bool(norm.forward.__func__.keywords.get("compiled"))
+    return bool(norm.forward.__func__.keywords.get("way") == "compiled")
 
 
 WRONG = ["norm_back", OSError("no compiler\nat all"), SyntaxError()]

@@ -182,7 +182,7 @@ def test_training_a_head_never_holds_all_logits_in_float32(case: str) -> None:
         with Largest() as seen:
             objective.total(net.train(), batch).backward()
     logits = objective.count(batch) * words
-    assert logits > 8 * linear_cross_entropy.ROWS["cpu"] * linear_cross_entropy.TRAINED * words
+    assert logits > 8 * linear_cross_entropy.TRAINED["cpu"] * words
     if not case.startswith("capped"):
         assert max(seen.numbers.values()) < logits / 3
     elif case == "capped bfloat16":  # but the cap of transformers' own is float32 nowhere else than in its tanh

@@ -1,0 +1,136 @@
+"""Kernels for a GPU, tried on it before a training uses them; what gives other numbers is left out, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from loratune.kernels import elementwise, gpu_kernels, norm_swiglu
+from loratune.kernels.layer_kinds import is_of_bitsandbytes
+
+KIND = "cuda"  # of devices that have kernels
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A kernel on a device.
+
+    Attributes:
+        name: of the kernel.
+        run: returns why it can't be used, or None; may raise whatever Triton's compiler and the driver raise.
+        use: lets it be used.
+    """
+
+    name: str
+    run: Callable[[], str | None]
+    use: Callable[[], None]
+
+
+def install(net: Any, dtype: torch.dtype, begun: Collection[str] | None = None) -> tuple[list[str], list[str]]:
+    """Let a model use the kernels that are right on its devices.
+
+    Args:
+        net: the model, with its adapter, before it is wrapped.
+        dtype: of its states.
+        begun: names of the kernels that a resumed run was begun with: no others then, as the last digits differ.
+
+    Returns:
+        Names of the kernels in use, sorted, and notes on those that are not.
+    """
+    gpu_kernels.stop()
+    devices = sorted({p.device for p in net.parameters() if p.device.type == KIND}, key=str)
+    if not devices or begun == []:
+        return [], []
+    if find_spec("triton") is None:
+        return [], ["the package `triton` is not installed: norms and activations take more passes"]
+    right: set[str] = set()
+    wrong: dict[str, str] = {}
+    for trial in _trials(net, dtype, devices):
+        if begun is not None and trial.name not in begun:
+            continue
+        if why := _why_not(trial):
+            wrong[trial.name] = why
+        else:
+            trial.use()
+            right.add(trial.name)
+    return sorted(right), [f"the GPU kernel `{name}` is not used: {why}" for name, why in sorted(wrong.items())]
+
+
+def _why_not(trial: _Trial) -> str | None:
+    """Return why a kernel can't be used, in a line, or None."""
+    try:
+        with torch.no_grad():
+            return trial.run()
+    except Exception as error:
+        return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _trials(net: Any, dtype: torch.dtype, devices: list[torch.device]) -> Iterator[_Trial]:
+    for kind, width, device in sorted(norm_swiglu.found(net), key=str):
+        run = partial(_elementwise, kind, width, dtype, device)
+        yield _Trial(kind, run, partial(norm_swiglu.switch, net, "triton", {(kind, width, device)}))
+    for device in devices:
+        layers = [m for m in net.modules() if is_of_bitsandbytes(m, "Linear4bit") and m.weight.device == device]
+        if layers:
+            yield _Trial("nf4", partial(_nf4, layers), partial(gpu_kernels.use, "nf4", device))
+    head = net.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear) and head.weight.device in devices:
+        where = head.weight.device
+        run = partial(_cross_entropy, head.out_features, dtype, where)
+        yield _Trial("cross_entropy", run, partial(gpu_kernels.use, "cross_entropy", where))
+
+
+def _elementwise(kind: str, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    from loratune.kernels import triton_kernels
+
+    if kind == "norm" and width > triton_kernels.WIDEST:
+        return f"{width:,} numbers are too many for a row"
+    other = elementwise.differs(kind, width, dtype, device, "triton")
+    return f"`{other}` gives other numbers" if other else None
+
+
+def _nf4(layers: list[Any]) -> str | None:
+    """Try one layer's weight of each kind of quantization there is: bit for bit what bitsandbytes gives."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    from loratune.kernels import lora_linear
+
+    tried = set()
+    for layer in layers:
+        packed, state = layer.weight.data, layer.weight.quant_state
+        kind = (state.quant_type, state.nested, state.blocksize, state.dtype)
+        if kind in tried or not lora_linear.is_nf4(packed, state):
+            continue
+        tried.add(kind)
+        if not torch.equal(lora_linear.in_one_launch(packed, state), dequantize_4bit(packed, state)):
+            return "weights differ from those of bitsandbytes"
+    return None if tried else "no weights are kept in nf4"
+
+
+def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Try a few rows against float64, in the precision of the states and in that of autocast."""
+    from loratune.kernels import triton_kernels
+
+    random = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randn(5, words, generator=random).to(device) * 3
+    targets = torch.tensor([0, 1, words // 2, words - 2, words - 1], device=device).clamp_(0, words - 1)
+    for kind in {dtype, torch.bfloat16}:
+        for smoothing in (0.0, 0.1):
+            logits = drawn.to(kind)
+            with torch.enable_grad():
+                exact = logits.double().requires_grad_()
+                wanted = cross_entropy(exact, targets, reduction="none", label_smoothing=smoothing)
+                (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+            for keep in (False, True):
+                losses = triton_kernels.cross_entropy(logits, targets, smoothing, gradient=keep)
+                if not (losses.double() - wanted).norm() <= 1e-5 * wanted.norm():
+                    return "losses differ"
+            if not (logits.double() - gradient).norm() <= elementwise.CLOSE[str(kind)] * gradient.norm():
+                return "gradients differ"
+    return None

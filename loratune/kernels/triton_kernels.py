@@ -1,0 +1,276 @@
+"""Kernels in Triton for what stands between the products of a step, each with the function that calls it.
+
+Importing this imports `triton`, which comes with torch for CUDA only: so it is imported in functions alone. All
+arithmetic is in float32, whatever is read and written; rows are counted in 64 bits. The figures are bytes read and
+written for n numbers of 2 bytes.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+WIDEST = 32768  # numbers of a row that one program of a norm holds
+_TILE = 2048  # numbers that one program holds where rows are narrow
+_GATE = 1024  # columns of one program of a SwiGLU
+_WORDS = 4096  # words of a vocabulary that one program holds at once
+_BLOCKS = 64  # blocks of scales that one program dequantizes
+
+
+@triton.jit
+def _norm(
+    x_ptr, weight_ptr, out_ptr, scale_ptr, rows, width, x_stride, epsilon, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + epsilon)
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+    normed = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded here by transformers, too
+    out = (normed * weight[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=inside)
+
+
+@triton.jit
+def _norm_back(
+    g_ptr, x_ptr, scale_ptr, weight_ptr, out_ptr, rows, width, g_stride, x_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+    normed, wide = x * scale, g * weight[None, :]
+    along = (tl.sum(normed * wide, axis=1) / width)[:, None]
+    out = ((wide - normed * along) * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=inside)
+
+
+@triton.jit
+def _gate(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    opened = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded by torch, too
+    tl.store(out_ptr + row * width + column, (opened * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_back(
+    g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, out_ptr, width, g_stride, gate_stride, up_stride,
+    OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(g_ptr + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-gate))
+    opened = gate * share
+    of_gate = g * up * (share + opened * (1.0 - share))
+    to = row * width + column
+    tl.store(of_gate_ptr + to, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(of_up_ptr + to, (g * opened).to(of_up_ptr.dtype.element_ty), mask=inside)
+    if OUT:
+        rounded = opened.to(out_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(out_ptr + to, (rounded * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cross_entropy(
+    logit_ptr, target_ptr, loss_ptr, stride, smoothing, WORDS: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    base = logit_ptr + row * stride
+    target = tl.load(target_ptr + row)
+    of_target = tl.load(base + target).to(tl.float32)  # before the first reduction, and so before any store
+    highest = -float("inf")
+    ones = 0.0
+    total = 0.0
+    for start in range(0, WORDS, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        x = tl.load(base + word, mask=word < WORDS, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(x, axis=0))
+        ones = ones * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), axis=0)
+        highest = higher
+        total += tl.sum(tl.where(word < WORDS, x, 0.0), axis=0)
+    log_sum = highest + tl.log(ones)
+    tl.store(loss_ptr + row, log_sum - (1.0 - smoothing) * of_target - smoothing * (total / WORDS))
+    if GRADIENT:
+        tl.debug_barrier()
+        for start in range(0, WORDS, BLOCK):
+            word = start + tl.arange(0, BLOCK)
+            x = tl.load(base + word, mask=word < WORDS, other=-float("inf")).to(tl.float32)
+            wanted = tl.where(word == target, 1.0 - smoothing, 0.0) + smoothing / WORDS
+            tl.store(base + word, (tl.exp(x - log_sum) - wanted).to(logit_ptr.dtype.element_ty), mask=word < WORDS)
+
+
+@triton.jit
+def _nf4(
+    packed_ptr, scale_ptr, code_of_scale_ptr, scale_of_scale_ptr, offset_ptr, code_ptr, out_ptr, blocks, count,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE_OF_SCALE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    there = block < blocks
+    if NESTED:
+        step = tl.load(scale_ptr + block, mask=there, other=0).to(tl.int32)
+        coarse = tl.load(scale_of_scale_ptr + block // SIZE_OF_SCALE, mask=there, other=0.0)
+        scale = tl.load(code_of_scale_ptr + step) * coarse + tl.load(offset_ptr)
+    else:
+        scale = tl.load(scale_ptr + block, mask=there, other=0.0)
+    byte = block[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
+    both = tl.load(packed_ptr + byte, mask=byte * 2 < count, other=0).to(tl.int32)
+    first = tl.load(code_ptr + (both >> 4)) * scale[:, None]
+    second = tl.load(code_ptr + (both & 15)) * scale[:, None]
+    out = tl.interleave(first, second).to(out_ptr.dtype.element_ty)
+    place = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out_ptr + place, out, mask=place < count)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w x / sqrt(mean(x^2) + e) and 1 / sqrt(...), float32, (..., 1): 2 n bytes read, 2 n written."""
+    rows = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    grid, tile = _tiles(rows)
+    if rows.numel():
+        with _on(x):
+            _norm[grid](rows, weight, out, scale, *rows.shape, rows.stride(0), epsilon, **tile)
+    return out, scale
+
+
+def norm_back(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a norm's x: 4 n bytes read, 2 n written."""
+    g, rows = _rows(gradient), _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid, tile = _tiles(rows)
+    if rows.numel():
+        with _on(x):
+            _norm_back[grid](g, rows, scale, weight, out, *rows.shape, g.stride(0), rows.stride(0), **tile)
+    return out
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) up: 4 n bytes read, 2 n written."""
+    a, b = _rows(gate), _rows(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        with _on(out):
+            _gate[_grid(a)](a, b, out, a.shape[1], a.stride(0), b.stride(0), BLOCK=_GATE, num_warps=4)
+    return out
+
+
+def gate_back(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of gate and of up: 6 n bytes read, 4 n written."""
+    of_gate, of_up, _ = _way_back(gradient, gate, up, False)
+    return of_gate, of_up
+
+
+def gate_back_and_again(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of gate and of up, and silu(gate) up once more: 6 n bytes read, 6 n written."""
+    return _way_back(gradient, gate, up, True)
+
+
+def _way_back(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g, a, b = _rows(gradient), _rows(gate), _rows(up)
+    of_gate, of_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    out = torch.empty_like(of_gate) if again else of_gate
+    if of_gate.numel():
+        strides = (g.stride(0), a.stride(0), b.stride(0))
+        with _on(out):
+            _gate_back[_grid(a)](
+                g, a, b, of_gate, of_up, out, a.shape[1], *strides, OUT=again, BLOCK=_GATE, num_warps=4
+            )
+    return of_gate, of_up, out
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0, gradient: bool = True
+) -> torch.Tensor:
+    """Return the cross entropy of each row in nats, float32, (rows,); logits become its gradient in their place.
+
+    4 n bytes read and 2 n written; without the gradient 2 n read, and the logits stay as they are.
+
+    Args:
+        logits: (rows, vocabulary), numbers of a row side by side.
+        targets: int64, (rows,).
+        smoothing: part (0-1) of each target spread over the whole vocabulary.
+        gradient: whether logits become softmax - target.
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    words = logits.shape[1]
+    block = min(_WORDS, triton.next_power_of_2(words))
+    if len(logits):
+        with _on(logits):
+            _cross_entropy[(len(logits),)](
+                logits, targets.contiguous(), losses, logits.stride(0), smoothing, WORDS=words, GRADIENT=gradient,
+                BLOCK=block, num_warps=max(1, block // 512),
+            )  # fmt: skip
+    return losses
+
+
+def nf4(
+    packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, size: int, shape: torch.Size, dtype: torch.dtype,
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None,
+) -> torch.Tensor:  # fmt: skip
+    """Return weights out of 4 bits, of a shape: 0.53 bytes read and 2 written for each, scales of scales included.
+
+    Args:
+        packed: two weights a byte, the first in the high bits, uint8.
+        absmax: scale of each block: float32, or where nested its place in a table, uint8.
+        code: the 16 numbers, float32.
+        size: weights of a block.
+        shape: of the weights.
+        dtype: of the weights.
+        nested: the table of scales, float32, (256,); what each group of scales is multiplied by, float32; what is
+            added to all, float32, (); scales of a group.
+    """
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    blocks = triton.cdiv(out.numel(), size)
+    table, coarse, offset, group = nested or (absmax, absmax, absmax, 1)
+    if blocks:
+        with _on(out):  # without fused products and sums: bitsandbytes rounds in between
+            _nf4[(triton.cdiv(blocks, _BLOCKS),)](
+                packed, absmax, table, coarse, offset, code, out, blocks, out.numel(), NESTED=nested is not None,
+                SIZE=size, SIZE_OF_SCALE=group, BLOCKS=_BLOCKS, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as (rows, width) with the numbers of a row side by side, copied only where that must be."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _tiles(rows: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid and the constants of a norm: a program holds whole rows, several where they are narrow."""
+    block = triton.next_power_of_2(rows.shape[1])
+    at_once = max(1, _TILE // block)
+    warps = min(16, max(1, at_once * block // 512))
+    return (triton.cdiv(rows.shape[0], at_once),), {"ROWS": at_once, "BLOCK": block, "num_warps": warps}
+
+
+def _grid(rows: torch.Tensor) -> tuple[int, int]:
+    return rows.shape[0], triton.cdiv(rows.shape[1], _GATE)
+
+
+def _on(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Return what makes the device of a tensor the current one, as Triton takes that."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
