@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from loratune.kernels import elementwise, gpu_kernels, norm_swiglu
+from loratune.kernels import elementwise, gpu_kernels, norm_swiglu, packed_attention
 from loratune.kernels.layer_kinds import is_of_bitsandbytes
 
 KIND = "cuda"  # of devices that have kernels
+HOPPER = (9, 0)  # from there on cuDNN's attention is faster than flash attention
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def _trials(net: Any, dtype: torch.dtype, devices: list[torch.device]) -> Iterat
         layers = [m for m in net.modules() if is_of_bitsandbytes(m, "Linear4bit") and m.weight.device == device]
         if layers:
             yield _Trial("nf4", partial(_nf4, layers), partial(gpu_kernels.use, "nf4", device))
+        if dtype is not torch.float32 and torch.cuda.get_device_capability(device) >= HOPPER:
+            yield _Trial("even_rows", partial(_even, net, device), partial(gpu_kernels.use, "even_rows", device))
     head = net.get_output_embeddings()
     if isinstance(head, torch.nn.Linear) and head.weight.device in devices:
         where = head.weight.device
@@ -133,4 +136,31 @@ def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str 
                     return "losses differ"
             if not (logits.double() - gradient).norm() <= elementwise.CLOSE[str(kind)] * gradient.norm():
                 return "gradients differ"
+    return None
+
+
+def _even(net: Any, device: torch.device) -> str | None:
+    """Try attention of rows of one length against that of rows of any, with as many heads as the model's."""
+    config = net.config.get_text_config().to_dict()
+    heads = config["num_attention_heads"]
+    of_keys = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    for rows, length in ((1, 256), (2, 255)):
+        random = torch.Generator(device="cpu").manual_seed(0)
+        shapes = [(1, rows * length, number, width) for number in (heads, of_keys, of_keys)]
+        drawn = [torch.randn(shape, generator=random).to(device, torch.bfloat16).transpose(1, 2) for shape in shapes]
+        outer = torch.randn(1, rows * length, heads, width, generator=random).to(device, torch.bfloat16)
+        starts = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
+        found = []
+        for one in (False, True):
+            with torch.enable_grad():
+                q, k, v = (part.detach().requires_grad_() for part in drawn)
+                if one:
+                    out = packed_attention.even(q, k, v, None, length)
+                else:
+                    out = packed_attention.varlen(q, k, v, None, None, (starts, starts), (length, length), None)
+                found.append([out, *torch.autograd.grad(out, (q, k, v), outer)])
+        for wanted, got in zip(*found, strict=True):
+            if not (wanted - got).float().norm() <= elementwise.CLOSE["torch.bfloat16"] * wanted.float().norm():
+                return "its numbers differ from those of variable-length attention"
     return None

@@ -98,7 +98,7 @@ class LowRank(torch.autograd.Function):
             rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
         )  # (tokens, r) each
         parts = zip(weights, biases, inners, ups, strict=True)
-        outs = [linear(rows, weight(), bias).addmm_(inner, up.t()) for weight, bias, inner, up in parts]
+        outs = [_product(rows, weight(), bias, inner, up) for weight, bias, inner, up in parts]
         ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
         ctx.weights, ctx.scales = weights, scales
         ctx.masters, ctx.product, ctx.shape = (a[0].dtype, b[0].dtype), again.product, x.shape
@@ -112,13 +112,15 @@ class LowRank(torch.autograd.Function):
         ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
         kept = saved[3 * number :]
         found: list[torch.Tensor | None] = [None] * (3 * number)
-        of_x = None
         gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
         throughs = [
             inner.new_zeros(inner.shape) if g is None else g @ up
             for g, up, inner in zip(gradients, ups, inners, strict=True)
         ]
         through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
+        # the small product first where adding to it costs nothing
+        small_first = ctx.needs_input_grad[0] and _adds_for_free(through)
+        of_x = through @ torch.cat(downs) if small_first else None
         if any(ctx.needs_input_grad[5::3]):
             of_down = ctx.product(through, *kept).to(ctx.masters[0])
             found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
@@ -133,8 +135,26 @@ class LowRank(torch.autograd.Function):
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
                 del weight  # one that was in 4 bits, before the next is made
         if of_x is not None:
-            of_x = of_x.addmm_(through, torch.cat(downs)).view(ctx.shape)
+            of_x = (of_x if small_first else of_x.addmm_(through, torch.cat(downs))).view(ctx.shape)
         return of_x, None, None, None, *found
+
+
+def _adds_for_free(x: torch.Tensor) -> bool:
+    """Return whether a large product hides under its arithmetic that it adds to what is there: on a GPU."""
+    return x.is_cuda
+
+
+def _product(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inner: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """Return x W^T + b + i B^T, (tokens, out).
+
+    The small product comes first where adding to it costs nothing.
+    """
+    if not _adds_for_free(rows):
+        return linear(rows, weight, bias).addmm_(inner, up.t())
+    small = inner @ up.t() if bias is None else torch.addmm(bias, inner, up.t())
+    return small.addmm_(rows, weight.t())
 
 
 class _Ours(torch.nn.Module):

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.kernels import cpu_attention
+from loratune.kernels import cpu_attention, gpu_kernels
 
 NAME = "loratune_rows"  # of this attention among transformers'
 
@@ -49,8 +51,9 @@ def attend(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
 
-    On a GPU all rows go through one kernel, torch's variable-length attention; on a CPU through products over tiles or
-    the kernel behind sdpa; with dropout or a window each row through its own scaled_dot_product_attention.
+    On a GPU all rows go through one kernel: torch's variable-length attention, or where they are of one length and have
+    nothing in common cuDNN's, if a training found it right (`gpu_kernels`). On a CPU through products over tiles or the
+    kernel behind sdpa; with dropout or a window each row through its own scaled_dot_product_attention.
 
     Args:
         module: the layer that calls.
@@ -89,10 +92,8 @@ def attend(
         if dropout:
             raise Unfit("its attention has dropout, which the kernel for packed rows has not")
         assert max_length_q is not None
-        starts, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-        if key_places is not None and cu_seq_lens_k is not None and max_length_k is not None:
-            starts, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
-        return _varlen(query, key, value, scaling, sliding_window, starts, longest, key_places), None
+        parts, starts, longest = (query, key, value), (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        return on_gpu(parts, scaling, sliding_window, starts, longest, key_places), None
     own = cu_seq_lens_q.diff().tolist()
     lengths = own if key_places is None or cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     windowed = sliding_window is not None and max(lengths) > sliding_window
@@ -123,7 +124,32 @@ def mask(
     )  # fmt: skip
 
 
-def _varlen(
+def on_gpu(
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float | None, window: int | None,
+    starts: tuple[torch.Tensor, torch.Tensor | None], longest: tuple[int, int | None], places: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attend within the rows of a pack by one kernel; return (1, tokens, heads, width of a value).
+
+    Args:
+        parts: query, key and value, as `attend` gets them.
+        scaling: of the scores.
+        window: how many tokens a token sees.
+        starts: where the own tokens of each row begin, and where each row begins in `places`; None as the latter.
+        longest: own tokens and tokens of the longest row; None as the latter.
+        places: where the tokens of each row stand, or None.
+    """
+    tokens = parts[0].shape[2]
+    if places is not None and len(places) == tokens:  # rows have nothing in common: their own tokens, in order
+        places = None
+    (own, whole), (most, of_whole) = starts, longest
+    if places is not None and whole is not None and of_whole is not None:
+        return varlen(*parts, scaling, window, (own, whole), (most, of_whole), places)
+    if _is_even(parts[0], parts[2], len(own) - 1, most, window):
+        return even(*parts, scaling, most)
+    return varlen(*parts, scaling, window, (own, own), (most, most), None)
+
+
+def varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None,
     starts: tuple[torch.Tensor, torch.Tensor], longest: tuple[int, int], places: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
@@ -143,6 +169,33 @@ def _varlen(
         window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )[0]  # fmt: skip
     return out[None, ..., : out.shape[-1] - wider]
+
+
+def _is_even(query: torch.Tensor, value: torch.Tensor, rows: int, longest: int, window: int | None) -> bool:
+    """Return whether the rows of a pack may go through `even`: of one length, and one that comes again.
+
+    cuDNN plans for each shape anew, which takes longer than it saves. What is cut to a length or split comes again:
+    multiples of 256, and one less, as the last token of a row is only foretold.
+    """
+    return (
+        gpu_kernels.uses("even_rows", query.device)
+        and rows * longest == query.shape[2]
+        and (longest % 256 == 0 or longest % 256 == 255)
+        and (window is None or window >= longest)
+        and query.shape[-1] == value.shape[-1]
+    )
+
+
+def even(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, length: int
+) -> torch.Tensor:
+    """Attend in rows of one length through sdpa, cuDNN's kernel first; return (1, tokens, heads, width)."""
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    # (rows, heads, length, width): views
+    q, k, v = (p.view(p.shape[1], -1, length, p.shape[3]).transpose(0, 1).to(half) for p in (query, key, value))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).reshape(1, -1, *out.shape[1::2])
 
 
 def _one_by_one(

@@ -154,13 +154,13 @@ def test_packs_in_bfloat16_go_through_the_kernel_and_not_by_a_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
-    whole = packed_attention._varlen
+    whole = packed_attention.varlen
 
     def spy(query: torch.Tensor, *given: Any) -> torch.Tensor:
         calls.append(query.shape[2])
         return whole(query, *given)
 
-    monkeypatch.setattr(packed_attention, "_varlen", spy)
+    monkeypatch.setattr(packed_attention, "varlen", spy)
     done = run(tmp_path, model={"dtype": "bfloat16"}, train={"batch_size": 8, "epochs": 2})
     facts = json.loads((done.folder / "run.json").read_text())["batching"]
     assert (facts["packed"], facts["by"]) == (True, "rows")

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from loratune import recipe
 from loratune.data.encode import Row
 from loratune.errors import Place
-from loratune.kernels import packed_attention
+from loratune.kernels import gpu_kernels, packed_attention
 from loratune.models import base_model
 from loratune.objectives import Sft
 from loratune.optim import adamw
@@ -42,7 +42,7 @@ STARTS = torch.empty(3, device="meta", dtype=torch.int32)
 def test_the_kernel_takes_what_it_is_given(window: int | None, narrower: int) -> None:
     """The operator's own schema and shape function: what torch 2.10 to 2.13 have in common."""
     query, key, value = _parts(narrower=narrower)
-    out = packed_attention._varlen(query, key, value, 0.125, window, (STARTS, STARTS), (10, 10), None)
+    out = packed_attention.varlen(query, key, value, 0.125, window, (STARTS, STARTS), (10, 10), None)
     assert out.shape == (1, 20, 4, 64 - narrower)
     names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     assert names[:10] == [
@@ -60,7 +60,7 @@ def _given(monkeypatch: pytest.MonkeyPatch, window: int | None) -> dict[str, Any
         return (arguments[0],)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
-    packed_attention._varlen(*_parts(), 0.5, window, (STARTS, STARTS), (7, 9), None)  # type: ignore[call-arg]
+    packed_attention.varlen(*_parts(), 0.5, window, (STARTS, STARTS), (7, 9), None)  # type: ignore[call-arg]
     return given
 
 
@@ -68,6 +68,60 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"scale": 0.5, "is_causal": True, "longest": (7, 9), "window_size_left": -1, "window_size_right": 0}
     assert _given(monkeypatch, None) == whole
     assert _given(monkeypatch, 8) == {**whole, "is_causal": False, "window_size_left": 7}
+
+
+def _packed(rows: int, length: int, *, wider: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value of a pack, as a model lays them: (1, heads, tokens, width), the heads of a token together."""
+    shapes = ((4, 16), (2, 16), (2, 16 + wider))
+    q, k, v = (torch.randn(1, rows * length, heads, width).transpose(1, 2).requires_grad_() for heads, width in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 256), (3, 40), (2, 255)])
+def test_rows_of_one_length_at_once_are_rows_one_by_one(rows: int, length: int) -> None:
+    parts = _packed(rows, length)
+    outer = torch.randn(1, rows * length, 4, 16)
+    out = packed_attention.even(*parts, 0.3, length)
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(*row, is_causal=True, scale=0.3, enable_gqa=True)
+        for row in zip(*(part.split(length, dim=2) for part in parts), strict=True)
+    ]
+    wanted = torch.cat(alone, dim=2).transpose(1, 2)
+    assert out.shape == wanted.shape
+    torch.testing.assert_close(out, wanted)
+    for mine, other in zip(
+        torch.autograd.grad(out, parts, outer), torch.autograd.grad(wanted, parts, outer), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def _way(monkeypatch: pytest.MonkeyPatch, rows: int, length: int, places: int = 0, **given: Any) -> tuple[str, bool]:
+    """Return by which kernel a pack attends, and whether its keys are gathered; `places` more than it has tokens."""
+    found: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        packed_attention, "varlen", lambda *all_of_it: found.append(("varlen", all_of_it[-1] is not None))
+    )
+    monkeypatch.setattr(packed_attention, "even", lambda *all_of_it: found.append(("even", False)))
+    parts = _packed(rows, length, wider=given.pop("wider", 0))
+    starts, where = torch.arange(given.pop("said", rows) + 1), torch.arange(rows * length + places)
+    packed_attention.on_gpu(parts, None, given.get("window"), (starts, starts), (length, length + places), where)
+    return found[0]
+
+
+def test_which_kernel_rows_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert _way(monkeypatch, 2, 256) == ("varlen", False), "not tried on this device"
+    gpu_kernels.use("even_rows", device)
+    try:
+        for length, way in ((256, "even"), (255, "even"), (511, "even"), (254, "varlen"), (300, "varlen")):
+            assert _way(monkeypatch, 2, length) == (way, False)
+        assert _way(monkeypatch, 2, 256, places=3) == ("varlen", True), "rows have something in common"
+        assert _way(monkeypatch, 2, 256, said=3) == ("varlen", False), "another number of rows: some are shorter"
+        assert _way(monkeypatch, 2, 256, window=200) == ("varlen", False)
+        assert _way(monkeypatch, 2, 256, window=256) == ("even", False)
+        assert _way(monkeypatch, 2, 256, wider=8) == ("varlen", False)
+    finally:
+        gpu_kernels.stop()
 
 
 def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
