@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,7 @@ class Case:
     """One kernel.
 
     Attributes:
-        moved: bytes that it reads and writes.
+        moved: bytes that it reads and writes; 0 where that is not what limits it.
         ways: what it is done by, each a function of nothing that returns tensors.
         right: what they should return for the first rows, or None where all must be equal to the first way's.
     """
@@ -134,6 +135,41 @@ def weights() -> Iterator[Case]:
     yield Case("nf4 (beside bitsandbytes)", int(weight.numel() * 2.52), ways, None)
 
 
+def attention() -> Iterator[Case]:
+    """Rows of one length, forward and backward; the last token of a row is only foretold."""
+    for rows, length in ((2, 4095), (1, 8191), (8, 1023)):
+        shapes = [(1, rows * length, heads, 128) for heads in (32, 8, 8)]
+        parts = [torch.randn(shape, device="cuda").bfloat16().transpose(1, 2).requires_grad_() for shape in shapes]
+        outer = torch.randn(1, rows * length, 32, 128, device="cuda").bfloat16()
+        ways = {way: partial(attended, way, parts, outer, length) for way in ("varlen", "cuDNN")}
+        yield Case(f"attention, {rows} x {length}", 0, ways, None)
+
+
+def attended(way: str, parts: list[torch.Tensor], outer: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
+    from loratune.kernels import packed_attention
+
+    q, k, v = parts
+    with torch.enable_grad():
+        if way == "cuDNN":
+            out = packed_attention.even(q, k, v, None, length)
+        else:
+            starts = torch.arange(0, q.shape[2] + 1, length, device="cuda", dtype=torch.int32)
+            out = packed_attention.varlen(q, k, v, None, None, (starts, starts), (length, length), None)
+        return out[0].detach(), *(g[0].transpose(0, 1) for g in torch.autograd.grad(out, parts, outer))
+
+
+def products() -> Iterator[Case]:
+    """A layer with its adapter, the large product first or the small one."""
+    from loratune.kernels import lora_linear
+
+    x, weight, inner, up = drawn(TOKENS, WIDTH), drawn(INNER, WIDTH, 0.02), drawn(TOKENS, 16), drawn(INNER, 16)
+    ways = {
+        "large first": lambda: (torch.nn.functional.linear(x, weight).addmm_(inner, up.t()),),
+        "small first": lambda: (lora_linear._product(x, weight, None, inner, up),),
+    }
+    yield Case("x W^T + i B^T", 0, ways, None)
+
+
 def copy_rate() -> float:
     """Return the bytes a second that a copy of 512 MB reads and writes."""
     one = torch.empty(2**29, dtype=torch.uint8, device="cuda")
@@ -151,11 +187,10 @@ def tell(case: Case, rate: float) -> None:
             first = got if first is None else first
             wanted = right or some(*first)
             off = max(float((a - b).norm() / b.norm()) for a, b in zip(some(*got), wanted, strict=True))
-            equal = "" if right else f", equal: {all(map(torch.equal, got, first))}"
+            equal = "" if right or case.name[:3] != "nf4" else f", equal: {all(map(torch.equal, got, first))}"
             taken = microseconds(work)
-            told.append(
-                f"{way} {taken:.0f} us ({case.moved / (taken * 1e-6) / rate:.0%} of a copy, {off:.1e} off{equal})"
-            )
+            share = f"{case.moved / (taken * 1e-6) / rate:.0%} of a copy, " if case.moved else ""
+            told.append(f"{way} {taken:.0f} us ({share}{off:.1e} off{equal})")
         except Exception as error:
             told.append(
                 f"{way} failed ({str(error).strip().splitlines()[-1][:100] if str(error).strip() else error!r})"
@@ -185,7 +220,15 @@ def main() -> None:
         sys.exit(f"= no kernels: {error}")
     plain = {"plain": elementwise.PLAIN}
     with torch.no_grad():
-        for cases in (weights(), heads(triton_kernels), gates(plain | ours), norms(plain | ours)):
+        everything = (
+            weights(),
+            heads(triton_kernels),
+            gates(plain | ours),
+            norms(plain | ours),
+            attention(),
+            products(),
+        )
+        for cases in everything:
             for case in cases:
                 tell(case, rate)
                 torch.cuda.empty_cache()

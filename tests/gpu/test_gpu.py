@@ -16,7 +16,8 @@ import loratune
 from loratune.commands import evaluate
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
-from loratune.kernels import elementwise, gpu_self_test, packed_attention
+from loratune.kernels import elementwise, gpu_kernels, gpu_self_test, packed_attention
+from loratune.methods import Lora
 from loratune.objectives import Sft
 from loratune.optim import PagedAdamW8bit, PagedAdamW32bit
 from loratune.training import layout_test
@@ -270,6 +271,45 @@ def test_norms_and_swiglus_are_no_further_from_the_truth(dtype: torch.dtype) -> 
 def test_cross_entropy_in_one_kernel() -> None:
     for words in (1000, 50257, 128256):
         assert gpu_self_test._cross_entropy(words, torch.float32, DEVICE) is None
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < gpu_self_test.HOPPER,
+    reason="flash attention there",
+)
+@pytest.mark.parametrize(("rows", "length"), [(1, 256), (2, 255), (3, 512), (2, 1023)])
+def test_rows_of_one_length_attend_as_rows_of_any(rows: int, length: int) -> None:
+    """Forward and gradient; both are a rounding away from float32."""
+    torch.manual_seed(0)
+    shapes = [(1, rows * length, heads, 64) for heads in (8, 2, 2)]
+    q, k, v = (torch.randn(shape, device=DEVICE).transpose(1, 2) for shape in shapes)
+    outer = torch.randn(1, rows * length, 8, 64, device=DEVICE)
+    starts = torch.arange(rows + 1, device=DEVICE, dtype=torch.int32) * length
+
+    def learnt(way: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        parts = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in (q, k, v)]
+        if way == "even":
+            out = packed_attention.even(*parts, None, length)
+        elif way == "varlen":
+            out = packed_attention.varlen(*parts, None, None, (starts, starts), (length, length), None)
+        else:
+            alone = zip(*(part.split(length, dim=2) for part in parts), strict=True)
+            sdpa = torch.nn.functional.scaled_dot_product_attention
+            out = torch.cat([sdpa(*row, is_causal=True, enable_gqa=True) for row in alone], dim=2).transpose(1, 2)
+        return [out.detach(), *torch.autograd.grad(out, parts, outer.to(out.dtype))]
+
+    exact = learnt("one by one", torch.float32)
+    for truth, even, varlen in zip(exact, *(learnt(way, torch.bfloat16) for way in ("even", "varlen")), strict=True):
+        assert even.shape == truth.shape
+        assert (even - truth).norm() <= 1.5 * (varlen - truth).norm() + 1e-3 * truth.norm()
+
+
+def test_the_kernels_of_a_model_are_right_here() -> None:
+    net = models.made("Llama", {}, torch.bfloat16).cuda()
+    used, notes = gpu_self_test.install(Lora(r=4).apply(net, lambda: []), torch.bfloat16)
+    gpu_kernels.stop()
+    assert notes == []
+    assert {"cross_entropy", "gate", "norm"} <= set(used)
 
 
 @pytest.mark.parametrize("nested", [True, False])
