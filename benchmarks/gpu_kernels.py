@@ -158,6 +158,29 @@ def attended(way: str, parts: list[torch.Tensor], outer: torch.Tensor, length: i
         return out[0].detach(), *(g[0].transpose(0, 1) for g in torch.autograd.grad(out, parts, outer))
 
 
+def rotations() -> Iterator[Case]:
+    from transformers.models.llama import modeling_llama
+
+    from loratune.kernels import rotary
+
+    q, k = (torch.randn(1, TOKENS, heads, 128, device="cuda").bfloat16().transpose(1, 2) for heads in (32, 8))
+    g = torch.randn_like(q), torch.randn_like(k)
+    angles = torch.rand(1, TOKENS, 128, device="cuda") * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def both(way: Any) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in (q, k)]
+            outs = way(*parts, cos, sin)
+            return tuple(one[0].transpose(0, 1) for one in (*outs, *torch.autograd.grad(outs, parts, g)))
+
+    ways = {
+        "plain": partial(both, rotary.own(modeling_llama)),
+        "triton": partial(both, rotary.Rotary.apply),
+    }
+    yield Case("rotary, forward and back", 4 * 2 * TOKENS * 40 * 128, ways, None)
+
+
 def products() -> Iterator[Case]:
     """A layer with its adapter, the large product first or the small one."""
     from loratune.kernels import lora_linear
@@ -225,6 +248,7 @@ def main() -> None:
             heads(triton_kernels),
             gates(plain | ours),
             norms(plain | ours),
+            rotations(),
             attention(),
             products(),
         )

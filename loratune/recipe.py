@@ -87,8 +87,8 @@ class Train(Section):
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="whether a GPU uses kernels of our own between matrix products, for nf4 and cross entropy, and "
-        "cuDNN's for attention; auto: those that give the right numbers on it, tried before the first step; changes the "
-        "last digits only",
+        "cuDNN's for attention; auto: those that give the right numbers on it, tried before the first step; changes "
+        "the last digits only",
     )
     log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
     eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")

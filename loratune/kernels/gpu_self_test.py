@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from loratune.kernels import elementwise, gpu_kernels, norm_swiglu, packed_attention
+from loratune.kernels import elementwise, gpu_kernels, norm_swiglu, packed_attention, rotary
 from loratune.kernels.layer_kinds import is_of_bitsandbytes
 
 KIND = "cuda"  # of devices that have kernels
@@ -80,6 +81,8 @@ def _trials(net: Any, dtype: torch.dtype, devices: list[torch.device]) -> Iterat
         layers = [m for m in net.modules() if is_of_bitsandbytes(m, "Linear4bit") and m.weight.device == device]
         if layers:
             yield _Trial("nf4", partial(_nf4, layers), partial(gpu_kernels.use, "nf4", device))
+        for home in rotary.homes(net):
+            yield _Trial("rotary", partial(_rotary, home, net, dtype, device), partial(_use_rotary, home, device))
         if dtype is not torch.float32 and torch.cuda.get_device_capability(device) >= HOPPER:
             yield _Trial("even_rows", partial(_even, net, device), partial(gpu_kernels.use, "even_rows", device))
     head = net.get_output_embeddings()
@@ -139,12 +142,43 @@ def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str 
     return None
 
 
-def _even(net: Any, device: torch.device) -> str | None:
-    """Try attention of rows of one length against that of rows of any, with as many heads as the model's."""
+def _use_rotary(home: ModuleType, device: torch.device) -> None:
+    rotary.put(home)
+    gpu_kernels.use("rotary", device)
+
+
+def _heads(net: Any) -> tuple[int, int, int]:
+    """Return how many heads queries and keys of a model have, and their width."""
     config = net.config.get_text_config().to_dict()
     heads = config["num_attention_heads"]
-    of_keys = config.get("num_key_value_heads") or heads
     width = config.get("head_dim") or config["hidden_size"] // heads
+    return heads, config.get("num_key_value_heads") or heads, width
+
+
+def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Try the kernel against the model's own function, forward and back, in the layout of a product."""
+    heads, of_keys, width = _heads(net)
+    random = torch.Generator(device="cpu").manual_seed(0)
+    shapes = [(2, 9, heads, width), (2, 9, of_keys, width)]
+    q, k = (torch.randn(s, generator=random).to(device, dtype).transpose(1, 2) for s in shapes)
+    outer = [torch.randn(part.shape, generator=random).to(device, dtype) for part in (q, k)]
+    angles = torch.randn(1, 9, width, generator=random)
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    found = []
+    for way in (rotary.own(home), rotary.Rotary.apply):
+        with torch.enable_grad():
+            given = [part.detach().requires_grad_() for part in (q, k)]
+            outs = way(*given, cos, sin)
+            found.append([*outs, *torch.autograd.grad(outs, given, outer)])
+    for wanted, got in zip(*found, strict=True):
+        if not (wanted - got).float().norm() <= elementwise.CLOSE[str(dtype)] * wanted.float().norm():
+            return "its numbers differ from those of the model's own"
+    return None
+
+
+def _even(net: Any, device: torch.device) -> str | None:
+    """Try attention of rows of one length against that of rows of any, with as many heads as the model's."""
+    heads, of_keys, width = _heads(net)
     for rows, length in ((1, 256), (2, 255)):
         random = torch.Generator(device="cpu").manual_seed(0)
         shapes = [(1, rows * length, number, width) for number in (heads, of_keys, of_keys)]

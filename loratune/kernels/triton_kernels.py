@@ -139,6 +139,54 @@ def _nf4(
     tl.store(out_ptr + place, out, mask=place < count)
 
 
+@triton.jit
+def _turn(
+    x_ptr, out_ptr, cos_ptr, sin_ptr, heads, half, head_stride,
+    BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Turn the heads of one token; pointers stand at its first number."""
+    column = tl.arange(0, HALF)
+    head = tl.arange(0, HEADS)[:, None]
+    here = column < half
+    inside = (head < heads) & here[None, :]
+    kind = out_ptr.dtype.element_ty
+    cos_1 = tl.load(cos_ptr + column, mask=here, other=0.0).to(tl.float32)[None, :]
+    cos_2 = tl.load(cos_ptr + half + column, mask=here, other=0.0).to(tl.float32)[None, :]
+    sin_1 = tl.load(sin_ptr + column, mask=here, other=0.0).to(tl.float32)[None, :]
+    sin_2 = tl.load(sin_ptr + half + column, mask=here, other=0.0).to(tl.float32)[None, :]
+    place = x_ptr + head * head_stride + column[None, :]
+    one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        first, other = one * cos_1, two * sin_2
+        second, less = two * cos_2, -one * sin_1
+    else:
+        first, other = one * cos_1, -two * sin_1
+        second, less = two * cos_2, one * sin_2
+    # products are rounded as transformers rounds them
+    first = first.to(kind).to(tl.float32) + other.to(kind).to(tl.float32)
+    second = second.to(kind).to(tl.float32) + less.to(kind).to(tl.float32)
+    to = out_ptr + head * (2 * half) + column[None, :]
+    tl.store(to, first.to(kind), mask=inside)
+    tl.store(to + half, second.to(kind), mask=inside)
+
+
+@triton.jit
+def _rotary(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, half, q_heads, k_heads,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token, sin_batch, sin_token,
+    BACK: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    batch, token = place // tokens, place % tokens
+    cos = cos_ptr + batch * cos_batch + token * cos_token
+    sin = sin_ptr + batch * sin_batch + token * sin_token
+    q = q_ptr + batch * q_batch + token * q_token
+    k = k_ptr + batch * k_batch + token * k_token
+    _turn(q, q_out_ptr + place * q_heads * (2 * half), cos, sin, q_heads, half, q_head, BACK, Q_HEADS, HALF)
+    _turn(k, k_out_ptr + place * k_heads * (2 * half), cos, sin, k_heads, half, k_head, BACK, K_HEADS, HALF)
+
+
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return w x / sqrt(mean(x^2) + e) and 1 / sqrt(...), float32, (..., 1): 2 n bytes read, 2 n written."""
     rows = _rows(x)
@@ -223,6 +271,36 @@ def cross_entropy(
                 BLOCK=block, num_warps=max(1, block // 512),
             )  # fmt: skip
     return losses
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries and keys turned by their angles, or the gradients of what was: 2 n bytes read, 2 n written.
+
+    Args:
+        query: (batch, heads, tokens, width), or its gradient.
+        key: (batch, heads or fewer, tokens, width), or its gradient.
+        cos: (batch or 1, tokens, width).
+        sin: as `cos`.
+        back: whether gradients are given.
+
+    Returns:
+        Two of the shapes of query and key; in memory the heads of a token stand side by side, as a product gives them.
+    """
+    query, key = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key))
+    batch, heads, tokens, width = query.shape
+    outs = [part.new_empty(batch, tokens, part.shape[1], width) for part in (query, key)]
+    if outs[0].numel():
+        strides = [stride if of.shape[0] > 1 else 0 for of in (cos, sin) for stride in of.stride()[:1]]
+        with _on(query):
+            _rotary[(batch * tokens,)](
+                query, key, cos, sin, *outs, tokens, width // 2, heads, key.shape[1], *query.stride()[:3],
+                *key.stride()[:3], strides[0], cos.stride(1), strides[1], sin.stride(1), BACK=back,
+                Q_HEADS=triton.next_power_of_2(heads), K_HEADS=triton.next_power_of_2(key.shape[1]),
+                HALF=triton.next_power_of_2(width // 2), num_warps=4,
+            )  # fmt: skip
+    return outs[0].transpose(1, 2), outs[1].transpose(1, 2)
 
 
 def nf4(

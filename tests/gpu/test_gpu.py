@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers.models.llama import modeling_llama
 
 import loratune
 from loratune.commands import evaluate
@@ -309,7 +310,14 @@ def test_the_kernels_of_a_model_are_right_here() -> None:
     used, notes = gpu_self_test.install(Lora(r=4).apply(net, lambda: []), torch.bfloat16)
     gpu_kernels.stop()
     assert notes == []
-    assert {"cross_entropy", "gate", "norm"} <= set(used)
+    assert {"cross_entropy", "gate", "norm", "rotary"} <= set(used)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
+    home = modeling_llama
+    for heads in ({}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 24}):
+        assert gpu_self_test._rotary(home, models.made("Llama", heads), dtype, DEVICE) is None
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -339,5 +347,5 @@ def test_a_run_with_the_kernels_is_one_without(tmp_path: Path, quantization: str
         )  # fmt: skip
         used[word] = json.loads((done[word].folder / "run.json").read_text())["kernels"]
     assert used["off"] == []
-    assert {"cross_entropy", "gate", "norm", *(["nf4"] if quantization == "nf4" else [])} <= set(used["auto"])
+    assert {"cross_entropy", "gate", "norm", "rotary", *(["nf4"] if quantization == "nf4" else [])} <= set(used["auto"])
     assert done["auto"].train_loss == pytest.approx(done["off"].train_loss, rel=1e-2)

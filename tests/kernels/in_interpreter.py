@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, rms_norm, silu
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from loratune.kernels import elementwise, gpu_kernels, gpu_self_test, linear_cross_entropy, norm_swiglu, triton_kernels
+from loratune.kernels import (
+    elementwise,
+    gpu_kernels,
+    gpu_self_test,
+    linear_cross_entropy,
+    norm_swiglu,
+    rotary,
+    triton_kernels,
+)
 from loratune.methods import Lora
 from tests.objectives.test_sft import llama
 
@@ -132,6 +141,38 @@ def test_nf4_is_that_of_bitsandbytes_bit_for_bit(shape: tuple[int, int], size: i
     assert not lora_linear.is_nf4(*fp4)
 
 
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("heads", "of_keys", "width"), [(4, 2, 16), (9, 3, 24), (3, 3, 10)])
+def test_rotary_is_that_of_transformers(heads: int, of_keys: int, width: int, batch: int, dtype: torch.dtype) -> None:
+    """Keys laid head by head, queries token by token; angles for all rows, and for each its own."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 7, heads, width).to(dtype).transpose(1, 2).requires_grad_()
+    k = torch.randn(2, of_keys, 7, width).to(dtype).requires_grad_()
+    cos, sin = torch.randn(2, batch, 7, width).to(dtype)
+    assert rotary.fits(q, k, cos, sin)
+    outs, wanted = rotary.Rotary.apply(q, k, cos, sin), apply_rotary_pos_emb(q.double(), k.double(), cos, sin)
+    outer = [torch.randn(part.shape).to(dtype) for part in (q, k)]
+    found = torch.autograd.grad(outs, (q, k), outer)
+    right = torch.autograd.grad(wanted, (q, k), [part.double() for part in outer])
+    for got, exact in zip((*outs, *found), (*wanted, *right), strict=True):
+        assert (got.dtype, got.shape) == (dtype, exact.shape)
+        assert (got - exact).norm() <= (1e-6 if dtype is torch.float32 else 2**-6) * exact.norm()
+    assert outs[0].transpose(1, 2).is_contiguous()
+
+
+def test_which_rotary_functions_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [home.__name__ for home in rotary.homes(llama())] == ["transformers.models.llama.modeling_llama"]
+    glm = __import__("transformers").models.glm.modeling_glm
+    assert not rotary._turns_halves(glm.apply_rotary_pos_emb)
+    q, k, cos = torch.randn(1, 2, 7, 8), torch.randn(1, 1, 7, 8), torch.randn(1, 7, 8)
+    assert rotary.fits(q, k, cos, cos)
+    for wrong in ((q, k, cos[:, :6], cos[:, :6]), (q, k, cos.double(), cos.double()), (q[0], k[0], cos, cos)):
+        assert not rotary.fits(*wrong)
+    assert not rotary.fits(q, k, cos.clone().requires_grad_(), cos)
+    assert not rotary.fits(q.transpose(2, 3).contiguous().transpose(2, 3), k, cos, cos)
+
+
 def step(net: Any) -> list[torch.Tensor]:
     """Return loss and gradients of a step through layers and head."""
     ids = torch.arange(60).view(2, 30) % 50
@@ -155,13 +196,13 @@ def test_a_step_with_the_kernels_is_one_without(monkeypatch: pytest.MonkeyPatch)
     net, used = adapted(), []
     plain = step(net)
     monkeypatch.setattr(gpu_self_test, "KIND", "cpu")
-    assert gpu_self_test.install(net, torch.float32) == (["cross_entropy", "gate", "norm"], [])
-    for name in ("norm", "norm_back", "gate", "gate_back", "cross_entropy"):
+    assert gpu_self_test.install(net, torch.float32) == (["cross_entropy", "gate", "norm", "rotary"], [])
+    for name in ("norm", "norm_back", "gate", "gate_back", "cross_entropy", "rotary"):
         whole = getattr(triton_kernels, name)
 
-        def spy(*given: Any, name: str = name, whole: Any = whole) -> Any:
+        def spy(*given: Any, name: str = name, whole: Any = whole, **named: Any) -> Any:
             used.append(name)
-            return whole(*given)
+            return whole(*given, **named)
 
         monkeypatch.setattr(triton_kernels, name, spy)
     elementwise.in_triton.cache_clear()
@@ -171,7 +212,10 @@ def test_a_step_with_the_kernels_is_one_without(monkeypatch: pytest.MonkeyPatch)
     finally:
         gpu_kernels.stop()
         elementwise.in_triton.cache_clear()
-    assert set(used) == {"norm", "norm_back", "gate", "gate_back", "cross_entropy"}
+    assert set(used) == {"norm", "norm_back", "gate", "gate_back", "cross_entropy", "rotary"}
+    used.clear()
+    step(adapted())
+    assert used == [], "another model, and the kernels are in use no more"
 
 
 def test_what_is_wrong_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +232,7 @@ def test_what_is_wrong_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(elementwise.WAYS, "triton", lambda: wrong)
     net = adapted()
     used, notes = gpu_self_test.install(net, torch.float32)
-    assert used == ["cross_entropy"]
+    assert used == ["cross_entropy", "rotary"]
     assert notes == [
         "the GPU kernel `gate` is not used: ptxas died",
         "the GPU kernel `norm` is not used: `norm` gives other numbers",
