@@ -18,35 +18,51 @@ from loratune.errors import (
     TrainingError,
     UsageError,
 )
+from loratune.events import Answered, Begun, Counted, Ended, Evaluated, Event, Saved, StepDone, Told
 from loratune.system.version import VERSION
 
 if TYPE_CHECKING:
     from loratune.commands.chat import chat
-    from loratune.commands.evaluate import evaluate
-    from loratune.commands.merge import merge
+    from loratune.commands.evaluate import Evaluation, evaluate
+    from loratune.commands.inspect import Inspection, inspect
+    from loratune.commands.merge import Merge, merge
     from loratune.recipe import Recipe
     from loratune.recipe import load as load_recipe
-    from loratune.training.run import train
+    from loratune.training.run import Run, train
 
 __version__ = VERSION
 
 __all__ = [
+    "Answered",
     "BaseMismatchError",
+    "Begun",
+    "Counted",
     "DataError",
+    "Ended",
+    "Evaluated",
+    "Evaluation",
+    "Event",
+    "Inspection",
     "Interrupted",
     "LoratuneError",
+    "Merge",
     "ModelError",
     "Recipe",
     "RecipeError",
+    "Run",
     "RunFolderError",
     "SafetyError",
+    "Saved",
     "SetupError",
+    "StepDone",
     "StorageError",
+    "Told",
     "TrainingError",
     "UsageError",
     "__version__",
     "chat",
     "evaluate",
+    "inspect",
     "load_recipe",
     "merge",
     "train",
@@ -57,10 +73,15 @@ __all__ = [
 _LATE = {
     "Recipe": ("loratune.recipe", "Recipe"),
     "load_recipe": ("loratune.recipe", "load"),
+    "Run": ("loratune.training.run", "Run"),
     "train": ("loratune.training.run", "train"),
+    "Evaluation": ("loratune.commands.evaluate", "Evaluation"),
     "evaluate": ("loratune.commands.evaluate", "evaluate"),
+    "Merge": ("loratune.commands.merge", "Merge"),
     "merge": ("loratune.commands.merge", "merge"),
     "chat": ("loratune.commands.chat", "chat"),
+    "Inspection": ("loratune.commands.inspect", "Inspection"),
+    "inspect": ("loratune.commands.inspect", "inspect"),
 }
 
 

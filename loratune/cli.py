@@ -9,13 +9,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratune import errors
 from loratune.system import files, streams
 from loratune.training import signals
+
+if TYPE_CHECKING:
+    from loratune.console import Terminal
 
 EXIT_CODES = (
     "Exit codes: 0 ok · 1 unexpected · 2 recipe, data or usage · 3 environment (missing extra, no GPU, does not fit) · "
@@ -111,13 +114,20 @@ def train(
     loaded = loratune.load_recipe(recipe, set_)
     with signals.at_once():
         start = loratune.train
-    run = start(
-        loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift, allow_base_mismatch=allow_base_mismatch,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with _terminal() as shown:
+        run = start(
+            loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift,
+            allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code, on_event=shown,
+        )  # fmt: skip
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(str(run.folder))
         _tell_next(next_steps.of_run(run.folder, ("eval", "chat", "merge")))
+
+
+def _terminal() -> Terminal:
+    from loratune.console import Terminal
+
+    return Terminal()
 
 
 def _tell_next(commands: Sequence[str]) -> None:
@@ -175,7 +185,10 @@ def inspect(
     loaded = loratune.load_recipe(recipe, set_)
     if html is not None:
         outputs.check_apart(html, "--html", [("the command line", str(recipe)), *outputs.inputs_of(loaded)])
-    shown = inspect.inspect(loaded, row=row, random=random, number=number, trust_remote_code=trust_remote_code)
+    with _terminal() as tell:
+        shown = loratune.inspect(
+            loaded, row=row, random=random, number=number, trust_remote_code=trust_remote_code, on_event=tell
+        )
     if html is not None:
         storage.write_text(html, inspect.as_html(shown, f"rows of {recipe.name}"))
         typer.echo(str(html))
@@ -236,11 +249,12 @@ def evaluate(
     from loratune.models import base_files
 
     base_files.check_subject(subject)
-    result = loratune.evaluate(
-        subject, data=data, format=format_, base=base, limit=limit, generate=generate, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, temperature=temperature, regex=regex, choices=choices.split(",") if choices else None, out=out,
-        allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with _terminal() as shown:
+        result = loratune.evaluate(
+            subject, data=data, format=format_, base=base, limit=limit, generate=generate, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, temperature=temperature, regex=regex, choices=choices.split(",") if choices else None,
+            out=out, allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code, on_event=shown,
+        )  # fmt: skip
     typer.echo(json.dumps(result.as_json(), indent=2) if as_json else show(result))
     if not as_json:
         _tell_next(next_steps.of_run(files.local(subject), ("chat", "merge")))
@@ -263,10 +277,11 @@ def merge(
     from loratune.models import base_files
 
     base_files.check_subject(subject, hub=False)
-    result = loratune.merge(
-        subject, out, dtype=dtype, base=base, tolerance=tolerance,
-        allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with _terminal() as shown:
+        result = loratune.merge(
+            subject, out, dtype=dtype, base=base, tolerance=tolerance,
+            allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code, on_event=shown,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
     else:
@@ -302,17 +317,11 @@ def chat(
     from loratune.models import base_files
 
     base_files.check_subject(subject)
-    loratune.chat(
-        subject,
-        prompt=prompt,
-        system=system,
-        base=base,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        allow_base_mismatch=allow_base_mismatch,
-        trust_remote_code=trust_remote_code,
-    )
+    with _terminal() as shown:
+        loratune.chat(
+            subject, prompt=prompt, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=seed, allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code, on_event=shown,
+        )  # fmt: skip
 
 
 def _problem(problem: errors.Problem) -> dict[str, Any]:

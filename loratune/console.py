@@ -5,15 +5,20 @@ Messages go to stderr, stdout is left to results. Secrets are redacted.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import unicodedata
+from collections.abc import Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+from loratune.events import Answered, Begun, Counted, Ended, Evaluated, Event, Saved, StepDone, Told
 from loratune.redact import redact
 
 LABEL = 9  # columns of a label
@@ -40,83 +45,167 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-class Report:
-    """Prints messages and progress; silent on processes other than the first.
+class Terminal:
+    """Prints what happens during a call: the listener of the command line, to be closed by `with`.
+
+    Answers go to stdout, all else to stderr; on a terminal work that goes on has a live view.
 
     Args:
-        active: whether this process prints.
+        console: to print on instead of stderr.
     """
 
-    def __init__(self, active: bool = True):
-        self.console = Console(stderr=True, quiet=not active, highlight=False, soft_wrap=True)
-        self.active = active
-        self.live = active and self.console.is_terminal and not os.environ.get("CI")
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal and not os.environ.get("CI")
+        self._bar: Progress | None = None  # of what is counted, or of the steps
+        self._view: Live | None = None
+        self._told = 0.0  # seconds into what is counted: the last line about it
+        self._begun = Begun(0, 0, 1)
+        self._evaluations: list[tuple[int, float]] = []
+        self._steps, self._seconds = 0, 0.0
 
-    def note(self, line: str) -> None:
-        """Print a line."""
-        self.console.print(redact(line), markup=False)
+    def __enter__(self) -> Terminal:
+        return self
 
-    def problem(self, line: str) -> None:
-        """Print a line that must not be missed."""
-        self.console.print(redact(line), markup=False, style="yellow")
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
-    def field(self, label: str, text: str, problem: bool = False) -> None:
-        """Print a labelled text; on a terminal it is wrapped at words and aligned behind its label.
+    def __call__(self, event: Event) -> None:
+        """Print an event."""
+        match event:
+            case Told():
+                self._tell(event)
+            case Counted():
+                self._count(event)
+            case Begun():
+                self._begin(event)
+            case StepDone():
+                self._step(event)
+            case Evaluated():
+                self._evaluations.append((event.number, event.loss))
+                best = " (best so far)" if event.best else ""
+                self._print(f"step {event.number}: eval loss {event.loss:.4f}{best}")
+            case Answered():
+                _write(event.text)
+            case Ended():
+                self._close()
+                speed = f"{event.tokens_per_second:,.0f} tokens/s"
+                what = f"{event.product} of {size(event.size)} in {event.folder}"
+                self._print(f"done     {event.steps} steps in {duration(event.seconds)}, {speed}; {what}")
+            case Saved():
+                pass
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self.console.print(redact(line), markup=False, style=style)
+
+    def _tell(self, told: Told) -> None:
+        """Print a line; on a terminal a labelled one is wrapped at words and aligned behind its label.
 
         Below `NARROW` columns each figure has a line of its own. Elsewhere it is one line: logs are searched.
-
-        Args:
-            label: of one word, or empty for what belongs to the label above.
-            text: what stands behind it.
-            problem: whether it must not be missed.
         """
-        lines = [redact(text)]
-        if self.console.is_terminal:
-            width = self.console.width
-            parts = lines[0].split(", ") if width < NARROW else lines
-            parts = [f"{part}," for part in parts[:-1]] + parts[-1:]
-            room = max(width - LABEL, 20)
-            lines = [
-                line
-                for part in parts
-                for line in textwrap.wrap(part, room, break_long_words=False, break_on_hyphens=False) or [""]
-            ]
-        style = "yellow" if problem else None
-        for index, line in enumerate(lines):
-            self.console.print(f"{label if index == 0 else '':{LABEL}}{line}", markup=False, style=style)
-
-    @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[..., None]]:
-        """Show how many of something are done, on a terminal as a bar, elsewhere as a line now and then.
-
-        Yields the function to call with the number so far and, where it is known, the part (0-1) that is done.
-        """
-        began = told = time.perf_counter()
-
-        def line(count: int, share: float | None) -> str:
-            seconds = max(time.perf_counter() - began, 1e-3)
-            done = f"{what}: {count:,}, {count / seconds:,.0f}/s"
-            left = seconds * (1 - share) / share if share else None
-            return done if left is None else f"{done}, {duration(left)} left"
-
-        def plain(count: int, share: float | None = None) -> None:
-            nonlocal told
-            if time.perf_counter() - told > QUIET:
-                told = time.perf_counter()
-                self.note(line(count, share))
-
-        if not self.live:
-            yield plain
+        style = "yellow" if told.problem else None
+        if told.label is None or not self.console.is_terminal:
+            self._print(told.line, style)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=None, line="")
+        width = self.console.width
+        parts = told.text.split(", ") if width < NARROW else [told.text]
+        parts = [f"{part}," for part in parts[:-1]] + parts[-1:]
+        room = max(width - LABEL, 20)
+        lines = [
+            line
+            for part in parts
+            for line in textwrap.wrap(part, room, break_long_words=False, break_on_hyphens=False) or [""]
+        ]
+        for index, line in enumerate(lines):
+            self._print(f"{told.label if index == 0 else '':{LABEL}}{line}", style)
 
-            def show(count: int, share: float | None = None) -> None:
-                total = None if share is None else 1.0
-                bar.update(task, total=total, completed=share or 0, line=line(count, share).removeprefix(f"{what}: "))
+    def _count(self, done: Counted) -> None:
+        """Show how far work is: on a terminal by a bar, elsewhere by a line now and then."""
+        if not self.live:
+            if not done.over and done.seconds - self._told > QUIET:
+                self._told = done.seconds
+                self._print(f"{done.what}: {_speed(done)}")
+            elif done.over:
+                self._told = 0.0
+            return
+        if done.over:
+            self._close()
+            return
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task(done.what, total=None, line="")
+            self._bar.start()
+        total = None if done.share is None else 1.0
+        self._bar.update(self._bar.task_ids[0], total=total, completed=done.share or 0, line=_speed(done))
 
-            yield show
+    def _begin(self, begun: Begun) -> None:
+        self._begun, self._evaluations = begun, list(begun.evaluations)
+        if not self.live:
+            return
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+        )  # fmt: skip
+        self._bar.add_task("steps", total=begun.steps, completed=begun.number)
+        self._view = Live(self._bar, console=self.console, refresh_per_second=4)
+        self._view.start()
+
+    def _step(self, step: StepDone) -> None:
+        self._steps, self._seconds = self._steps + 1, self._seconds + step.seconds
+        if self._bar is not None and self._view is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step.number)
+            self._view.update(Group(self._table(step), self._bar))
+        elif step.number % self._begun.every == 0 or step.number == step.steps:
+            self._print(self._line(step))
+
+    def _close(self) -> None:
+        """End what is shown live."""
+        if self._view is not None:
+            self._view.stop()
+        elif self._bar is not None:
+            self._bar.stop()
+        self._view = self._bar = None
+
+    def _line(self, step: StepDone) -> str:
+        left = self._seconds / self._steps * (step.steps - step.number)
+        return (
+            f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  lr {step.lr:.2e}  "
+            f"grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
+            f"{step.trained_tokens / step.seconds:,.0f} label tokens/s  {size(step.memory)}  {duration(left)} left"
+        )
+
+    def _table(self, step: StepDone) -> Table:
+        """Return what the live view shows of a step: nothing in it is the same throughout a run."""
+        rows = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        finite = [(loss, number) for number, loss in self._evaluations if math.isfinite(loss)]
+        latest = f"{self._evaluations[-1][1]:.4f}" if self._evaluations else "not yet"
+        best = f"{min(finite)[0]:.4f}, step {min(finite)[1]:.0f}" if finite else "not yet"
+        rows.add_row(
+            "loss", Text(f"{step.loss:.4f}", style="bold"), "eval loss", Text(latest, style="bold"), "best", best
+        )
+        rows.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "epoch", f"{step.epoch:.2f}")
+        rows.add_row(
+            "tokens/s", f"{step.tokens / step.seconds:,.0f}",
+            "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "step time", f"{step.seconds:.2f} s",
+        )  # fmt: skip
+        rows.add_row("memory", size(step.memory))
+        return rows
+
+
+def _speed(done: Counted) -> str:
+    seconds = max(done.seconds, 1e-3)
+    told = f"{done.count:,}, {done.count / seconds:,.0f}/s"
+    return f"{told}, {duration(seconds * (1 - done.share) / done.share)} left" if done.share else told
+
+
+def _write(text: str) -> None:
+    """Write a piece of an answer to stdout; to a terminal without what would steer it."""
+    if sys.stdout.isatty():
+        text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

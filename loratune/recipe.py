@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,11 +117,12 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
+def load(source: str | os.PathLike[str] | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, from a YAML file or from a mapping of the same keys and values.
 
     Args:
-        path: the YAML file; relative paths in it start at its folder.
+        source: the file, in which relative paths start at its folder; or a mapping, in which they start at the current
+            one, and in whose messages a key stands where a file has its line and column.
         settings: `a.b=value` assignments made before the recipe is checked.
 
     Returns:
@@ -130,9 +131,12 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem in it, each with its place.
     """
-    path = Path(path)
-    tree = yaml_nodes.parse(yaml_nodes.read_text(path), str(path))
-    folder = path.resolve().parent
+    if isinstance(source, Mapping):
+        tree, folder = yaml_nodes.taken(source), Path.cwd()
+    else:
+        path = Path(source)
+        tree = yaml_nodes.parse(yaml_nodes.read_text(path), str(path))
+        folder = path.resolve().parent
     if not files.is_utf8(folder):  # paths become absolute, and recipe.yaml in the run folder holds them
         raise RecipeError(Problem("its folder's name is not UTF-8", Place(files.shown(folder)), "rename the folder"))
     return from_tree(tree, folder, settings)

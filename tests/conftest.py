@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from loratune import recipe
+from loratune.console import Terminal
+from loratune.events import Listener
 from loratune.system import startup
-from loratune.training import run
+from loratune.training import run, setup
 from tests import tiny
 
 torch.set_num_threads(1)  # the models are tiny, and the machine may be shared
@@ -48,11 +50,12 @@ Fit = Callable[..., Trained]
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CI", "1")
-    startup.quiet()
+    with startup.quiet():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,17 +68,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     """Return a function that writes a recipe for the tiny base, trains it and returns run, recipe and model.
 
-    Its first argument names the folder of recipe and run; `rows`, `resume`, `overwrite` and `allow_drift` are passed
-    on, everything else is a section of the recipe.
+    Its first argument names the folder of recipe and run; `rows`, `resume`, `overwrite`, `allow_drift` and `on_event`
+    are passed on, everything else is a section of the recipe. What happens is printed as on the command line.
     """
     nets: list[Any] = []
-    finish = run._finish
+    prepare = setup.prepare
 
-    def spy(job: Any, progress: Any) -> Any:
+    def spy(*given: Any) -> Any:
+        job = prepare(*given)
         nets.append(job.net)
-        return finish(job, progress)
+        return job
 
-    monkeypatch.setattr(run, "_finish", spy)
+    monkeypatch.setattr(setup, "prepare", spy)
 
     def train(
         name: str = "a",
@@ -85,12 +89,14 @@ def fit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         resume: bool = False,
         overwrite: bool = False,
         allow_drift: bool = False,
+        on_event: Listener | None = None,
         **sections: Any,
     ) -> Trained:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         loaded = recipe.load(tiny.write_recipe(folder, on or base, rows=rows, **sections))
-        done = run.train(loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift)
+        hear = on_event or Terminal()
+        done = run.train(loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift, on_event=hear)
         return Trained(done, loaded, nets.pop())
 
     return train

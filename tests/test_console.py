@@ -1,31 +1,40 @@
-"""Labelled lines of the start report: wrapped at words and aligned on a terminal, whole elsewhere."""
+"""What a person sees: labelled lines wrapped on a terminal and whole elsewhere, steps, bars, answers."""
 
 from __future__ import annotations
 
 import io
+import math
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from loratune import console
+from loratune.console import Terminal
+from loratune.events import Answered, Begun, Counted, Ended, Evaluated, Event, Saved, StepDone, Told
 
 TEXT = "lora: 4,884,480 of 139,399,488 parameters trained (3.50 %), adapter of 9.8 MB on disk"
+STEP = StepDone(7, 20, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, 3_000_000)
 
 
-def printed(width: int, terminal: bool = True) -> list[str]:
-    report, stream = console.Report(), io.StringIO()
-    report.console = Console(file=stream, width=width, force_terminal=terminal, color_system=None, soft_wrap=True)
-    report.field("method", TEXT)
+def printed(*events: Event, width: int = 200, terminal: bool = False) -> list[str]:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=terminal, color_system=None, soft_wrap=True)
+    with Terminal(console) as shown:
+        for event in events:
+            shown(event)
     return stream.getvalue().splitlines()
 
 
 def test_a_log_has_whole_lines() -> None:
-    assert printed(80, terminal=False) == [f"method   {TEXT}"]
+    assert printed(Told(TEXT, label="method"), width=80) == [f"method   {TEXT}"]
+    assert printed(Told("of the label above", label=""), Told("alone")) == ["         of the label above", "alone"]
 
 
 @pytest.mark.parametrize("width", [120, 80, 60])
 def test_a_terminal_has_lines_that_fit(width: int) -> None:
-    lines = printed(width)
+    lines = printed(Told(TEXT, label="method"), width=width, terminal=True)
     assert all(len(line) <= width for line in lines)
     assert lines[0].startswith("method   lora: ")
     assert all(line.startswith(" " * 9) and not line.startswith(" " * 10) for line in lines[1:])
@@ -34,8 +43,70 @@ def test_a_terminal_has_lines_that_fit(width: int) -> None:
 
 
 def test_a_narrow_terminal_has_a_line_for_each_figure() -> None:
-    assert printed(50) == [
+    assert printed(Told(TEXT, label="method"), width=50, terminal=True) == [
         "method   lora: 4,884,480 of 139,399,488 parameters",
         "         trained (3.50 %),",
         "         adapter of 9.8 MB on disk",
     ]
+
+
+def test_a_log_has_a_line_every_few_steps() -> None:
+    steps = [StepDone(n, 7, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, 3_000_000) for n in range(1, 8)]
+    lines = printed(Begun(0, 7, 3), *steps, Evaluated(7, 2.5, 10, True, 1.0), Saved(7, Path("step-000007")))
+    assert [line.split("  ")[0] for line in lines] == ["step 3/7", "step 6/7", "step 7/7", "step 7: eval loss 2.5000 (best so far)"]  # fmt: skip
+    assert lines[0] == "step 3/7  epoch 0.50  loss 1.2500  lr 2.00e-04  grad norm 0.75  800 tokens/s  200 label tokens/s  3.0 MB  2 s left"  # fmt: skip
+
+
+def test_the_end_is_told() -> None:
+    end = Ended(Path("runs/a"), 20, 48.2, 812.4, "adapter", 84_000_000)
+    assert printed(end) == ["done     20 steps in 48 s, 812 tokens/s; adapter of 84.0 MB in runs/a"]
+
+
+def test_the_view_shows_speed_and_the_best_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI")
+    seen = " ".join(" ".join(printed(Begun(6, 20, 1), STEP, width=100, terminal=True)).split())
+    assert "loss 1.2500 eval loss not yet best not yet lr 2.00e-04 grad norm 0.75 epoch 0.50" in seen
+    assert "tokens/s 800 label tokens/s 200 step time 0.50 s memory 3.0 MB" in seen
+    before = ((2, 2.5), (4, 2.25))
+    evaluated = Evaluated(6, math.nan, 10, False, 1.0)
+    seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), evaluated, STEP, width=100, terminal=True)).split())
+    assert "eval loss nan best 2.2500, step 4" in seen
+
+
+def test_a_log_has_a_line_about_long_work_now_and_then() -> None:
+    told = [Counted("reading rows", n * 1000, n / 40, float(n)) for n in range(1, 41)]
+    lines = printed(
+        *told, Counted("reading rows", 40_000, 1.0, 40.0, over=True), Counted("reading rows", 9, None, 16.0)
+    )
+    assert lines == [
+        "reading rows: 16,000, 1,000/s, 24 s left",
+        "reading rows: 32,000, 1,000/s, 8 s left",
+        "reading rows: 9, 1/s",
+    ]
+
+
+def test_a_bar_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(threads: int) -> bool:
+        until = time.monotonic() + 5
+        while threading.active_count() > threads and time.monotonic() < until:
+            time.sleep(0.01)
+        return threading.active_count() == threads
+
+    monkeypatch.delenv("CI")
+    before = threading.active_count()
+    with Terminal(Console(file=io.StringIO(), width=80, force_terminal=True)) as shown:
+        shown(Counted("reading rows", 10, 0.5, 1.0))
+        assert threading.active_count() > before
+        shown(Counted("reading rows", 10, 0.5, 1.0, over=True))
+        assert ended(before)
+        shown(Begun(0, 20, 1))
+    assert ended(before)
+
+
+def test_an_answer_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    printed(Answered("a \x1b[31mred"), Answered(" cat\n"))
+    assert capsys.readouterr() == ("a \x1b[31mred cat\n", "")
+
+
+def test_secrets_are_hidden() -> None:
+    assert "hf_" not in printed(Told("hf_abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"))[0]

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import loratune
 from loratune import recipe
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -50,6 +52,30 @@ def test_recipe_in_a_page_loads(block: str, tmp_path: Path) -> None:
     for name in re.findall(r"[\w./-]+\.jsonl", block):
         tiny.write_jsonl(tmp_path / name, tiny.chats(2))
     assert recipe.load(path).output.startswith(str(tmp_path))
+
+
+def test_the_example_of_the_python_page_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    tiny.write_jsonl(tmp_path / "train.jsonl", tiny.chats(24))
+    tiny.write_jsonl(tmp_path / "eval.jsonl", tiny.chats(6, seed=1))
+    (example,) = PYTHON.findall((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
+    exec(compile(example, "docs/python.md", "exec"), {})
+    out, err = capsys.readouterr()
+    assert [line.partition(":")[0] for line in out.splitlines() if line.startswith("step ") and " of " in line] == [
+        f"step {number} of 6" for number in range(1, 7)
+    ]
+    assert "the best eval loss so far" in out
+    assert "merged in float32, the same next token at 100% of positions" in out
+    assert err == ""
+
+
+def test_the_python_page_names_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    errors = {name for name in loratune.__all__ if name.endswith("Error") or name == "Interrupted"}
+    assert [name for name in loratune.__all__ if name not in errors and f"`{name}" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

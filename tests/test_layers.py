@@ -10,13 +10,25 @@ import pytest
 from tests.imports import PACKAGE, imports, name_of, own
 
 ORDER = """
-    errors console redact < system < kernels < config < models < data < methods objectives optim < recipe < runs
+    errors events console redact < system < kernels < config < models < data < methods objectives optim < recipe < runs
     < training < commands < __init__ < cli __main__
 """
 RANK = {name: rank for rank, names in enumerate(ORDER.split("<")) for name in names.split()}
-TOGETHER = {"errors", "console", "redact", "cli", "__main__"}  # of one rank, and may know each other
+TOGETHER = {"errors", "events", "console", "redact", "cli", "__main__"}  # of one rank, and may know each other
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes"}
-LIGHT = ("errors", "console", "redact", "config", "recipe", "cli", "__init__", "methods", "objectives", "optim")
+LIGHT = (
+    "errors",
+    "events",
+    "console",
+    "redact",
+    "config",
+    "recipe",
+    "cli",
+    "__init__",
+    "methods",
+    "objectives",
+    "optim",
+)
 LIGHT += ("data/formats", "data/section", "models/section", "models/chat_templates", "commands/init")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -479,3 +479,72 @@ def test_packing_is_no_truth(truth: str, word: str) -> None:
     (problem,) = caught.value.problems
     assert problem.message == f"`data.packing` must be one of `auto`, `on`, `off`, given `{truth}`"
     assert problem.hint == f"write {word}"
+
+
+# ---------------------------------------------------------------- from a mapping
+
+
+def test_a_mapping_is_the_recipe_of_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "model: {base: some/model}\ndata: {train: rows.jsonl}\noptimizer: {type: adamw, lr: 2e-4}\noutput: run\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    given = {
+        "model": {"base": "some/model"},
+        "data": {"train": Path("rows.jsonl")},
+        "optimizer": {"type": "adamw", "lr": 2e-4},
+        "output": tmp_path / "run",
+    }
+    assert load(given) == load(tmp_path / "recipe.yaml")
+    assert load(given, ["train.seed=3", "optimizer.lr=1e-3"]) == load(
+        tmp_path / "recipe.yaml", ["train.seed=3", "optimizer.lr=1e-3"]
+    )
+    assert load(given).model_dump() == load(load(given).model_dump(mode="json")).model_dump()
+    assert given["optimizer"] == {"type": "adamw", "lr": 2e-4}, "what was given is left alone"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"optimizer": {"type": "adamw", "lr": -1}}, "optimizer.lr: `optimizer.lr` must be above 0, given `-1`"),
+        ({"train": {"epoch": 1}}, "train.epoch: unknown key `epoch` in `train`\n  did you mean `epochs`?"),
+        ({"train": {"epochs": "2"}}, "train.epochs: `train.epochs` must be a number, given `2`\n  write it without quotes"),
+        ({"train": {"epochs": float("nan")}}, "train.epochs: `train.epochs` must be a number, given `nan`"),
+        ({"method": {"type": "lorra"}}, "method.type: unknown method `lorra`; known: `lora`, `full`\n  did you mean `lora`?"),
+        ({"train": {3: 4}}, "train.3: a key must be a word"),
+        ({"output": "half \udce9"}, "output: a string that holds half a character\n  write the character itself"),
+        ({"data": {"train": {"some/rows"}}}, "data.train: a value of the type `set`"),
+        ({"train": {"max_steps": 3, "epochs": 1}}, "train.max_steps: `train.max_steps` and `train.epochs` both say how long\n  keep one"),
+        ({"model": {"base": "./none"}}, "model.base: no model at `./none`\n  looked for "),
+        ({"model": None}, "model: `model` must be a mapping, given null"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_in_a_mapping_a_place_is_a_key(change: dict[str, Any], told: str) -> None:
+    given = {"model": {"base": "some/model"}, "data": {"train": "some/rows"}, "output": "run", **change}
+    with pytest.raises(RecipeError) as caught:
+        load(given)
+    assert str(caught.value).startswith(told)
+
+
+def test_a_key_that_is_missing_from_a_mapping() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load({})
+    assert str(caught.value).startswith("recipe: the recipe needs the key `model`\n  the base model\n")
+
+
+def test_a_mapping_has_the_limits_of_a_text() -> None:
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    wide = {"data": {"train": ["some/rows"] * 60_000}}
+    for wrong, told in ((endless, "nested deeper than 32 levels"), (wide, "more than 50,000 values"), ({"output": "a" * 2**21}, "too big: 2,097,152 characters")):  # fmt: skip
+        with pytest.raises(RecipeError, match=told):
+            load(wrong)
+
+
+def test_a_secret_in_a_mapping_is_not_shown() -> None:
+    secret = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"
+    with pytest.raises(RecipeError) as caught:
+        load({"model": {"base": "some/model", "token": secret}, "data": {"train": "some/rows"}, "output": "run"})
+    assert secret not in str(caught.value)
+    assert "model.token: `model.token` looks like a secret" in str(caught.value)

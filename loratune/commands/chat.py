@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from loratune import console
 from loratune.commands import chat_input, opened_model
 from loratune.commands.conversation import LEAVE, Conversation
 from loratune.errors import LoratuneError, UsageError
+from loratune.events import Answered, Listener, Report
 from loratune.models import base_model
 from loratune.system import startup
 
@@ -19,7 +20,9 @@ HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
 AGAIN = "Ctrl-C once more, or /exit, leaves"
 
 
-@base_model.or_out_of_memory("close other programs, or take a smaller base model")
+HINT = "close other programs, or take a smaller base model"
+
+
 def chat(
     name: str | Path,
     prompt: str | None = None,
@@ -30,12 +33,13 @@ def chat(
     seed: int = 0,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
+    on_event: Listener | None = None,
 ) -> str:
-    """Answer a prompt, or hold a conversation on the terminal; answers are streamed to stdout.
+    """Answer a prompt, or hold a conversation on the terminal.
 
     Args:
         name: run folder, adapter folder, or model.
-        prompt: answer this and return; None for a conversation (read from stdin).
+        prompt: answer this and return; None for a conversation, which reads from stdin.
         system: system prompt.
         base: base model to use instead of the one that is written down.
         max_new_tokens: longest answer in tokens.
@@ -43,6 +47,8 @@ def chat(
         seed: of the random choices above temperature 0.
         allow_base_mismatch: use another base than the adapter was trained on.
         trust_remote_code: run code that comes with the base model.
+        on_event: called with each event, also with each piece of an answer as it is written; None: of a prompt lines go
+            to Python's logging, a conversation is printed. What it raises comes out as it is.
 
     Returns:
         The last answer.
@@ -50,22 +56,27 @@ def chat(
     Raises:
         LoratuneError: any of its kinds.
     """
-    startup.quiet()
-    torch.manual_seed(seed)
-    what = opened_model.open_subject(str(name), base, trust_remote_code)
-    loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)
-    tell = console.Report()
-    for note in loaded.notes:
-        tell.problem(note)
-    talk = Conversation(loaded, what, system, max_new_tokens, temperature, allow_base_mismatch, _write)
-    if not talk.active.encoder.turns.template:
-        tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
-    if prompt is not None:
-        return _answer(talk, prompt, tell)
-    return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)
+    shown = console.Terminal() if prompt is None and on_event is None else nullcontext(on_event)
+    with shown as hear:
+        tell = Report(hear)
+        with startup.quiet(), startup.computing(), tell.unchanged(), base_model.or_out_of_memory(HINT):
+            torch.manual_seed(seed)
+            what = opened_model.open_subject(str(name), base, trust_remote_code)
+            loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)
+            for note in loaded.notes:
+                tell.problem(note)
+            talk = Conversation(
+                loaded, what, system, max_new_tokens, temperature, allow_base_mismatch,
+                lambda text: tell.tell(Answered(text)),
+            )  # fmt: skip
+            if not talk.active.encoder.turns.template:
+                tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
+            if prompt is not None:
+                return _answer(talk, prompt, tell)
+            return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)
 
 
-def _in_a_row(talk: Conversation, tell: console.Report) -> str:
+def _in_a_row(talk: Conversation, tell: Report) -> str:
     """Answer the lines of a file or a pipe; Ctrl-C and an error in an answer end it."""
     answer = ""
     while (line := chat_input.read()) is not None and line.strip() not in LEAVE:
@@ -76,7 +87,7 @@ def _in_a_row(talk: Conversation, tell: console.Report) -> str:
     return answer
 
 
-def _on_terminal(talk: Conversation, tell: console.Report) -> str:
+def _on_terminal(talk: Conversation, tell: Report) -> str:
     """Hold a conversation: nothing but its end, or Ctrl-C twice where nothing is said, ends it."""
     chat_input.edit_lines()
     tell.note(HELLO)
@@ -107,26 +118,19 @@ def _on_terminal(talk: Conversation, tell: console.Report) -> str:
         except LoratuneError as error:
             tell.problem(str(error))
         except KeyboardInterrupt:
+            tell.hear_again()
             tell.note("stopped")
 
 
-def _answer(talk: Conversation, text: str, tell: console.Report) -> str:
+def _answer(talk: Conversation, text: str, tell: Report) -> str:
     answer = talk.say(text)
     if talk.room is not None:
         tell.note(f"answers end after {talk.room:,} tokens here: the model has no more positions")
     return answer
 
 
-def _carry_out(talk: Conversation, line: str, tell: console.Report) -> None:
+def _carry_out(talk: Conversation, line: str, tell: Report) -> None:
     try:
         tell.note(talk.command(line.strip()))
     except LoratuneError as error:
         tell.problem(str(error))
-
-
-def _write(text: str) -> None:
-    """Write a piece of an answer; to a terminal without what would steer it."""
-    if sys.stdout.isatty():
-        text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-    sys.stdout.write(text)
-    sys.stdout.flush()

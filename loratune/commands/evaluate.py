@@ -6,7 +6,7 @@ import glob
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.encode import Encoder, Row
 from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import DataError, RecipeError, UsageError, shorten
+from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.models import base_model, generate
@@ -38,7 +39,10 @@ SHOWN = 66  # characters of each
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over rows with its 95 % bootstrap interval."""
+    """A mean over rows with its 95 % bootstrap interval.
+
+    Losses are in nats per trained token; what counts rows or tokens is a part (0-1) of them.
+    """
 
     value: float
     low: float
@@ -47,13 +51,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """What was measured on held-out rows.
 
     Attributes:
         name: the run, adapter or model as it was given.
         rows: number of rows.
         generated: number of rows answered (0 where nothing was generated).
-        scores: system (`base`, `adapter` or `model`) -> metric -> score.
+        scores: system (`base`, `adapter` or `model`) -> metric -> its mean (`value`) with the ends of its 95 % interval
+            (`low`, `high`): `loss` in nats per trained token, `perplexity`, the others parts (0-1) of tokens or rows.
         predictions: file with prompt, reference and answers of each row, or None.
         base_differs: how the base differs from the one it was trained on, where that was allowed.
         trust_remote_code: whether code that comes with the base model was allowed to run.
@@ -85,7 +90,54 @@ class Evaluation:
         }
 
 
-@base_model.or_out_of_memory("--batch-size 1 answers one row at a time, --no-generate none; or close other programs")
+HINT = "--batch-size 1 answers one row at a time, --no-generate none; or close other programs"
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How answers are asked for and compared; see `evaluate`."""
+
+    generate: bool
+    max_new_tokens: int
+    batch_size: int
+    temperature: float
+    regex: str | None
+    choices: Sequence[str] | None
+
+
+Questions = dict[int, tuple[list[int], str]]  # number of a row -> the prompt's tokens, the reference
+
+
+@dataclass
+class _Task:
+    """What is measured on what.
+
+    Attributes:
+        what: base and adapter, or model.
+        rows: to evaluate on.
+        encoder: with the tokenizer.
+        questions: the rows that are answered.
+        ends: tokens at which an answer ends.
+        wanted: what the pattern finds in each reference, by the number of the row; empty without a pattern.
+    """
+
+    what: Subject
+    rows: Rows
+    encoder: Encoder
+    questions: Questions
+    ends: Sequence[int]
+    wanted: dict[int, str | None]
+
+
+@dataclass
+class _Measured:
+    """What came out, by system: sums of each row, answers by the number of the row; and how the base differs."""
+
+    per_row: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    answered: dict[str, dict[int, str]] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+
+
 def evaluate(
     name: str | Path,
     data: str | None = None,
@@ -101,6 +153,7 @@ def evaluate(
     out: Path | None = None,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
+    on_event: Listener | None = None,
 ) -> Evaluation:
     """Measure loss, perplexity and token accuracy, and compare generated answers with the references.
 
@@ -120,6 +173,7 @@ def evaluate(
             a checkpoint), for anything but a run in the current folder.
         allow_base_mismatch: measure on another base than it was trained on; recorded in the result.
         trust_remote_code: run code that comes with the base model.
+        on_event: called with each event; None: lines go to Python's logging. What it raises comes out as it is.
 
     Returns:
         Scores of the base and of the adapter (or of the model alone, where no base is known).
@@ -127,55 +181,82 @@ def evaluate(
     Raises:
         LoratuneError: any of its kinds.
     """
-    startup.quiet()
-    if regex is not None:
-        regex_match.check(regex)
-    tell = console.Report()
-    what = opened_model.open_subject(str(name), base, trust_remote_code)
+    tell = Report(on_event)
+    wish = _Wish(generate, max_new_tokens, batch_size, temperature, regex, choices)
+    with startup.quiet(), startup.computing(), tell.unchanged(), base_model.or_out_of_memory(HINT):
+        if regex is not None:
+            regex_match.check(regex)
+        what = opened_model.open_subject(str(name), base, trust_remote_code)
+        path = _predictions(what, data, out) if generate else None
+        task = _prepared(what, data, format, limit, wish, tell)
+        found = _measured(task, wish, allow_base_mismatch, tell)
+        return _result(task, found, path)
+
+
+def _predictions(what: Subject, data: str | None, out: Path | None) -> Path:
+    """Return the file for the predictions, checked before anything takes time."""
     inputs = outputs.inputs_of(what.recipe) if what.recipe else []
     inputs = [("--data", data), *inputs] if data is not None else inputs
-    path = outputs.predictions(str(name), out, what.base.base, inputs) if generate else None
-    tokenizer = opened_model.tokenizer(what)
-    encoder = Encoder(tokenizer)
+    return outputs.predictions(what.name, out, what.base.base, inputs)
+
+
+def _prepared(
+    what: Subject, data: str | None, format: str | None, limit: int | None, wish: _Wish, tell: Report
+) -> _Task:  # fmt: skip
+    """Read the rows and make questions of them, before any model is loaded."""
+    encoder = Encoder(opened_model.tokenizer(what))
     rows = _rows(what, data, format, encoder, limit)
     for line in _about(rows):
         tell.problem(line)
-    questions = _questions(rows, tokenizer) if generate else {}
+    questions = _questions(rows, encoder.tokenizer) if wish.generate else {}
     ends = turn_ends.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
-    # before the model is loaded: a pattern that takes for ever is found on the references most likely
-    wanted = dict(zip(questions, regex_match.found(regex, references), strict=True)) if regex and questions else {}
-    per_row: dict[str, list[dict[str, float]]] = {}
-    answered: dict[str, dict[int, str]] = {}
-    differs: tuple[str, ...] = ()
-    for system, loaded in _systems(what, allow_base_mismatch):
+    # a pattern that takes for ever is found on the references most likely
+    found = regex_match.found(wish.regex, references) if wish.regex and questions else []
+    wanted = dict(zip(questions, found, strict=True)) if found else {}
+    return _Task(what, rows, encoder, questions, ends, wanted)
+
+
+def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _Measured:
+    """Measure one system after the other; a question that leaves no room for an answer leaves the task."""
+    done = _Measured()
+    for system, loaded in _systems(task.what, allow_mismatch):
         for line in loaded.notes:
             tell.problem(line)
-        differs = loaded.base_differs or differs
-        if not per_row:
-            questions = _with_room(loaded, rows, questions, max_new_tokens, tell)
-        tell.note(f"measuring {system} on {len(rows):,} rows")
-        per_row[system] = _losses(loaded, rows)
-        if not questions:
+        done.differs = loaded.base_differs or done.differs
+        if not done.per_row:
+            task.questions = _with_room(loaded, task.rows, task.questions, wish.max_new_tokens, tell)
+        tell.note(f"measuring {system} on {len(task.rows):,} rows")
+        done.per_row[system] = _losses(loaded, task.rows)
+        if not task.questions:
             continue
         with tell.counting(f"{system}: answering") as progress:
-            answers = _answers(loaded, questions, max_new_tokens, batch_size, temperature, progress, ends)
-        matches = _matches(regex, answers, tell) if regex and wanted else {}
+            answers = _answers(
+                loaded, task.questions, wish.max_new_tokens, wish.batch_size, wish.temperature, progress, task.ends
+            )
+        matches = _matches(wish.regex, answers, tell) if wish.regex and task.wanted else {}
         if not matches:  # none of this system, none of another: they would be compared
-            wanted = {}
-            for row in (row for rows_of in per_row.values() for row in rows_of):
+            task.wanted = {}
+            for row in (row for rows_of in done.per_row.values() for row in rows_of):
                 row.pop("regex", None)
-        _add_comparisons(per_row[system], answers, questions, wanted, matches, choices)
-        answered[system] = answers
-    scores = {system: _scores(values) for system, values in per_row.items()}
+        _add_comparisons(done.per_row[system], answers, task.questions, task.wanted, matches, wish.choices)
+        done.answered[system] = answers
+    return done
+
+
+def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
+    """Return what was measured, and write the predictions into a file, where one is given and anything was asked."""
+    rows, questions = task.rows, task.questions
+    scores = {system: _scores(values) for system, values in found.per_row.items()}
     path = path if questions else None
     if path is not None:
-        _write_predictions(path, rows, tokenizer, questions, answered, per_row)
+        _write_predictions(path, rows, task.encoder.tokenizer, questions, found.answered, found.per_row)
     shown = tuple(
-        {"reference": questions[index][1], **{system: texts[index] for system, texts in answered.items()}}
+        {"reference": questions[index][1], **{system: texts[index] for system, texts in found.answered.items()}}
         for index in list(questions)[:EXAMPLES]
     )
-    return Evaluation(str(name), len(rows), len(questions), scores, path, differs, trust_remote_code, shown)
+    what = task.what
+    return Evaluation(what.name, len(rows), len(questions), scores, path, found.differs, what.trust, shown)
 
 
 def show(result: Evaluation) -> str:
@@ -233,7 +314,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
     return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
 
 
-def _matches(regex: str, answers: dict[int, str], tell: console.Report) -> dict[int, str | None]:
+def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str | None]:
     """Return what the pattern finds in each answer; nothing, and told, where it takes too long: the rest is kept."""
     try:
         return dict(zip(answers, regex_match.found(regex, list(answers.values())), strict=True))
@@ -275,9 +356,7 @@ def _ready(loaded: base_model.Loaded) -> base_model.Loaded:
     return loaded
 
 
-def _with_room(
-    loaded: base_model.Loaded, rows: Rows, questions: dict[int, tuple[list[int], str]], most: int, tell: console.Report
-) -> dict[int, tuple[list[int], str]]:
+def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most: int, tell: Report) -> Questions:
     """Return the questions that leave a position for an answer; tell what is longer than the model's positions.
 
     Raises:
@@ -316,7 +395,7 @@ def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
     return sums
 
 
-def _questions(rows: Rows, tokenizer: Any) -> dict[int, tuple[list[int], str]]:
+def _questions(rows: Rows, tokenizer: Any) -> Questions:
     """Return the questions of all rows that have one, by the row's number; see `_question`."""
     asked = ((index, _question(rows[index], tokenizer)) for index in range(len(rows)))
     return {index: question for index, question in asked if question is not None}
@@ -338,7 +417,7 @@ def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
 
 
 def _add_comparisons(
-    sums: list[dict[str, float]], answers: dict[int, str], questions: dict[int, tuple[list[int], str]],
+    sums: list[dict[str, float]], answers: dict[int, str], questions: Questions,
     wanted: dict[int, str | None], matches: dict[int, str | None], choices: Sequence[str] | None,
 ) -> None:  # fmt: skip
     """Add to the sums of each row how its answer compares with its reference."""
@@ -349,7 +428,7 @@ def _add_comparisons(
 
 
 def _answers(
-    loaded: base_model.Loaded, questions: dict[int, tuple[list[int], str]], max_new_tokens: int, batch_size: int,
+    loaded: base_model.Loaded, questions: Questions, max_new_tokens: int, batch_size: int,
     temperature: float, progress: Any, ends: Sequence[int],
 ) -> dict[int, str]:  # fmt: skip
     torch.manual_seed(0)
@@ -398,7 +477,7 @@ def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
 
 
 def _write_predictions(
-    path: Path, rows: Rows, tokenizer: Any, questions: dict[int, tuple[list[int], str]],
+    path: Path, rows: Rows, tokenizer: Any, questions: Questions,
     answered: dict[str, dict[int, str]], per_row: dict[str, list[dict[str, float]]],
 ) -> None:  # fmt: skip
     lines = []

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from loratune import console
 from loratune.data import chat_template, dataset
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
 from loratune.errors import UsageError
+from loratune.events import Listener, Report
 from loratune.recipe import Recipe
 from loratune.system import startup
 
@@ -41,7 +41,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Some rows of a recipe, and counts over all of them; `unread`: rows by column that nobody reads."""
+    """Some training rows of a recipe as the model will see them, and counts over all of them.
+
+    Attributes:
+        rows: number of rows.
+        tokens: in all rows.
+        trained_tokens: of them, those with a label.
+        longest: tokens of the longest row.
+        shown: the rows that were asked for, taken apart.
+        unread: column that nobody reads -> number of rows that have it.
+    """
 
     rows: int
     tokens: int
@@ -57,8 +66,9 @@ class Inspection:
 
 
 def inspect(
-    recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3, trust_remote_code: bool = False
-) -> Inspection:
+    recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3, trust_remote_code: bool = False,
+    on_event: Listener | None = None,
+) -> Inspection:  # fmt: skip
     """Read and tokenize a recipe's training rows, as `train` does, and take some of them apart.
 
     Args:
@@ -67,31 +77,42 @@ def inspect(
         random: show `number` rows drawn with the recipe's seed instead of the first.
         number: how many rows to show.
         trust_remote_code: run code that comes with the base model's tokenizer.
+        on_event: called with each event; None: lines go to Python's logging. What it raises comes out as it is.
+
+    Returns:
+        The rows, and counts over all of them.
 
     Raises:
         UsageError: when there is no such row.
         DataError: when the rows can't be used, as `train` would say.
     """
-    startup.quiet()
-    tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust_remote_code)
-    encoder = Encoder(tokenizer)
-    with console.Report().counting("reading rows") as progress:
-        rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
-    if rows.damaged or (held_out is not None and held_out.damaged):
-        console.Report().problem(dataset.DAMAGED)
-    for line in rows.told_unread(held_out):
-        console.Report().problem(line)
+    report = Report(on_event)
+    with startup.quiet(), report.unchanged():
+        tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust_remote_code)
+        encoder = Encoder(tokenizer)
+        with report.counting("reading rows") as progress:
+            rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
+        if rows.damaged or (held_out is not None and held_out.damaged):
+            report.problem(dataset.DAMAGED)
+        for line in rows.told_unread(held_out):
+            report.problem(line)
+        shown = tuple(
+            take_apart(rows, index, tokenizer, encoder)
+            for index in _chosen(len(rows), row, number, recipe.train.seed if random else None)
+        )
+        counts, longest = rows.counts, int(rows.lengths.max())
+        return Inspection(len(rows), counts.tokens, counts.trained_tokens, longest, shown, rows.unread)
+
+
+def _chosen(rows: int, row: int | None, number: int, seed: int | None) -> Sequence[int]:
+    """Return which of so many rows to show, counted from 0; see `inspect`."""
     if row is not None:
-        if not 1 <= row <= len(rows):
-            raise UsageError(f"no row {row}: there are {len(rows):,}, counted from 1")
-        chosen: Sequence[int] = [row - 1]
-    elif random:
-        chosen = [int(i) for i in np.random.default_rng(recipe.train.seed).permutation(len(rows))[:number]]
-    else:
-        chosen = range(min(number, len(rows)))
-    shown = tuple(take_apart(rows, index, tokenizer, encoder) for index in chosen)
-    counts, longest = rows.counts, int(rows.lengths.max())
-    return Inspection(len(rows), counts.tokens, counts.trained_tokens, longest, shown, rows.unread)
+        if not 1 <= row <= rows:
+            raise UsageError(f"no row {row}: there are {rows:,}, counted from 1")
+        return [row - 1]
+    if seed is not None:
+        return [int(index) for index in np.random.default_rng(seed).permutation(rows)[:number]]
+    return range(min(number, rows))
 
 
 def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Shown:

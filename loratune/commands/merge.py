@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from loratune import console
 from loratune.commands import opened_model
 from loratune.data import turn_ends
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
+from loratune.events import Listener, Report
 from loratune.kernels.layer_kinds import name_of
 from loratune.models import (
     base_files,
@@ -51,9 +51,9 @@ class Merge:
 
     Attributes:
         folder: where it lies.
-        dtype: precision of its weights.
+        dtype: precision of its weights: `bfloat16`, `float16` or `float32`.
         difference: largest difference between a logit of base + adapter and the same logit of the merged model.
-        relative: that difference over the largest logit.
+        relative: that difference over the largest logit of base + adapter, 0 for none.
         agreement: part (0-1) of positions whose most probable token is the same.
         base_differs: how the base differs from the one the adapter was trained on, where that was allowed.
     """
@@ -66,12 +66,12 @@ class Merge:
     base_differs: tuple[str, ...] = ()
 
 
-@base_model.or_out_of_memory(
-    "a merge holds the base in float32, 4 bytes a weight, in main memory: close other programs"
-)
+HINT = "a merge holds the base in float32, 4 bytes a weight, in main memory: close other programs"
+
+
 def merge(
     name: str | Path, out: str | Path, dtype: str = "auto", base: str | None = None, tolerance: float | None = None,
-    allow_base_mismatch: bool = False, trust_remote_code: bool = False,
+    allow_base_mismatch: bool = False, trust_remote_code: bool = False, on_event: Listener | None = None,
 ) -> Merge:  # fmt: skip
     """Merge an adapter into its base model: W + s B A, in float32, rounded once.
 
@@ -85,6 +85,7 @@ def merge(
         tolerance: largest difference of a logit relative to the largest logit; None: by dtype.
         allow_base_mismatch: merge into another base than it was trained on; recorded beside the merged model.
         trust_remote_code: run code that comes with the base model.
+        on_event: called with each event; None: lines go to Python's logging. What it raises comes out as it is.
 
     Returns:
         The merge and how far it is from base + adapter on a few prompts.
@@ -94,29 +95,28 @@ def merge(
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
-    startup.quiet()
-    tell = console.Report()
-    target = files.local(out)
-    _check(target, dtype)
-    what, folder = opened_model.open_adapter(str(name), base, trust_remote_code)
-    outputs.check(target, "--out", what.base.base)
-    loaded = opened_model.load(
-        what, True, allow_base_mismatch
-    )  # float32: the sum W + s B A is rounded once, at the end
-    for line in loaded.notes:
-        tell.problem(line)
-    wanted = _dtype(dtype, base_files.folder_of(what.base))
-    prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
-    with_adapter = _logits(loaded.model, prompts)
-    merged = _fold(loaded.model, folder)
-    _round(merged, wanted)
-    after = _logits(merged, prompts)
-    differences = _differences(with_adapter, after, TOLERANCE[wanted] if tolerance is None else tolerance, tell)
-    merged.to(wanted)
-    ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
-    done = Merge(target, name_of(wanted), *differences, loaded.base_differs)
-    _write(done, merged, loaded.tokenizer, wanted, what, ends)
-    return done
+    report = Report(on_event)
+    with startup.quiet(), startup.computing(), report.unchanged(), base_model.or_out_of_memory(HINT):
+        target = files.local(out)
+        _check(target, dtype)
+        what, folder = opened_model.open_adapter(str(name), base, trust_remote_code)
+        outputs.check(target, "--out", what.base.base)
+        # in float32: the sum W + s B A is rounded once, at the end
+        loaded = opened_model.load(what, True, allow_base_mismatch)
+        for line in loaded.notes:
+            report.problem(line)
+        wanted = _dtype(dtype, base_files.folder_of(what.base))
+        prompts = [ids for ids in (loaded.tokenizer(p).input_ids for p in PROMPTS) if ids]
+        with_adapter = _logits(loaded.model, prompts)
+        merged = _fold(loaded.model, folder)
+        _round(merged, wanted)
+        after = _logits(merged, prompts)
+        differences = _differences(with_adapter, after, TOLERANCE[wanted] if tolerance is None else tolerance, report)
+        merged.to(wanted)
+        ends = turn_ends.of_folder(folder, Encoder(loaded.tokenizer))
+        done = Merge(target, name_of(wanted), *differences, loaded.base_differs)
+        _write(done, merged, loaded.tokenizer, wanted, what, ends)
+        return done
 
 
 def _check(target: Path, dtype: str) -> None:
@@ -128,7 +128,7 @@ def _check(target: Path, dtype: str) -> None:
 
 
 def _differences(
-    wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], limit: float, tell: console.Report
+    wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], limit: float, tell: Report
 ) -> tuple[float, float, float]:
     """Return the largest difference of a logit, that over the largest logit, and the part of equal next tokens.
 

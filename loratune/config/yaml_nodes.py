@@ -7,9 +7,10 @@ and what can hide or explode (tags, merge keys, deep nesting, many aliases, huge
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_ALIASES = 64
 MAX_NODES = 50_000
+
+WHOLE = "recipe"  # the place of a recipe that came in no file
 
 Scalar = str | int | float | bool | None
 
@@ -329,6 +332,85 @@ class _Reader:
         if FLOAT.fullmatch(text):
             return float(text)
         return str(text)
+
+
+class _Taker:
+    """Plain Python data as nodes: the limits are those of a text, and the place of a value is its key."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.nodes = 0
+
+    def node(self, value: Any, path: str, depth: int) -> Node:
+        place = Place(path or WHOLE)
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise RecipeError(Problem(f"more than {MAX_NODES:,} values", place))
+        if depth > MAX_DEPTH:
+            raise RecipeError(Problem(f"nested deeper than {MAX_DEPTH} levels", place))
+        if isinstance(value, Mapping):
+            return Node(self.mapping(value, path, depth), place)
+        if isinstance(value, (list, tuple)):
+            return Node([self.node(item, _below(path, index), depth + 1) for index, item in enumerate(value)], place)
+        return self.scalar(value, place)
+
+    def mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> dict[str, Node]:
+        items: dict[str, Node] = {}
+        for key, item in value.items():
+            if not isinstance(key, str) or not key:
+                self.problems.append(Problem("a key must be a word", Place(_below(path, key))))
+                continue
+            name = self.text(key, Place(_below(path, key)))
+            items[name] = self.node(item, _below(path, key), depth + 1)
+            items[name].key = Place(_below(path, key))
+        return items
+
+    def scalar(self, value: Any, place: Place) -> Node:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, str):
+            text = self.text(str(value), place)
+            return Node(text, place, raw=text)
+        if value is None or isinstance(value, bool):
+            return Node(value, place, raw={None: "null", True: "true", False: "false"}[value])
+        if isinstance(value, float) and not math.isfinite(value):  # a text has no such number either
+            return Node(repr(float(value)), place, raw=repr(float(value)))
+        if isinstance(value, (int, float)):
+            number = int(value) if isinstance(value, int) else float(value)
+            return Node(number, place, raw=repr(number))
+        kind = shorten(type(value).__qualname__)
+        hint = "a recipe holds mappings, lists, strings, numbers, true, false and null"
+        self.problems.append(Problem(f"a value of the type `{kind}`", place, hint))
+        return Node(None, place)
+
+    def text(self, value: str, place: Place) -> str:
+        if len(value) > MAX_BYTES:
+            raise RecipeError(Problem(f"too big: {len(value):,} characters, at most {MAX_BYTES:,}", place))
+        if _SURROGATE.search(value):
+            self.problems.append(Problem("a string that holds half a character", place, "write the character itself"))
+        return _SURROGATE.sub("?", value)
+
+
+def _below(path: str, step: Any) -> str:
+    name = shorten(_SURROGATE.sub("?", str(step)))
+    return f"{path}.{name}" if path else name
+
+
+def taken(data: Mapping[str, Any]) -> Tree:
+    """Return plain data as a tree of nodes whose places name their keys, such as `optimizer.lr`.
+
+    Args:
+        data: mappings, lists, tuples, strings, paths, numbers, booleans and None.
+
+    Returns:
+        The tree, with a problem for each value of another type.
+
+    Raises:
+        RecipeError: when it is too deep or too big.
+    """
+    taker = _Taker()
+    root = taker.node(data, "", 0)
+    return Tree(root, WHOLE, taker.problems)
 
 
 class _Dumper(yaml.SafeDumper):

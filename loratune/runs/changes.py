@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loratune.console import Report
 from loratune.errors import Place, Problem, RunFolderError, shorten
+from loratune.events import Report
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe, Train
 from loratune.runs.checkpoint import Found

@@ -1,4 +1,7 @@
-"""What is set in this process and in other libraries before they do anything: each with its reason."""
+"""What is set in this process and in other libraries while a call lasts: each with its reason, then taken back.
+
+Whoever calls a function of the Python API has a process of their own, with its warnings, logging and random numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,131 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
+_TOLD = ("transformers", "bitsandbytes", "huggingface_hub")  # a missing optional kernel, retries while offline
+_VARIABLES = (
+    "TOKENIZERS_PARALLELISM",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY",
+    "PYTORCH_ALLOC_CONF",
+)
 
 
-def training() -> None:
+@contextmanager
+def training() -> Iterator[None]:
     """Set all that a training needs."""
-    quiet()
-    keep_few_products()
-    expand_segments()
+    with quiet(), computing(), own_accelerate():
+        keep_few_products()
+        expand_segments()
+        yield
 
 
-def quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Keep libraries from writing between our lines; what matters of theirs is told by us."""
     import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "huggingface_hub"):  # a missing optional kernel, retries while offline
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")
+    told = transformers.utils.logging
+    levels = {name: logging.getLogger(name).level for name in _TOLD}
+    bars, hub_bars = told.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    variables = {name: os.environ.get(name) for name in _VARIABLES}
+    interval = tqdm.monitor_interval
+    try:
+        with warnings.catch_warnings():
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
+            told.disable_progress_bar()
+            tqdm.monitor_interval = 0  # else a bar leaves a thread behind, one that is not shown too
+            for name in _TOLD:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            told.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+        tqdm.monitor_interval = interval
+        _set(variables)
+
+
+def _set(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Let a call set torch's threads, products and random numbers, and Python's and NumPy's, as it likes.
+
+    A generator of a GPU that is first used within starts afterwards from the caller's last `torch.manual_seed`.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul
+    bf16, fp16 = products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if _is_used(torch.cuda) else None
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        products.allow_bf16_reduced_precision_reduction = bf16
+        products.allow_fp16_reduced_precision_reduction = fp16
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
+        elif _is_used(torch.cuda):
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+def _is_used(cuda: Any) -> bool:
+    return bool(cuda.is_initialized())
+
+
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Let a training have an accelerate that nothing in this process has used before, and give that use back.
+
+    accelerate keeps one state for all its objects: without this a second training would be held to the precision of the
+    first, and the caller's own Accelerator to ours. Processes that have met stay together.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def states() -> list[dict[str, object]]:
+        met = torch.distributed.is_available() and torch.distributed.is_initialized()
+        kinds = (AcceleratorState, GradientState) if met else (AcceleratorState, GradientState, PartialState)
+        return [kind._shared_state for kind in kinds]
+
+    before = [(state, dict(state)) for state in states()]
+    for state, _ in before:
+        state.clear()
+    try:
+        yield
+    finally:
+        kept = states()
+        for state, content in before:
+            if any(state is one for one in kept):
+                state.clear()
+                state.update(content)
 
 
 def keep_few_products() -> None:

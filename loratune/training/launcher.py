@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from loratune.errors import Problem, SetupError
@@ -54,8 +53,6 @@ def accelerator(recipe: Recipe) -> Accelerator:
         and where.type == "cuda"
     ):
         mixed = "bf16"  # float32 weights, bf16 matrix products
-    if not torch.distributed.is_initialized():  # else a second training in one process is held to the first's precision
-        AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(
             mixed_precision=mixed,

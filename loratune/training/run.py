@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratune.console import duration, size
 from loratune.data import batches
 from loratune.data.encode import Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
+from loratune.events import Begun, Ended, Evaluated, Listener, Saved
 from loratune.kernels import torch_compile
 from loratune.methods import other_programs
 from loratune.models import base_model
@@ -60,7 +60,7 @@ class Run:
 
 def train(
     recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_drift: bool = False,
-    allow_base_mismatch: bool = False, trust_remote_code: bool = False,
+    allow_base_mismatch: bool = False, trust_remote_code: bool = False, on_event: Listener | None = None,
 ) -> Run:  # fmt: skip
     """Train what the recipe says and fill its run folder.
 
@@ -71,6 +71,8 @@ def train(
         allow_drift: go on although recipe or rows are no longer those the run was begun with; recorded in run.json.
         allow_base_mismatch: resume on another base than the run was begun on; recorded in run.json.
         trust_remote_code: run code that comes with the base model; recorded in run.json.
+        on_event: called with each event; None: lines go to Python's logging. What it raises ends the run and comes out
+            as it is; what is done by then is saved for `resume`. With several processes the first one calls it.
 
     Returns:
         The finished run.
@@ -78,18 +80,16 @@ def train(
     Raises:
         LoratuneError: any of its kinds; `exit_code` says which.
     """
-    startup.training()
     folder = Path(recipe.output)
-    accelerator = launcher.accelerator(recipe)
-    first = accelerator.is_main_process
-    report = RunReport(active=first, metrics=folder / "metrics.jsonl")
-    for line in launcher.not_read(os.environ):
-        report.problem(line)
-    with signals.listening() as asked, session.alone(folder, first, report):
-        status, begun = "failed", False
-        facts = Facts(start_report.start(recipe, accelerator, trust_remote_code))
-        try:
-            with _in_words(recipe, facts, asked):
+    with startup.training():
+        accelerator = launcher.accelerator(recipe)
+        first = accelerator.is_main_process
+        report = RunReport(on_event, first, folder / "metrics.jsonl")
+        with report.unchanged(), signals.listening() as asked, session.alone(folder, first, report):
+            for line in launcher.not_read(os.environ):
+                report.problem(line)
+            facts = Facts(start_report.start(recipe, accelerator, trust_remote_code))
+            with _recorded(folder, facts, report) as begun, _in_words(recipe, facts, asked, report):
                 found = session.find(folder, resume, overwrite, accelerator, report)
                 if found:
                     facts.drift = found.seal["drift"]
@@ -102,22 +102,36 @@ def train(
                     progress = session.start(job, resume)
                 session.check_code(job)
                 session.check_space(job, resume)
-                begun = True  # from here on the run folder is this run's
+                begun()  # from here on the run folder is this run's
                 session.open_folder(job, progress, resume)
                 run = _finish(job, _loop(job, progress, asked))
-            status = "complete"
-            return run
-        except Interrupted:
-            status = "interrupted"
-            raise
-        finally:
-            if first and begun:
-                with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
-                    storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
+            report.tell(_ended(job, run))
+    return run
 
 
 @contextlib.contextmanager
-def _in_words(recipe: Recipe, facts: Facts, asked: Signals) -> Iterator[None]:
+def _recorded(folder: Path, facts: Facts, report: RunReport) -> Iterator[Callable[[], None]]:
+    """Write at the end of a run into run.json how it ended; nothing before the function that is yielded was called."""
+    status, begun = "failed", False
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+
+    try:
+        yield begin
+        status = "complete"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        if report.active and begun:
+            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
+                storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
+
+
+@contextlib.contextmanager
+def _in_words(recipe: Recipe, facts: Facts, asked: Signals, report: RunReport) -> Iterator[None]:
     """Raise what ends a training as an error that says what would do.
 
     Raises:
@@ -128,6 +142,7 @@ def _in_words(recipe: Recipe, facts: Facts, asked: Signals) -> Iterator[None]:
     try:
         yield
     except signals.Leave:
+        report.hear_again()
         raise signals.interrupted(asked.number, 0) from None
     except (MemoryError, RuntimeError) as error:
         if not base_model.is_out_of_memory(error):
@@ -155,42 +170,56 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     poll = asked.poll if accelerator.num_processes == 1 else signals.never
     asked.training = True
     saved, random = progress, training_state.randomness()
+
+    def keep() -> None:
+        nonlocal saved
+        saved = session.save(job, progress, random)
+        report.tell(Saved(progress.step, checkpoint.path_of(job.folder, progress.step)))
+
+    def begin() -> Iterator[loop.Step]:
+        order = batches.batches(
+            job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
+            progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
+            job.plan.tokens, accelerator.process_index, accelerator.num_processes,
+            recipe.data.max_length, job.packing.layout,
+        )  # fmt: skip
+        return loop.steps(
+            net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
+            accelerator, settings.max_grad_norm, progress.step, poll,
+        )  # fmt: skip
+
     try:
         if progress.pending:
-            progress = saved = session.save(job, _evaluate(job, net, progress, poll)[1], random)
-
-        def begin() -> Iterator[loop.Step]:
-            order = batches.batches(
-                job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
-                progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
-                job.plan.tokens, accelerator.process_index, accelerator.num_processes,
-                recipe.data.max_length, job.packing.layout,
-            )  # fmt: skip
-            return loop.steps(
-                net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
-                accelerator, settings.max_grad_norm, progress.step, poll,
-            )  # fmt: skip
-
-        with report.training(progress.step, steps, log_every):
-            for step in _or_lighter(job, begin, resumed=progress.step > 0):
+            progress = _evaluate(job, net, progress, poll)[1]
+            keep()
+        report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
+        for step in _or_lighter(job, begin, resumed=progress.step > 0):
+            end, better = step.number == steps, False
+            due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
+            progress = replace(progress, step=step.number, pending=due)
+            try:
                 report.step(step)
-                end, better = step.number == steps, False
-                due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
-                progress, random = replace(progress, step=step.number, pending=due), training_state.randomness()
-                if due:
-                    better, progress = _evaluate(job, net, progress, poll)
-                stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
-                if step.number % save_every == 0 or better or end or stop or signalled:
-                    saved = session.save(job, progress, random)
-                if signalled and not end:
-                    raise signals.interrupted(signalled, step.number)
-                if stop:
-                    times = progress.evaluations_without_better
-                    report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
-                    break
-    except signals.Asked:  # what was begun after the last whole step is given up, its random numbers too
-        if saved != progress:
+            finally:
+                random = training_state.randomness()
+            if due:
+                better, progress = _evaluate(job, net, progress, poll)
+            stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
+            if step.number % save_every == 0 or better or end or stop or signalled:
+                keep()
+            if signalled and not end:
+                raise signals.interrupted(signalled, step.number)
+            if stop:
+                times = progress.evaluations_without_better
+                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
+                break
+    except BaseException as error:
+        asked_to = isinstance(error, signals.Asked)
+        if not asked_to and (error is not report.raised or accelerator.num_processes > 1):
+            raise
+        if saved != progress:  # what was begun after the last whole step is given up, its random numbers too
             session.save(job, progress, random)
+        if not asked_to:
+            raise
         raise signals.interrupted(asked.number, progress.step) from None
     return progress
 
@@ -246,12 +275,14 @@ def _finish(job: Job, progress: Progress) -> Run:
         end.adapter_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):
             report.note(line)
-        report.note(
-            f"done     {progress.step} steps in {duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s; "
-            f"{start_report.product(recipe)} of {size(end.adapter_bytes)} in {folder}"
-        )
     job.accelerator.wait_for_everyone()
     return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
+
+
+def _ended(job: Job, run: Run) -> Ended:
+    size = (job.facts.end.adapter_bytes if job.facts.end else None) or 0
+    speed, product = job.report.tokens_per_second, start_report.product(job.recipe)
+    return Ended(run.folder, run.steps, run.seconds, speed, product, size)
 
 
 def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
@@ -264,7 +295,7 @@ def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) 
     early = job.recipe.train.early_stopping
     progress = progress.evaluated(loss, early.min_delta if early else 0.0)
     better = progress.best_step == progress.step
-    job.report.evaluated(progress.step, loss, count, better, time.perf_counter() - began)
+    job.report.tell(Evaluated(progress.step, loss, count, better, time.perf_counter() - began))
     return better, progress
 
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune.console import Report
 from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
+from loratune.events import Report
 from loratune.kernels.layer_kinds import name_of
 from loratune.models import base_files, base_model, config_files, end_tokens, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from loratune.console import Report, size
+from loratune.console import size
 from loratune.data import batches
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.row_files import chosen
+from loratune.events import Report
 from loratune.kernels.layer_kinds import name_of
 from loratune.models import base_model
 from loratune.optim.schedules import warmup_steps

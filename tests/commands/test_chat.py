@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
+from loratune import console
 from loratune.commands import opened_model
 from loratune.commands.chat import chat
 from loratune.commands.conversation import HELP, Conversation
@@ -89,6 +90,8 @@ def test_one_answer(runs: list[Path], base: Path, capsys: pytest.CaptureFixture[
     for name, reference in ((runs[0], Reference(base, runs[0])), (base, Reference(base))):
         wanted = reference.answer("a blue cat")
         assert chat(name, "a blue cat", max_new_tokens=LONGEST) == wanted.strip()
+        assert capsys.readouterr() == ("", ""), "from Python nothing is printed"
+        assert chat(name, "a blue cat", max_new_tokens=LONGEST, on_event=console.Terminal()) == wanted.strip()
         assert capsys.readouterr().out == f"{wanted}\n"
     assert Reference(base).answer("a blue cat") != Reference(base, runs[0]).answer("a blue cat")
 

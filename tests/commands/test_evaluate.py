@@ -15,6 +15,7 @@ from loratune import recipe
 from loratune.commands import evaluate as evaluation
 from loratune.commands import merge
 from loratune.commands.evaluate import evaluate
+from loratune.console import Terminal
 from loratune.data import row_files
 from loratune.data.encode import Encoder
 from loratune.data.formats import Chat
@@ -326,7 +327,7 @@ def test_a_pattern_that_takes_too_long_on_answers_loses_nothing_else(
 
     monkeypatch.setattr(regex_match, "found", tired)
     monkeypatch.setattr(regex_match, "check", lambda pattern: None)
-    result = evaluate(run, max_new_tokens=4, regex=r"\w+", out=tmp_path / "out.jsonl")
+    result = evaluate(run, max_new_tokens=4, regex=r"\w+", out=tmp_path / "out.jsonl", on_event=Terminal())
     assert len(asked) == 3
     assert list(result.scores) == ["base", "adapter"]
     for scores in result.scores.values():

@@ -17,10 +17,12 @@ import loratune
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
+from loratune.console import Terminal
 from loratune.data import dataset, row_cache, turn_ends
 from loratune.data.encode import Encoder, Row
 from loratune.data.section import Data, Source
 from loratune.errors import ModelError, Place
+from loratune.events import Event, Listener, Told
 from loratune.models import base_model, end_tokens
 from loratune.runs import model_card
 from tests import templates, tiny
@@ -50,14 +52,14 @@ def rows_of(folder: Path) -> Path:
     return tiny.write_jsonl(folder / "says.jsonl", [{"messages": messages} for messages in chats])
 
 
-def learn(folder: Path, template: str | None, **sections: Any) -> Path:
+def learn(folder: Path, template: str | None, hear: Listener | None = None, **sections: Any) -> Path:
     """Train until every answer is known by heart."""
     base = make_base(folder / "base", template)
     rows_of(folder)
     method = {"r": 8, "lora_alpha": 16} if "method" not in sections else sections.pop("method")
     about = {"train": "says.jsonl", **sections.pop("data", {})}
     path = tiny.write_recipe(folder, base, method=method, data=about, train={"batch_size": 3, "epochs": 40}, **sections)
-    return loratune.train(loratune.load_recipe(path)).folder
+    return loratune.train(loratune.load_recipe(path), on_event=hear).folder
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +116,12 @@ def test_chat_ends_an_answer(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_chatml_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = learn(tmp_path, None, data={"chat_template": "chatml"})
+    heard: list[Event] = []
+    run = learn(tmp_path, None, heard.append, data={"chat_template": "chatml"})
     assert exact(run, tmp_path) == 1.0
-    assert chat(run, "blue", max_new_tokens=20) == "no"
+    assert chat(run, "blue", max_new_tokens=20, on_event=Terminal()) == "no"
     told = "answers are trained to end with `<|im_end|>`, those of the base with `<|endoftext|>`"
-    assert told in capsys.readouterr().err
+    assert any(isinstance(event, Told) and told in event.text for event in heard)
 
 
 def ask(folder: Path, question: str) -> list[int]:

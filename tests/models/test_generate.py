@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune.commands.chat import chat
 from loratune.commands.evaluate import evaluate
+from loratune.console import Terminal
 from loratune.errors import DataError, UsageError
 from loratune.models import generate
 from tests import tiny
@@ -57,7 +58,7 @@ def test_rows_past_the_positions_are_told(kind: str, tmp_path: Path, capsys: pyt
     rows = [{"prompt": "a" * size, "completion": " b"} for size in (10, POSITIONS - 8, POSITIONS + 9)]
     long = tiny.write_jsonl(tmp_path / "long.jsonl", rows)
     fits = tiny.write_jsonl(tmp_path / "fits.jsonl", rows[:2])
-    options = {"format": "completion", "max_new_tokens": 12, "out": tmp_path / "out.jsonl"}
+    options = {"format": "completion", "max_new_tokens": 12, "out": tmp_path / "out.jsonl", "on_event": Terminal()}
     assert evaluate(tmp_path / "base", data=str(fits), **options).generated == 2
     assert f"1 of 2 answers are limited to what is left of {POSITIONS} positions" in capsys.readouterr().err
     if kind == "gpt2":
@@ -75,9 +76,9 @@ def test_a_chat_ends_with_the_positions(kind: str, tmp_path: Path, capsys: pytes
     tokens = tiny.tokenizer(template=None)
     made(kind, tokens).save_pretrained(tmp_path / "base")
     tokens.save_pretrained(tmp_path / "base")
-    chat(tmp_path / "base", "a" * (POSITIONS - 5), max_new_tokens=12)
+    chat(tmp_path / "base", "a" * (POSITIONS - 5), max_new_tokens=12, on_event=Terminal())
     assert "answers end after 5 tokens here: the model has no more positions" in capsys.readouterr().err
-    chat(tmp_path / "base", "a", max_new_tokens=12)
+    chat(tmp_path / "base", "a", max_new_tokens=12, on_event=Terminal())
     assert "positions" not in capsys.readouterr().err
     with pytest.raises(UsageError, match=f"^{POSITIONS} tokens leave no room: the model was made for {POSITIONS}"):
         chat(tmp_path / "base", "a" * POSITIONS, max_new_tokens=12)

@@ -70,7 +70,11 @@ def write(folder: Path, name: str) -> None:
 
 def main(folder: Path, older: str) -> int:
     os.environ.update(HF_HUB_OFFLINE="1", LORATUNE_CACHE=str(folder / "cache"), CI="1")
-    startup.quiet()
+    with startup.quiet():
+        return compare(folder, older)
+
+
+def compare(folder: Path, older: str) -> int:
     script = str(Path(__file__).parent / "older.py")
     subprocess.run([older, script, "make", str(folder)], check=True)
     for base in sorted(folder.glob("*/base")):

@@ -197,7 +197,9 @@ def test_a_second_training_may_have_another_precision(tmp_path: Path, base: Path
     path = tiny.write_recipe(tmp_path, base)
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(mixed_precision="bf16", cpu=True)
-    assert launcher.accelerator(recipe.load(path)).mixed_precision == "no"
+    with startup.own_accelerate():
+        assert launcher.accelerator(recipe.load(path)).mixed_precision == "no"
+    assert Accelerator(cpu=True).mixed_precision == "bf16", "the caller's is as it was"
 
 
 class _Cuda:

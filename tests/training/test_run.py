@@ -19,6 +19,7 @@ from loratune.config.section import Section
 from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
+from loratune.events import Event, StepDone
 from loratune.models import tokenizing
 from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.runs import checkpoint, lock
@@ -209,10 +210,22 @@ def test_products_are_as_exact_as_their_dtype_whatever_was_set_before(fit: Fit):
     flags = torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("medium")
     flags.allow_bf16_reduced_precision_reduction = True
-    fit(train=EVEN)
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not flags.allow_bf16_reduced_precision_reduction
-    assert not flags.allow_fp16_reduced_precision_reduction
+    seen: list[tuple[str, bool, bool]] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, StepDone):
+            seen.append(products())
+
+    def products() -> tuple[str, bool, bool]:
+        bf16, fp16 = flags.allow_bf16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction
+        return torch.get_float32_matmul_precision(), bf16, fp16
+
+    before = products()
+    fit(train=EVEN, on_event=look)
+    assert set(seen) == {("highest", False, False)}
+    assert products() == before
+    torch.set_float32_matmul_precision("highest")
+    flags.allow_bf16_reduced_precision_reduction = False
 
 
 @pytest.mark.parametrize("method", [{"type": "lora", "r": 4}, {"type": "full"}], ids=lambda m: m["type"])
@@ -255,10 +268,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
     tiny.write_jsonl(tmp_path / "train.jsonl", rows)
     loaded = recipe.load(path)
     steps: list[Any] = []
-    record = run.RunReport.step
-    monkeypatch.setattr(run.RunReport, "step", lambda self, step: (steps.append(step), record(self, step)))
     with pytest.raises(TrainingError) as caught:
-        run.train(loaded)
+        run.train(loaded, on_event=lambda event: steps.append(event) if isinstance(event, StepDone) else None)
     text = str(caught.value)
     assert caught.value.exit_code == 4
     assert f"step {len(steps) + 1}: the loss is nan; stopped before the optimizer stepped" in text

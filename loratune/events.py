@@ -1,0 +1,260 @@
+"""What happens during a call, for whoever wants to know: the terminal, metrics.jsonl, the caller of the Python API.
+
+There is one way: a `Report` is told by the code that works, and hands on an event for each thing it is told. The
+command line's listener prints them (`console.Terminal`). From Python `on_event` gets them; without one, lines go to
+Python's logging under the name `loratune`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune.redact import redact
+
+
+@dataclass(frozen=True)
+class Told:
+    """A line for a person: what is done, how, and what must not be missed.
+
+    Attributes:
+        text: the line, without secrets.
+        problem: whether it must not be missed.
+        label: one word that stands before the text, such as `batches` in the start report; empty where none does, None
+            where the text is a line of its own.
+    """
+
+    text: str
+    problem: bool = False
+    label: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The label, in nine columns, and the text."""
+        return self.text if self.label is None else f"{self.label:9}{self.text}"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How far long work is that has no steps, such as reading rows; told often.
+
+    Attributes:
+        what: is being done.
+        count: so many are done.
+        share: part (0-1) that is done, or None where nobody knows.
+        seconds: since it began.
+        over: whether it has ended; `count` is then the last one told.
+    """
+
+    what: str
+    count: int
+    share: float | None
+    seconds: float
+    over: bool = False
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The steps of a training begin.
+
+    Attributes:
+        number: steps done before, in a run that is resumed; else 0.
+        steps: of the whole run.
+        every: steps between two printed lines (`train.log_every`).
+        evaluations: step and eval loss, in nats per trained token, of those done before in a run that is resumed.
+    """
+
+    number: int
+    steps: int
+    every: int
+    evaluations: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """An optimizer step is done, over all processes; what `metrics.jsonl` holds of it.
+
+    Attributes:
+        number: of the step, from 1.
+        steps: of the whole run.
+        epoch: how many epochs have been seen.
+        loss: before the step, in nats per trained token.
+        grad_norm: length of the gradient before clipping.
+        lr: learning rate of the first parameter group.
+        rows: in this step.
+        tokens: in this step, without padding.
+        trained_tokens: in this step, those with a label.
+        computed: tokens that went through the model: padding counts, what rows share counts once.
+        seconds: from the first micro-batch to the end of the optimizer's step.
+        memory: peak memory of this process in bytes, of the GPU where there is one.
+    """
+
+    number: int
+    steps: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    rows: int
+    tokens: int
+    trained_tokens: int
+    computed: int
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The eval loss was measured.
+
+    Attributes:
+        number: of the step it was measured after.
+        loss: in nats per trained token.
+        trained_tokens: it is the mean of.
+        best: whether it is the lowest so far.
+        seconds: it took.
+    """
+
+    number: int
+    loss: float
+    trained_tokens: int
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint lies on the disk, whole.
+
+    Attributes:
+        number: of the step it was saved after.
+        folder: it lies in.
+    """
+
+    number: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A piece of an answer, as it is written.
+
+    Attributes:
+        text: the piece; a line end comes after the last one.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A training is complete, and all of it lies on the disk.
+
+    Attributes:
+        folder: the run folder.
+        steps: number of steps.
+        seconds: spent in steps.
+        tokens_per_second: over all steps; padding, evaluation and saving are not counted.
+        product: what was saved, `adapter` or `model`.
+        size: of that, in bytes.
+    """
+
+    folder: Path
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    product: str
+    size: int
+
+
+Event = Told | Counted | Begun | StepDone | Evaluated | Saved | Answered | Ended
+Listener = Callable[[Event], None]
+Progress = Callable[..., None]  # called with the number so far and, where it is known, the part (0-1) that is done
+
+
+def log(event: Event) -> None:
+    """Hand lines on to Python's logging: the listener of whoever named none. What must not be missed is a warning."""
+    if isinstance(event, Told) and event.text:
+        logging.getLogger("loratune").log(logging.WARNING if event.problem else logging.INFO, "%s", event.line)
+
+
+class Report:
+    """Hands on what is told; silent on processes other than the first.
+
+    Args:
+        hear: gets each event; None: `log`.
+        active: whether this process tells anything.
+
+    Attributes:
+        raised: what the listener raised, or None. It is not called again then.
+    """
+
+    def __init__(self, hear: Listener | None = None, active: bool = True):
+        self.active = active
+        self.raised: BaseException | None = None
+        self._hear = hear or log
+
+    def tell(self, event: Event) -> None:
+        """Hand an event on. What the listener raises goes on as it is."""
+        if not self.active or self.raised is not None:
+            return
+        try:
+            self._hear(event)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    def hear_again(self) -> None:
+        """Go on telling after an interrupt, which may meet the listener as anything else that runs."""
+        self.raised = None
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """End a call with what the listener raised, whatever was made of it on the way."""
+        try:
+            yield
+        except BaseException as error:
+            if self.raised is None or error is self.raised:
+                raise
+        if self.raised is not None:
+            raise self.raised
+
+    def note(self, line: str) -> None:
+        """Tell a line."""
+        self.tell(Told(redact(line)))
+
+    def problem(self, line: str) -> None:
+        """Tell a line that must not be missed."""
+        self.tell(Told(redact(line), problem=True))
+
+    def field(self, label: str, text: str, problem: bool = False) -> None:
+        """Tell a labelled text.
+
+        Args:
+            label: of one word, or empty for what belongs to the label above.
+            text: what stands behind it.
+            problem: whether it must not be missed.
+        """
+        self.tell(Told(redact(text), problem, label))
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Progress]:
+        """Tell how many of something are done.
+
+        Yields the function to call with the number so far and, where it is known, the part (0-1) that is done.
+        """
+        began, last = time.perf_counter(), Counted(what, 0, None, 0.0)
+
+        def done(count: int, share: float | None = None) -> None:
+            nonlocal last
+            last = Counted(what, count, share, time.perf_counter() - began)
+            self.tell(last)
+
+        try:
+            yield done
+        finally:
+            self.tell(Counted(what, last.count, last.share, time.perf_counter() - began, over=True))
