@@ -61,23 +61,23 @@ def loratune(rows: Path, tokenizer: Path) -> dict[str, Any]:
     from loratune.system import startup
 
     logging.disable()
-    startup.quiet()
-    source = Source(path=str(rows))
-    section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
-    encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))
-    began = time.perf_counter()
-    found = dataset.load([source], section, encoder)
-    packs = pack(found.lengths, LENGTH)
-    seconds = time.perf_counter() - began
-    again = time.perf_counter()
-    assert dataset.load([source], section, encoder).cached
-    return {
-        "seconds": seconds,
-        "tokens": found.counts.tokens,
-        "trained_tokens": found.counts.trained_tokens,
-        "packs": len(packs),
-        "second_start_seconds": time.perf_counter() - again,
-    }
+    with startup.quiet():
+        source = Source(path=str(rows))
+        section = Data(train=(source,), max_length=LENGTH, on_long="truncate")
+        encoder = Encoder(tokenizing.load(Model(base=str(tokenizer))))
+        began = time.perf_counter()
+        found = dataset.load([source], section, encoder)
+        packs = pack(found.lengths, LENGTH)
+        seconds = time.perf_counter() - began
+        again = time.perf_counter()
+        assert dataset.load([source], section, encoder).cached
+        return {
+            "seconds": seconds,
+            "tokens": found.counts.tokens,
+            "trained_tokens": found.counts.trained_tokens,
+            "packs": len(packs),
+            "second_start_seconds": time.perf_counter() - again,
+        }
 
 
 def trl(rows: Path, tokenizer: Path, processes: int | None) -> dict[str, Any]:

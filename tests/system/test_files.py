@@ -23,6 +23,7 @@ import typer.testing
 from loratune import cli, recipe
 from loratune.commands import chat_input, inspect, opened_model
 from loratune.config import yaml_nodes
+from loratune.console import Terminal
 from loratune.data import cache_key, prepare, row_files
 from loratune.data.encode import Encoder
 from loratune.data.row_files import Block
@@ -457,7 +458,7 @@ def test_any_flipped_bit_in_the_cache_is_seen(
             whole = bytearray((home / name).read_bytes())
             whole[place] ^= 4
             (home / name).write_bytes(whole)
-            assert json.dumps(inspect.inspect(loaded).as_json()) == wanted
+            assert json.dumps(inspect.inspect(loaded, on_event=Terminal()).as_json()) == wanted
             assert "rows in the cache were damaged: read again" in capsys.readouterr().err
             inspect.inspect(loaded)
             assert "read again" not in capsys.readouterr().err
