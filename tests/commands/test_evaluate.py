@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratune
 from loratune import recipe
 from loratune.commands import evaluate as evaluation
-from loratune.commands import merge
 from loratune.commands.evaluate import evaluate
 from loratune.console import Terminal
 from loratune.data import row_files
@@ -281,12 +280,12 @@ def test_the_base_of_an_adapter_with_biases_has_its_own(biased: Path) -> None:
 def test_memory_that_runs_out_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(Sft, "scores", fail)
-    monkeypatch.setattr(generate, "_generate", fail)
-    monkeypatch.setattr(merge, "_fold", fail)
+    monkeypatch.setattr(generate, "stream", fail)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", fail)
     for use, hint in (
         (lambda: evaluate(run), "--batch-size 1"),
         (lambda: loratune.chat(run, "hello"), "--max-new-tokens"),

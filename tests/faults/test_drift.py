@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,11 @@ import pytest
 
 from loratune import recipe
 from loratune.errors import Interrupted, RunFolderError
+from loratune.events import Event, StepDone
 from loratune.optim.schedules import Constant, Cosine
 from loratune.recipe import Recipe
 from loratune.runs import changes
 from loratune.runs.facts import Facts, Setup, Start
-from loratune.training import run
-from loratune.training.progress import RunReport
-from loratune.training.signals import Signals
 from tests import tiny
 from tests.conftest import Fit
 from tests.faults import scene
@@ -148,32 +147,19 @@ def test_versions_and_processes_are_told(whole: Recipe):
 # ---------------------------------------------------------------- in a run
 
 
-def _stopped(fit: Fit, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None:
-    record = RunReport.step
+def _stopped(fit: Fit, **sections: Any) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone) and event.number == 5:
+            signal.raise_signal(signal.SIGTERM)
 
-    def stop(self: RunReport, step: Any) -> None:
-        record(self, step)
-        if step.number == 5:
-            asked[0].note(15, None)
-
-    asked: list[Signals] = []
-    true = run._loop
-
-    def loop(job: Any, progress: Any, signals: Signals) -> Any:
-        asked.append(signals)
-        return true(job, progress, signals)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunReport, "step", stop)
-        patch.setattr(run, "_loop", loop)
-        with pytest.raises(Interrupted):
-            fit("a", **{**scene.SECTIONS, **sections})
+    with pytest.raises(Interrupted):
+        fit("a", on_event=stop, **{**scene.SECTIONS, **sections})
 
 
 def test_a_changed_recipe_is_refused_with_all_its_changes_and_allowed_when_asked(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    _stopped(fit, monkeypatch)
+    _stopped(fit)
     before = {f: f.read_bytes() for f in (tmp_path / "a" / "run").rglob("*") if f.is_file()}
     changed = {**scene.SECTIONS, "optimizer": {"type": "adamw", "lr": 1e-3}, "train": {**scene.SECTIONS["train"], "seed": 1, "keep": 5}}  # fmt: skip
     with pytest.raises(RunFolderError) as caught:
@@ -193,8 +179,8 @@ def test_a_changed_recipe_is_refused_with_all_its_changes_and_allowed_when_asked
     assert again.facts()["drift"] == done.facts()["drift"], "it is not forgotten by the next resume"
 
 
-def test_a_changed_data_file_is_named(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _stopped(fit, monkeypatch)
+def test_a_changed_data_file_is_named(fit: Fit, tmp_path: Path):
+    _stopped(fit)
     size = (tmp_path / "a" / "train.jsonl").stat().st_size
     with pytest.raises(RunFolderError) as caught:
         fit("a", resume=True, rows=23, **scene.SECTIONS)
@@ -203,9 +189,9 @@ def test_a_changed_data_file_is_named(fit: Fit, tmp_path: Path, monkeypatch: pyt
     assert f"changed since step-000005: {said}" in str(caught.value)
 
 
-def test_rows_may_move(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_may_move(fit: Fit, tmp_path: Path):
     straight = fit("straight", **scene.SECTIONS)
-    _stopped(fit, monkeypatch)
+    _stopped(fit)
     tiny.write_jsonl(tmp_path / "a" / "moved.jsonl", tiny.chats(24))
     done = fit("a", resume=True, **{**scene.SECTIONS, "data": {**scene.SECTIONS["data"], "train": "moved.jsonl"}})
     assert scene.result(done.folder) == scene.result(straight.folder)

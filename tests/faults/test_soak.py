@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from loratune.training.progress import RunReport
+from loratune.events import Event, StepDone
 from tests.conftest import Fit
 from tests.faults import scene
 
 
-def _soak(fit: Fit, monkeypatch: pytest.MonkeyPatch, steps: int, saves: int) -> None:
+def _soak(fit: Fit, steps: int, saves: int) -> None:
     """Train for many steps and count memory and descriptors after the first fifth and at the end."""
     seen: dict[int, tuple[int, int]] = {}
-    record = RunReport.step
 
-    def count(self: RunReport, step: Any) -> None:
-        record(self, step)
-        if step.number in (steps // 5, steps - 1):
+    def count(event: Event) -> None:
+        if isinstance(event, StepDone) and event.number in (steps // 5, steps - 1):
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            seen[step.number] = (resident, len(os.listdir("/proc/self/fd")))
+            seen[event.number] = (resident, len(os.listdir("/proc/self/fd")))
 
-    monkeypatch.setattr(RunReport, "step", count)
     done = fit(
+        on_event=count,
         rows=8,
         data={"eval": None},
         train={"epochs": steps / 8, "save_every": steps // saves, "batch_size": 1, "log_every": steps},
@@ -39,10 +36,10 @@ def _soak(fit: Fit, monkeypatch: pytest.MonkeyPatch, steps: int, saves: int) -> 
     assert scene.leftovers(done.folder) == []
 
 
-def test_a_few_hundred_steps(fit: Fit, monkeypatch: pytest.MonkeyPatch):
-    _soak(fit, monkeypatch, 300, 20)
+def test_a_few_hundred_steps(fit: Fit):
+    _soak(fit, 300, 20)
 
 
 @pytest.mark.faults
-def test_ten_thousand_steps(fit: Fit, monkeypatch: pytest.MonkeyPatch):
-    _soak(fit, monkeypatch, 10_000, 200)
+def test_ten_thousand_steps(fit: Fit):
+    _soak(fit, 10_000, 200)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.commands import merge as merging
@@ -170,15 +170,15 @@ def test_a_merge_beyond_the_tolerance_leaves_nothing_behind(fit: Fit, tmp_path: 
 @pytest.mark.parametrize("value", [float("nan"), 1e3])
 def test_a_merge_that_went_wrong_is_noticed(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float):
     done = _trained(fit)
-    fold = merging._fold
+    fold = LoraModel.merge_and_unload
 
-    def spoil(net: Any, adapter: Path) -> Any:
-        merged = fold(net, adapter)
+    def spoil(net: Any, **asked: Any) -> Any:
+        merged: Any = fold(net, **asked)
         with torch.no_grad():
             merged.model.layers[1].mlp.down_proj.weight[3, 5] = value
         return merged
 
-    monkeypatch.setattr(merging, "_fold", spoil)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", spoil)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(ModelError, match=r"is not base \+ adapter"):
         merge(done.folder, tmp_path / "merged")

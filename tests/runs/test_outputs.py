@@ -8,10 +8,10 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from loratune import cli
-from loratune.commands import evaluate as evaluation
 from loratune.commands import init, inspect
 from loratune.commands.evaluate import evaluate
 from loratune.commands.merge import merge
+from loratune.data import dataset
 from loratune.errors import StorageError, UsageError
 from loratune.runs import checkpoint, outputs
 from loratune.system import storage
@@ -157,7 +157,7 @@ def test_eval_and_inspect_ask_before_any_work(base: Path, tmp_path: Path, monkey
         assert f"{name}: is what {what} names" in str(done.exception)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(LINE)
-    monkeypatch.setattr(evaluation, "_rows", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(dataset, "load", lambda *_, **__: pytest.fail("it began"))
     with pytest.raises(UsageError, match="is what --data names"):
         evaluate(base, data=str(rows), out=rows)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from loratune.events import Event, StepDone
 from loratune.models import base_model
 from loratune.system import garbage
-from loratune.training.progress import RunReport
 from tests.conftest import Fit
 
 
@@ -25,18 +25,17 @@ def test_seldom_and_then_as_before() -> None:
 
 def test_a_run_looks_for_it_as_usual_once_it_trains(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, int] = {}
-    load, step = base_model.load, RunReport.step
+    load = base_model.load
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         seen["loading"] = gc.get_threshold()[0]
         return load(*args, **kwargs)
 
-    def stepping(self: RunReport, done: Any) -> None:
-        seen["training"] = gc.get_threshold()[0]
-        step(self, done)
+    def hear(event: Event) -> None:
+        if isinstance(event, StepDone):
+            seen["training"] = gc.get_threshold()[0]
 
     monkeypatch.setattr(base_model, "load", loading)
-    monkeypatch.setattr(RunReport, "step", stepping)
-    fit()
+    fit(on_event=hear)
     assert seen == {"loading": garbage.NEW, "training": gc.get_threshold()[0]}
     assert seen["training"] < garbage.NEW
