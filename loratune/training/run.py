@@ -154,14 +154,54 @@ def _in_words(recipe: Recipe, facts: Facts, asked: Signals, report: RunReport) -
         raise StorageError(Problem(f"{error.strerror}", Place(str(error.filename)))) from None
 
 
+@dataclass
+class _Course:
+    """Where a training stands: after its last whole step.
+
+    Attributes:
+        job: the training.
+        progress: what is done.
+        random: numbers drawn by then.
+        saved: what of it lies on the disk.
+    """
+
+    job: Job
+    progress: Progress
+    random: training_state.Randomness
+    saved: Progress
+
+    def save(self) -> None:
+        """Save a checkpoint and tell it."""
+        self.saved = session.save(self.job, self.progress, self.random)
+        folder = checkpoint.path_of(self.job.folder, self.progress.step)
+        self.job.report.tell(Saved(self.progress.step, folder))
+
+    @contextlib.contextmanager
+    def saved_first(self, asked: Signals) -> Iterator[None]:
+        """Save the last whole step before a signal, or what the listener raised, ends the training.
+
+        What was begun after that step is given up, its random numbers too. Several processes are not saved for an error
+        of the listener: the others wait in the next step.
+        """
+        try:
+            yield
+        except BaseException as error:
+            by_signal, alone = isinstance(error, signals.Asked), self.job.accelerator.num_processes == 1
+            if not by_signal and not (error is self.job.report.raised and alone):
+                raise
+            if self.saved != self.progress:
+                session.save(self.job, self.progress, self.random)
+            if not by_signal:
+                raise
+            raise signals.interrupted(asked.number, self.progress.step) from None
+
+
 def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
-    schedule, steps = settings.schedule, job.steps
-    warmup = warmup_steps(settings.warmup, steps)
+    steps = job.steps
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
     net = accelerator.prepare_model(job.net) if several else job.net
-    optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     log_every, eval_every, save_every = (
         session.in_steps(cadence, job.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)
@@ -169,59 +209,54 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     # several processes must leave at the same point, and only at the end of a step are they known to meet
     poll = asked.poll if accelerator.num_processes == 1 else signals.never
     asked.training = True
-    saved, random = progress, training_state.randomness()
+    at = _Course(job, progress, training_state.randomness(), progress)
+    with at.saved_first(asked):
+        if progress.pending:
+            at.progress = _evaluate(job, net, progress, poll)[1]
+            at.save()
+        report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
+        for step in _or_lighter(job, _steps(job, net, at, poll), resumed=progress.step > 0):
+            end, better = step.number == steps, False
+            due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
+            at.progress = replace(at.progress, step=step.number, pending=due)
+            try:
+                report.step(step)
+            finally:
+                at.random = training_state.randomness()
+            if due:
+                better, at.progress = _evaluate(job, net, at.progress, poll)
+            stop, signalled = _out_of_patience(recipe, at.progress), signals.at_any(accelerator, asked)
+            if step.number % save_every == 0 or better or end or stop or signalled:
+                at.save()
+            if signalled and not end:
+                raise signals.interrupted(signalled, step.number)
+            if stop:
+                times = at.progress.evaluations_without_better
+                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
+                break
+    return at.progress
 
-    def keep() -> None:
-        nonlocal saved
-        saved = session.save(job, progress, random)
-        report.tell(Saved(progress.step, checkpoint.path_of(job.folder, progress.step)))
+
+def _steps(job: Job, net: Any, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
+    """Return a function that begins the steps of a training, from where it stands and with the plan it has by then."""
+    recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.steps
+    optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
+    schedule, warmup = settings.schedule, warmup_steps(settings.warmup, steps)
 
     def begin() -> Iterator[loop.Step]:
+        done = at.progress.step
         order = batches.batches(
             job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
-            progress.step if _out_of_patience(recipe, progress) else steps, progress.step,
+            done if _out_of_patience(recipe, at.progress) else steps, done,
             job.plan.tokens, accelerator.process_index, accelerator.num_processes,
             recipe.data.max_length, job.packing.layout,
         )  # fmt: skip
         return loop.steps(
             net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
-            accelerator, settings.max_grad_norm, progress.step, poll,
+            accelerator, settings.max_grad_norm, done, poll,
         )  # fmt: skip
 
-    try:
-        if progress.pending:
-            progress = _evaluate(job, net, progress, poll)[1]
-            keep()
-        report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
-        for step in _or_lighter(job, begin, resumed=progress.step > 0):
-            end, better = step.number == steps, False
-            due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
-            progress = replace(progress, step=step.number, pending=due)
-            try:
-                report.step(step)
-            finally:
-                random = training_state.randomness()
-            if due:
-                better, progress = _evaluate(job, net, progress, poll)
-            stop, signalled = _out_of_patience(recipe, progress), signals.at_any(accelerator, asked)
-            if step.number % save_every == 0 or better or end or stop or signalled:
-                keep()
-            if signalled and not end:
-                raise signals.interrupted(signalled, step.number)
-            if stop:
-                times = progress.evaluations_without_better
-                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
-                break
-    except BaseException as error:
-        asked_to = isinstance(error, signals.Asked)
-        if not asked_to and (error is not report.raised or accelerator.num_processes > 1):
-            raise
-        if saved != progress:  # what was begun after the last whole step is given up, its random numbers too
-            session.save(job, progress, random)
-        if not asked_to:
-            raise
-        raise signals.interrupted(asked.number, progress.step) from None
-    return progress
+    return begin
 
 
 def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: bool) -> Iterator[loop.Step]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import loratune
 from loratune import cli, recipe
 from loratune.commands import chat, opened_model
+from loratune.console import Terminal
 from loratune.errors import BaseMismatchError, ModelError
 from loratune.models import base_files, fingerprint
 from loratune.models.section import Model
@@ -133,14 +134,15 @@ def test_what_is_allowed_is_told_and_recorded(
     other = str(near(base, tmp_path / "other", one_byte))
     rows = str(trained.parent / "eval.jsonl")
     out = tmp_path / "predictions.jsonl"
-    measured = loratune.evaluate(trained, data=rows, base=other, generate=False, out=out, allow_base_mismatch=True)
+    allowed = {"base": other, "allow_base_mismatch": True, "on_event": Terminal()}
+    measured = loratune.evaluate(trained, data=rows, generate=False, out=out, **allowed)
     assert "another base than it was trained on, as allowed: the tensors of" in capsys.readouterr().err
     (told,) = measured.as_json()["base_differs"]
     assert "are others" in told
     merged = loratune.merge(trained, tmp_path / "merged", base=other, allow_base_mismatch=True)
     assert merged.base_differs == (told,)
     assert storage.read_json(tmp_path / "merged" / "MANIFEST.json")["base_differs"] == [told]
-    chat.chat(trained, prompt="a", base=other, max_new_tokens=1, allow_base_mismatch=True)
+    chat.chat(trained, prompt="a", max_new_tokens=1, **allowed)
     assert "as allowed" in capsys.readouterr().err
 
 
