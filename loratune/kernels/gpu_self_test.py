@@ -179,11 +179,13 @@ def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device
 def _even(net: Any, device: torch.device) -> str | None:
     """Try attention of rows of one length against that of rows of any, with as many heads as the model's."""
     heads, of_keys, width = _heads(net)
-    for rows, length in ((1, 256), (2, 255)):
-        random = torch.Generator(device="cpu").manual_seed(0)
+    for rows, length in ((1, 256), (2, 255), (3, 1023), (1, 4095)):
+        random = torch.Generator(device=device).manual_seed(0)
         shapes = [(1, rows * length, number, width) for number in (heads, of_keys, of_keys)]
-        drawn = [torch.randn(shape, generator=random).to(device, torch.bfloat16).transpose(1, 2) for shape in shapes]
-        outer = torch.randn(1, rows * length, heads, width, generator=random).to(device, torch.bfloat16)
+        q, k, v, outer = (
+            torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16) for shape in (*shapes, shapes[0])
+        )
+        drawn = [part.transpose(1, 2) for part in (q, k, v)]
         starts = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
         found = []
         for one in (False, True):

@@ -6,7 +6,7 @@ read and added up once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class LowRank(torch.autograd.Function):
         downs = [part.to(x.dtype) for part in a]  # (r, in) each, kept as such: copies of weights, known by their size
         ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
         inners = torch.split_with_sizes(
-            rows @ torch.cat(downs).t(), [part.shape[1] for part in ups], dim=1
+            rows @ _stacked(downs).t(), [part.shape[1] for part in ups], dim=1
         )  # (tokens, r) each
         parts = zip(weights, biases, inners, ups, strict=True)
         outs = [_product(rows, weight(), bias, inner, up) for weight, bias, inner, up in parts]
@@ -120,7 +120,7 @@ class LowRank(torch.autograd.Function):
         through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
         # the small product first where adding to it costs nothing
         small_first = ctx.needs_input_grad[0] and _adds_for_free(through)
-        of_x = through @ torch.cat(downs) if small_first else None
+        of_x = through @ _stacked(downs) if small_first else None
         if any(ctx.needs_input_grad[5::3]):
             of_down = ctx.product(through, *kept).to(ctx.masters[0])
             found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
@@ -135,8 +135,13 @@ class LowRank(torch.autograd.Function):
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
                 del weight  # one that was in 4 bits, before the next is made
         if of_x is not None:
-            of_x = (of_x if small_first else of_x.addmm_(through, torch.cat(downs))).view(ctx.shape)
+            of_x = (of_x if small_first else of_x.addmm_(through, _stacked(downs))).view(ctx.shape)
         return of_x, None, None, None, *found
+
+
+def _stacked(downs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return A of all layers below one another, (all r, in)."""
+    return torch.cat(list(downs)) if len(downs) > 1 else downs[0]
 
 
 def _adds_for_free(x: torch.Tensor) -> bool:

@@ -67,8 +67,8 @@ def _gate(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.co
 
 @triton.jit
 def _gate_back(
-    g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, out_ptr, width, g_stride, gate_stride, up_stride,
-    OUT: tl.constexpr, BLOCK: tl.constexpr,
+    g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, width, g_stride, gate_stride, up_stride,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -82,9 +82,6 @@ def _gate_back(
     to = row * width + column
     tl.store(of_gate_ptr + to, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
     tl.store(of_up_ptr + to, (g * opened).to(of_up_ptr.dtype.element_ty), mask=inside)
-    if OUT:
-        rounded = opened.to(out_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(out_ptr + to, (rounded * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -222,30 +219,13 @@ def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def gate_back(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of gate and of up: 6 n bytes read, 4 n written."""
-    of_gate, of_up, _ = _way_back(gradient, gate, up, False)
-    return of_gate, of_up
-
-
-def gate_back_and_again(
-    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and of up, and silu(gate) up once more: 6 n bytes read, 6 n written."""
-    return _way_back(gradient, gate, up, True)
-
-
-def _way_back(
-    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g, a, b = _rows(gradient), _rows(gate), _rows(up)
     of_gate, of_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    out = torch.empty_like(of_gate) if again else of_gate
     if of_gate.numel():
         strides = (g.stride(0), a.stride(0), b.stride(0))
-        with _on(out):
-            _gate_back[_grid(a)](
-                g, a, b, of_gate, of_up, out, a.shape[1], *strides, OUT=again, BLOCK=_GATE, num_warps=4
-            )
-    return of_gate, of_up, out
+        with _on(of_gate):
+            _gate_back[_grid(a)](g, a, b, of_gate, of_up, a.shape[1], *strides, BLOCK=_GATE, num_warps=4)
+    return of_gate, of_up
 
 
 def cross_entropy(

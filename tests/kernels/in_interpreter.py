@@ -77,12 +77,10 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> None:
     of_gate, of_up = torch.autograd.grad(wanted, (exact, other), g.double())
     wanted = wanted.detach()
     assert near(triton_kernels.gate(gate, up), wanted, 3)
-    found = triton_kernels.gate_back_and_again(g, gate, up)
+    found = triton_kernels.gate_back(g, gate, up)
     assert all(part.shape == shape and part.dtype is dtype for part in found)
     assert (found[0].double() - of_gate).norm() <= (1e-6 if dtype is torch.float32 else 2**-7) * of_gate.norm()
     assert near(found[1], of_up)
-    assert near(found[2], wanted, 3)
-    assert all(torch.equal(a, b) for a, b in zip(triton_kernels.gate_back(g, gate, up), found, strict=False))
 
 
 def test_a_gate_that_is_far_from_zero_is_a_number() -> None:

@@ -44,7 +44,7 @@ CASES = {
     "_norm": ([BF, BF, BF, F, I, I, I, "fp32", 1, 4096], {"num_warps": 8}),
     "_norm_back": ([BF, BF, F, BF, BF, I, I, I, I, 1, 4096], {"num_warps": 8}),
     "_gate": ([BF, BF, BF, I, I, I, 1024], {}),
-    "_gate_back": ([BF, BF, BF, BF, BF, BF, I, I, I, I, True, 1024], {}),
+    "_gate_back": ([BF, BF, BF, BF, BF, I, I, I, I, 1024], {}),
     "_cross_entropy": ([BF, "*i64", F, I, "fp32", 128256, True, 4096], {"num_warps": 8}),
     "_rotary": ([BF, BF, BF, BF, BF, BF, *[I] * 14, True, 32, 8, 64], {}),
     "_nf4": (["*u8", "*u8", F, F, F, F, BF, I, I, True, 64, 256, 64], {"enable_fp_fusion": False}),
