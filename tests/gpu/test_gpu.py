@@ -316,7 +316,7 @@ def test_the_kernels_of_a_model_are_right_here() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
     home = modeling_llama
-    for heads in ({}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 24}):
+    for heads in ({}, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 24}):
         assert gpu_self_test._rotary(home, models.made("Llama", heads), dtype, DEVICE) is None
 
 
