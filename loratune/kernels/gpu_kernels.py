@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 _used: set[tuple[str, torch.device]] = set()
+_undo: list[Callable[[], None]] = []
 
 
-def use(name: str, device: torch.device) -> None:
-    """Let whatever asks for a kernel on a device use it from now on."""
+def use(name: str, device: torch.device, undo: Callable[[], None] | None = None) -> None:
+    """Let whatever asks for a kernel on a device use it from now on; `undo` is called when nothing is used any more."""
     _used.add((name, device))
+    if undo is not None:
+        _undo.append(undo)
 
 
 def stop() -> None:
     """Let nothing be used any more."""
     _used.clear()
+    while _undo:
+        _undo.pop()()
+
+
+@contextmanager
+def for_now() -> Iterator[None]:
+    """Stop at the end of a training, so that a process is left as it was found."""
+    try:
+        yield
+    finally:
+        stop()
 
 
 def uses(name: str, device: torch.device) -> bool:

@@ -82,7 +82,7 @@ def _trials(net: Any, dtype: torch.dtype, devices: list[torch.device]) -> Iterat
         if layers:
             yield _Trial("nf4", partial(_nf4, layers), partial(gpu_kernels.use, "nf4", device))
         for home in rotary.homes(net):
-            yield _Trial("rotary", partial(_rotary, home, net, dtype, device), partial(_use_rotary, home, device))
+            yield _Trial("rotary", partial(_rotary, home, net, dtype, device), partial(rotary.use, home, device))
         if dtype is not torch.float32 and torch.cuda.get_device_capability(device) >= HOPPER:
             yield _Trial("even_rows", partial(_even, net, device), partial(gpu_kernels.use, "even_rows", device))
     head = net.get_output_embeddings()
@@ -140,11 +140,6 @@ def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str 
             if not (logits.double() - gradient).norm() <= elementwise.CLOSE[str(kind)] * gradient.norm():
                 return "gradients differ"
     return None
-
-
-def _use_rotary(home: ModuleType, device: torch.device) -> None:
-    rotary.put(home)
-    gpu_kernels.use("rotary", device)
 
 
 def _heads(net: Any) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ most do, is tried: those that do something else keep theirs.
 from __future__ import annotations
 
 import sys
-from functools import wraps
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -50,8 +50,8 @@ def own(home: ModuleType) -> Any:
     return getattr(there, "own", there)
 
 
-def put(home: ModuleType) -> None:
-    """Let a module's attention use the kernel on devices where it is in use (`gpu_kernels`), and its own elsewhere."""
+def use(home: ModuleType, device: torch.device) -> None:
+    """Let a module's attention use the kernel on a device until `gpu_kernels.stop`, and its own elsewhere."""
     before = own(home)
 
     @wraps(before)
@@ -64,6 +64,7 @@ def put(home: ModuleType) -> None:
 
     rotated.own = before  # type: ignore[attr-defined]
     vars(home)[_NAME] = rotated
+    gpu_kernels.use("rotary", device, partial(vars(home).update, {_NAME: before}))
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from loratune.data import batches
 from loratune.data.encode import Row
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.events import Begun, Ended, Evaluated, Listener, Saved
-from loratune.kernels import torch_compile
+from loratune.kernels import gpu_kernels, torch_compile
 from loratune.methods import other_programs
 from loratune.models import base_model
 from loratune.optim.schedules import rate, warmup_steps
@@ -81,7 +81,7 @@ def train(
         LoratuneError: any of its kinds; `exit_code` says which.
     """
     folder = Path(recipe.output)
-    with startup.training():
+    with startup.training(), gpu_kernels.for_now():
         accelerator = launcher.accelerator(recipe)
         first = accelerator.is_main_process
         report = RunReport(on_event, first, folder / "metrics.jsonl")

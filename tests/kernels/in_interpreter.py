@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, rms_norm, silu
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama import modeling_llama
 
 from loratune.kernels import (
     elementwise,
@@ -149,7 +149,10 @@ def test_rotary_is_that_of_transformers(heads: int, of_keys: int, width: int, ba
     k = torch.randn(2, of_keys, 7, width).to(dtype).requires_grad_()
     cos, sin = torch.randn(2, batch, 7, width).to(dtype)
     assert rotary.fits(q, k, cos, sin)
-    outs, wanted = rotary.Rotary.apply(q, k, cos, sin), apply_rotary_pos_emb(q.double(), k.double(), cos, sin)
+    outs, wanted = (
+        rotary.Rotary.apply(q, k, cos, sin),
+        modeling_llama.apply_rotary_pos_emb(q.double(), k.double(), cos, sin),
+    )
     outer = [torch.randn(part.shape).to(dtype) for part in (q, k)]
     found = torch.autograd.grad(outs, (q, k), outer)
     right = torch.autograd.grad(wanted, (q, k), [part.double() for part in outer])
@@ -191,10 +194,11 @@ def adapted() -> Any:
 
 
 def test_a_step_with_the_kernels_is_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, used = adapted(), []
+    net, used, theirs = adapted(), [], modeling_llama.apply_rotary_pos_emb
     plain = step(net)
     monkeypatch.setattr(gpu_self_test, "KIND", "cpu")
     assert gpu_self_test.install(net, torch.float32) == (["cross_entropy", "gate", "norm", "rotary"], [])
+    assert modeling_llama.apply_rotary_pos_emb is not theirs
     for name in ("norm", "norm_back", "gate", "gate_back", "cross_entropy", "rotary"):
         whole = getattr(triton_kernels, name)
 
@@ -211,9 +215,17 @@ def test_a_step_with_the_kernels_is_one_without(monkeypatch: pytest.MonkeyPatch)
         gpu_kernels.stop()
         elementwise.in_triton.cache_clear()
     assert set(used) == {"norm", "norm_back", "gate", "gate_back", "cross_entropy", "rotary"}
+    assert modeling_llama.apply_rotary_pos_emb is theirs
     used.clear()
     step(adapted())
     assert used == [], "another model, and the kernels are in use no more"
+
+
+def test_a_training_leaves_none_in_use() -> None:
+    with gpu_kernels.for_now():
+        gpu_kernels.use("nf4", torch.device("cpu"))
+        assert gpu_kernels.uses("nf4", torch.device("cpu"))
+    assert not gpu_kernels.uses("nf4", torch.device("cpu"))
 
 
 def test_what_is_wrong_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
