@@ -25,6 +25,11 @@ def stop() -> None:
         _undo.pop()()
 
 
+def drop(name: str, device: torch.device) -> None:
+    """Let a kernel no longer be used on a device."""
+    _used.discard((name, device))
+
+
 @contextmanager
 def for_now() -> Iterator[None]:
     """Stop at the end of a training, so that a process is left as it was found."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -145,7 +146,14 @@ def on_gpu(
     if places is not None and whole is not None and of_whole is not None:
         return varlen(*parts, scaling, window, (own, whole), (most, of_whole), places)
     if _is_even(parts[0], parts[2], len(own) - 1, most, window):
-        return even(*parts, scaling, most)
+        try:
+            return even(*parts, scaling, most)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # right at the lengths that were tried, and no plan for this one
+            told = next(iter(str(error).strip().splitlines()), "no reason given")
+            warnings.warn(f"cuDNN's attention is no longer used: {told}", stacklevel=2)
+            gpu_kernels.drop("even_rows", parts[0].device)
     return varlen(*parts, scaling, window, (own, own), (most, most), None)
 
 

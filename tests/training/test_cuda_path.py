@@ -124,6 +124,26 @@ def test_which_kernel_rows_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_kernels.stop()
 
 
+def test_a_length_that_cudnn_has_no_plan_for_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[RuntimeError] = [torch.OutOfMemoryError("none left"), RuntimeError("no plan\nfor this")]
+
+    def even(*given: Any) -> torch.Tensor:
+        raise errors[0]
+
+    monkeypatch.setattr(packed_attention, "even", even)
+    monkeypatch.setattr(packed_attention, "varlen", lambda *given: given[0])
+    starts, parts = torch.arange(3), _packed(2, 256)
+    given = (parts, None, None, (starts, starts), (256, 256), None)
+    with gpu_kernels.for_now():
+        gpu_kernels.use("even_rows", torch.device("cpu"))
+        with pytest.raises(torch.OutOfMemoryError):
+            packed_attention.on_gpu(*given)
+        del errors[0]
+        with pytest.warns(UserWarning, match="cuDNN's attention is no longer used: no plan$"):
+            assert packed_attention.on_gpu(*given) is parts[0]
+        assert packed_attention.on_gpu(*given) is parts[0], "and no second warning"
+
+
 def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
     net = llama()
     place = Place("rows.jsonl", 1)
