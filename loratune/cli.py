@@ -153,7 +153,7 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
     quantization = loaded.model.quantization.type
     typer.echo(f"{recipe}: ok")
     typer.echo(f"  base       {loaded.model.base}{'' if quantization == 'none' else f' in {quantization}'}")
-    typer.echo(f"  method     {loaded.method.type}{f' r {loaded.method.r}' if loaded.method.type == 'lora' else ''}")
+    typer.echo(f"  method     {loaded.method.describe()}")
     typer.echo(f"  rows       {', '.join(source.path for source in loaded.data.train)} as {loaded.data.format.type}")
     typer.echo(
         f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}"

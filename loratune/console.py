@@ -171,8 +171,8 @@ class Terminal:
     def _line(self, step: StepDone) -> str:
         left = self._seconds / self._steps * (step.steps - step.number)
         return (
-            f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  lr {step.lr:.2e}  "
-            f"grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
+            f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  {_metrics(step)}"
+            f"lr {step.lr:.2e}  grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
             f"{step.trained_tokens / step.seconds:,.0f} label tokens/s  {size(step.memory)}  {duration(left)} left"
         )
 
@@ -190,8 +190,16 @@ class Terminal:
             "tokens/s", f"{step.tokens / step.seconds:,.0f}",
             "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "step time", f"{step.seconds:.2f} s",
         )  # fmt: skip
+        cells = [cell for name, value in step.metrics.items() for cell in (name, f"{value:.3f}")]
+        for begin in range(0, len(cells), 6):
+            rows.add_row(*cells[begin : begin + 6])
         rows.add_row("memory", size(step.memory))
         return rows
+
+
+def _metrics(step: StepDone) -> str:
+    """Return the other means of an objective that say how well it does."""
+    return "".join(f"{name} {step.metrics[name]:.2f}  " for name in ("accuracy", "margin") if name in step.metrics)
 
 
 def _speed(done: Counted) -> str:

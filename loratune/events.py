@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratune.redact import redact
@@ -91,6 +91,7 @@ class StepDone:
         computed: tokens that went through the model: padding counts, what rows share counts once.
         seconds: from the first micro-batch to the end of the optimizer's step.
         memory: peak memory of this process in bytes, of the GPU where there is one.
+        metrics: other means of the objective, by name, such as `accuracy` of `dpo`.
     """
 
     number: int
@@ -105,6 +106,7 @@ class StepDone:
     computed: int
     seconds: float
     memory: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

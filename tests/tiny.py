@@ -7,12 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loratune.data.collate import collate
+from loratune.data.dataset import Counts, Rows
+from loratune.data.encode import Row
+from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import single
 from loratune.data.section import Data
+from loratune.errors import Place
+from loratune.models.batch import Batch
+from loratune.models.policy import Policy
+from loratune.objectives import Objective
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -128,3 +138,35 @@ def write_recipe(folder: Path, base: Path, rows: int = 24, **sections: Any) -> P
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+class Store:
+    """As much of a store of rows as batches are made from, in memory."""
+
+    def __init__(self, rows: Sequence[Row], weights: Sequence[float] | None, per_sample: int):
+        self.rows = list(rows)
+        self.lengths = np.array([len(row.ids) for row in rows])
+        self.weights = np.ones(len(rows)) if weights is None else np.array(weights)
+        self.about = {"per_sample": per_sample}
+
+    def row(self, number: int) -> Row:
+        return self.rows[number]
+
+    def place(self, number: int) -> Place:
+        return self.rows[number].place
+
+
+def stored(rows: Sequence[Row], weights: Sequence[float] | None = None, per_sample: int = 1) -> Rows:
+    """Return rows as a run has them; `weights` are those of the rows."""
+    store: Any = Store(rows, weights, per_sample)
+    return Rows(store, np.arange(len(rows)), Counts())
+
+
+def batch(rows: Sequence[Row], layout: Layout = "padded") -> Batch:
+    """Make one micro-batch of rows, each a sample of its own."""
+    return collate(single(rows), layout)
+
+
+def total(objective: Objective, net: Any, part: Batch) -> torch.Tensor:
+    """Return the summed loss of a micro-batch, without the other sums."""
+    return objective.total(Policy(net), part)[0]

@@ -19,6 +19,7 @@ from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
 from loratune.data import dataset, model_limits, turn_ends
 from loratune.data.batches import AUTO_TOKENS, in_length_order
+from loratune.data.collate import collate
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.encode import Encoder, Row
 from loratune.data.section import SUFFIXES, Data, Source
@@ -27,11 +28,12 @@ from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.models import base_model, generate
-from loratune.objectives import Sft, metrics
+from loratune.models.policy import Policy
+from loratune.objectives import metrics
 from loratune.recipe import Recipe
 from loratune.runs import outputs
 from loratune.system import files, regex_match, startup, storage
-from loratune.training import loop, memory_use
+from loratune.training import memory_use
 
 EXAMPLES = 3  # answers that are shown side by side
 SHOWN = 66  # characters of each
@@ -226,7 +228,7 @@ def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _
         done.differs = loaded.base_differs or done.differs
         if not done.per_row:
             task.questions = _with_room(loaded, task.rows, task.questions, wish.max_new_tokens, tell)
-        tell.note(f"measuring {system} on {len(task.rows):,} rows")
+        tell.note(f"measuring {system} on {task.rows.samples:,} rows")
         done.per_row[system] = _losses(loaded, task.rows)
         if not task.questions:
             continue
@@ -256,7 +258,7 @@ def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
         for index in list(questions)[:EXAMPLES]
     )
     what = task.what
-    return Evaluation(what.name, len(rows), len(questions), scores, path, found.differs, what.trust, shown)
+    return Evaluation(what.name, rows.samples, len(questions), scores, path, found.differs, what.trust, shown)
 
 
 def show(result: Evaluation) -> str:
@@ -311,7 +313,9 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = dataset.load([Source(path=section.train[0].path)], section, encoder, name="eval")
-    return held_out.take(np.arange(min(limit, len(held_out)))) if limit else held_out
+    if limit:
+        return held_out.take(np.arange(min(limit, held_out.samples) * held_out.per_sample))
+    return held_out
 
 
 def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str | None]:
@@ -377,27 +381,29 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
 
 
 def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
-    """Return sums of each row: nats, right tokens, trained tokens."""
-    objective, device = Sft(), loaded.device
-    order = np.argsort(-rows.lengths, kind="stable")
-    sums: list[dict[str, float]] = [{} for _ in range(len(rows))]
+    """Return sums of each sample: nats, right tokens, trained tokens."""
+    policy, device = Policy(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
+    order = np.argsort(-rows.sizes, kind="stable")
+    sums: list[dict[str, float]] = [{} for _ in range(rows.samples)]
     longest = int(np.argmax(rows.lengths))
     plain = linear_cross_entropy.is_plain(loaded.model, torch.from_numpy(rows[longest].ids).long()[None].to(device))
     budget = memory_use.scoring_tokens(loaded, int(rows.lengths[longest]), AUTO_TOKENS[device.type], plain)
     done = 0
     with torch.no_grad():
         for part in in_length_order(rows, "auto", budget):
-            batch = loop.on(device, objective.collate(part))
-            values = torch.stack(objective.scores(loaded.model, batch), dim=1).tolist()
-            for nats, right, count in values:
-                sums[int(order[done])] = {"nats": nats, "right": right, "trained_tokens": count}
+            batch = collate(part, virtual_tokens=loaded.virtual_tokens).to(device)
+            losses, right = policy.losses_and_hits(batch)
+            of_rows = batch.per_row(torch.stack([losses, right, torch.ones_like(losses)], 1)).tolist()
+            for first in range(0, len(of_rows), rows.per_sample):
+                nats, hits, count = of_rows[first]  # of a pair the chosen answer
+                sums[int(order[done])] = {"nats": nats, "right": hits, "trained_tokens": count}
                 done += 1
     return sums
 
 
 def _questions(rows: Rows, tokenizer: Any) -> Questions:
     """Return the questions of all rows that have one, by the row's number; see `_question`."""
-    asked = ((index, _question(rows[index], tokenizer)) for index in range(len(rows)))
+    asked = ((index, _question(rows.sample(index).rows[0], tokenizer)) for index in range(rows.samples))
     return {index: question for index, question in asked if question is not None}
 
 
@@ -482,7 +488,7 @@ def _write_predictions(
 ) -> None:  # fmt: skip
     lines = []
     for index, (prompt, reference) in questions.items():
-        row = {"place": str(rows.place(index)), "prompt": tokenizer.decode(prompt), "reference": reference}
+        row = {"place": str(rows.sample(index).place), "prompt": tokenizer.decode(prompt), "reference": reference}
         for system, texts in answered.items():
             row |= {system: texts[index], f"{system} scores": per_row[system][index]}
         lines.append(json.dumps(row, ensure_ascii=False))

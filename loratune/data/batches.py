@@ -1,10 +1,9 @@
-"""The order of rows and how they are cut into batches: pure functions of the data, the seed and the epoch."""
+"""The order of samples and how they are cut into batches: pure functions of the data, the seed and the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,14 +12,15 @@ from loratune.data.bin_packing import pack
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import Sample
 
 WINDOW = 16  # batches whose rows are sorted by length together
-LOOKED_AT = 512  # rows by which it is found out how much they have in common
+LOOKED_AT = 512  # samples by which it is found out how much they have in common
 AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of a micro-batch of `auto` where nothing is trained
 
 
-def rows_per_epoch(weights: np.ndarray) -> int:
-    """Return how many rows one epoch shows, each row counted as often as its weight says."""
+def samples_per_epoch(weights: np.ndarray) -> int:
+    """Return how many samples one epoch shows, each counted as often as its weight says."""
     return sum(_shown(weight, count) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
 
 
@@ -36,14 +36,14 @@ def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed:
     are shuffled. A weight of 2.5 shows a row twice, and every other row of its source a third time.
 
     Args:
-        lengths: of each row in tokens, shape (rows,).
-        weights: how often each row is seen per epoch, shape (rows,).
-        batch_size: rows per batch; the last may be smaller.
+        lengths: of each sample in tokens, shape (samples,).
+        weights: how often each sample is seen per epoch, shape (samples,).
+        batch_size: samples per batch; the last may be smaller.
         seed: of the recipe.
         epoch: number of the epoch, from 0.
 
     Returns:
-        Row numbers of each batch, longest row first.
+        Sample numbers of each batch, longest first.
     """
     random = np.random.default_rng([seed, epoch])
     drawn = []
@@ -63,18 +63,18 @@ def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, cut into micro-batches.
+    """The samples of one step, cut into micro-batches.
 
     Attributes:
-        micro: rows of each micro-batch of this process, longest first.
+        micro: samples of each micro-batch of this process, longest first.
         epoch: how many epochs will have been seen after this step.
-        rows: number of rows over all processes.
+        samples: their number over all processes.
         layout: how the rows of a micro-batch are put together.
     """
 
-    micro: list[list[Row]]
+    micro: list[list[Sample]]
     epoch: float
-    rows: int
+    samples: int
     layout: Layout = "padded"
 
 
@@ -94,20 +94,21 @@ def batches(
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 
     The batches don't depend on `micro_batch_size`, `rank`, `world`, `capacity` or `layout`: each process gets its part
-    of the same rows. Packs hold `capacity` tokens, and are what a micro-batch is made of where rows are packed or
+    of the same samples. Packs hold `capacity` tokens, and are what a micro-batch is made of where rows are packed or
     share. `budget` is how many tokens, padding included, a micro-batch of `auto` has.
     """
-    per_epoch = -(-rows_per_epoch(data.weights) // batch_size)
+    per_epoch = -(-samples_per_epoch(data.sample_weights) // batch_size)
     epoch, order = -1, []
     for step in range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = epoch_order(data.lengths, data.weights, batch_size, seed, epoch)
+            order = epoch_order(data.sizes, data.sample_weights, batch_size, seed, epoch)
         chosen = order[step % per_epoch]
-        mine = [data[int(i)] for i in chosen[rank::world]]
-        if not mine:  # fewer rows than processes: this one repeats a row and learns nothing from it
-            row = data[int(chosen[0])]
-            mine = [Row(row.ids, np.zeros_like(row.trained), row.place)]
+        mine = [data.sample(int(i)) for i in chosen[rank::world]]
+        if not mine:  # fewer samples than processes: this one repeats a sample and learns nothing from it
+            first = data.sample(int(chosen[0]))
+            idle = tuple(Row(row.ids, np.zeros_like(row.trained), row.place) for row in first.rows)
+            mine = [Sample(idle, first.values)]
         if layout == "padded":
             micro = split(mine, micro_batch_size, budget)
         elif layout == "packed":
@@ -119,26 +120,26 @@ def batches(
         yield Batch(micro, (step + 1) / per_epoch, len(chosen), layout)
 
 
-def split(chosen: list[Row], micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
-    """Cut rows (longest first) into micro-batches of so many rows, or for `auto` of so many tokens with padding."""
+def split(chosen: list[Sample], micro_batch_size: int | str, tokens: int) -> list[list[Sample]]:
+    """Cut samples (longest first) into micro-batches of so many, or for `auto` of so many tokens with padding."""
     if isinstance(micro_batch_size, int):
         return [chosen[cut : cut + micro_batch_size] for cut in range(0, len(chosen), micro_batch_size)]
-    parts: list[list[Row]] = []
+    parts: list[list[Sample]] = []
     while chosen:
-        fits = max(1, tokens // len(chosen[0].ids))
+        fits = max(1, tokens // chosen[0].padded)
         parts.append(chosen[:fits])
         chosen = chosen[fits:]
     return parts
 
 
-def split_packed(chosen: list[Row], capacity: int, micro_batch_size: int | str, tokens: int) -> list[list[Row]]:
-    """Pack rows and cut the packs into micro-batches of so many packs, or for `auto` of so many tokens.
+def split_packed(chosen: list[Sample], capacity: int, micro_batch_size: int | str, tokens: int) -> list[list[Sample]]:
+    """Pack samples and cut the packs into micro-batches of so many packs, or for `auto` of so many tokens.
 
     Returns:
-        The rows of each micro-batch, those of a pack behind one another.
+        The samples of each micro-batch, those of a pack behind one another.
     """
-    lengths = np.array([len(row.ids) for row in chosen])
-    parts: list[list[Row]] = []
+    lengths = np.array([sample.tokens for sample in chosen])
+    parts: list[list[Sample]] = []
     total = int(lengths.sum())
     even = total / -(-total // max(tokens, 1))  # parts of about the same size take less memory than one small rest
     packs = filled = 0  # of the last part
@@ -159,10 +160,11 @@ def split_packed(chosen: list[Row], capacity: int, micro_batch_size: int | str, 
 def filling(
     data: Rows, batch_size: int, seed: int, capacity: int, rank: int = 0, world: int = 1
 ) -> tuple[float, float]:
-    """Return how many rows a pack holds and how full it is (0-1), on average over the first 256 steps."""
+    """Return how many samples a pack holds and how full it is (0-1), on average over the first 256 steps."""
     rows = tokens = packs = 0
-    for chosen in epoch_order(data.lengths, data.weights, batch_size, seed, 0)[:256]:
-        lengths = data.lengths[chosen[rank::world]]
+    each = data.lengths.reshape(-1, data.per_sample).sum(axis=1)
+    for chosen in epoch_order(data.sizes, data.sample_weights, batch_size, seed, 0)[:256]:
+        lengths = each[chosen[rank::world]]
         rows, tokens, packs = rows + len(lengths), tokens + int(lengths.sum()), packs + len(pack(lengths, capacity))
     return rows / packs, tokens / packs / capacity
 
@@ -172,14 +174,15 @@ def saved(
 ) -> float:
     """Return what part (0-1) of the tokens of a step need not be computed where its rows share, on average.
 
-    Looked at are the first steps, and rows of one process, until a few hundred rows have been seen; the other arguments
+    Looked at are the first steps, and samples of one process, until a few hundred have been seen; the other arguments
     are those of `batches`.
     """
     steps = -(-LOOKED_AT // batch_size)
     tokens = computed = 0
     for batch in batches(data, batch_size, micro_batch_size, seed, steps, 0, budget, 0, world, capacity, "shared"):
         for part in batch.micro:
-            tokens, computed = tokens + sum(len(row.ids) for row in part), computed + prefix_sharing.computed(part)
+            tokens += sum(sample.tokens for sample in part)
+            computed += prefix_sharing.computed([row for sample in part for row in sample.rows])
     return 1 - computed / tokens
 
 
@@ -192,10 +195,10 @@ def largest(
     The longest rows may meet in one step: it is they that are counted, not an average.
 
     Args:
-        lengths: of each row in tokens, shape (rows,).
-        weights: how often each row is seen per epoch, shape (rows,).
-        batch_size: rows per step over all processes.
-        micro_batch_size: rows, or packs where packed, or `auto`.
+        lengths: of each sample in tokens, its rows padded to the longest; shape (samples,).
+        weights: how often each sample is seen per epoch, shape (samples,).
+        batch_size: samples per step over all processes.
+        micro_batch_size: samples, or packs where packed, or `auto`.
         budget: tokens of a micro-batch of `auto`.
         capacity: tokens of a pack, where rows are packed.
         world: number of processes.
@@ -212,8 +215,7 @@ def largest(
     return min(max(budget, unit), together)
 
 
-def in_length_order(data: Rows, micro_batch_size: int | str, budget: int) -> list[list[Row]]:
-    """Return all rows once, in micro-batches of similar length (for `auto` of `budget` tokens): for an evaluation."""
-    order = np.argsort(-data.lengths, kind="stable")
-    size: Any = micro_batch_size
-    return split([data[int(i)] for i in order], size, budget)
+def in_length_order(data: Rows, micro_batch_size: int | str, budget: int) -> list[list[Sample]]:
+    """Return all samples once, in micro-batches of similar length (for `auto` of `budget` tokens)."""
+    order = np.argsort(-data.sizes, kind="stable")
+    return split([data.sample(int(i)) for i in order], micro_batch_size, budget)

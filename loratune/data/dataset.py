@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from loratune.data.encode import Encoder, Row
 from loratune.data.ledger import Counts, Ledger
 from loratune.data.prepare import Prepared
 from loratune.data.row_cache import Store
+from loratune.data.sample import Sample
 from loratune.data.section import Data, Source
 from loratune.errors import DataError, Place, Problem, StorageError
 from loratune.models import base_files
@@ -42,6 +43,7 @@ class Rows:
         damaged: whether they were found damaged, and read anew.
         unkept: why they could not be kept for the next time, or nothing.
         left_out: what is told of files in their folders that were not read.
+        values: numbers known of each sample before training, by name, (samples,) each.
     """
 
     store: Store
@@ -51,6 +53,7 @@ class Rows:
     damaged: bool = False
     unkept: str = ""
     left_out: tuple[str, ...] = ()
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -79,6 +82,34 @@ class Rows:
         return np.take(self.store.weights, self.chosen)
 
     @property
+    def per_sample(self) -> int:
+        """Rows of a sample: 1, or 2 where a chosen answer stands beside a rejected one."""
+        found: int = self.store.about.get("per_sample", 1)
+        return found
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self) // self.per_sample
+
+    def sample(self, index: int) -> Sample:
+        """Return the rows of a sample, and what is known of it."""
+        first = index * self.per_sample
+        rows = tuple(self[row] for row in range(first, first + self.per_sample))
+        return Sample(rows, {name: float(values[index]) for name, values in self.values.items()})
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sample with its rows side by side, each padded to the longest; shape (samples,)."""
+        longest: np.ndarray = self.lengths.reshape(-1, self.per_sample).max(axis=1)
+        return self.per_sample * longest
+
+    @cached_property
+    def sample_weights(self) -> np.ndarray:
+        """How often each sample is seen per epoch, shape (samples,)."""
+        return self.weights[:: self.per_sample]
+
+    @property
     def contents(self) -> np.ndarray:
         """A number for what each row says.
 
@@ -105,10 +136,13 @@ class Rows:
         return [*told, *unread_columns.lines(self.unread, other.unread if other else {})]
 
     def take(self, indices: np.ndarray) -> Rows:
-        """Return some of the rows as a set of its own."""
+        """Return some of the rows as a set of its own; of pairs both rows."""
         chosen = self.chosen[indices]
         tokens, trained = int(self.store.lengths[chosen].sum()), int(self.store.trained[chosen].sum())
-        return replace(self, chosen=chosen, counts=replace(self.counts, tokens=tokens, trained_tokens=trained))
+        counts = replace(self.counts, tokens=tokens, trained_tokens=trained)
+        samples = indices[:: self.per_sample] // self.per_sample
+        values = {name: known[samples] for name, known in self.values.items()}
+        return replace(self, chosen=chosen, counts=counts, values=values)
 
     def append_ledger(self, path: Path) -> None:
         """Append a line for each row that was read to a file.
@@ -187,7 +221,9 @@ def _read(
             where = ", ".join(source.path for source in sources)
             counts = account.counts
             raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
-        about = {"counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread}
+        about = {
+            "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
+        }  # fmt: skip
         return writer.commit(about, key)
     except BaseException:
         writer.discard()

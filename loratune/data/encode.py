@@ -16,9 +16,11 @@ import numpy as np
 from loratune.data import fast_bpe, long_text
 from loratune.data.assistant_turns import LaterTurnsChangeIt, Span, Turns
 from loratune.data.fast_bpe import Tokens
-from loratune.data.formats import Conversation, Example, Plain, RowError
+from loratune.data.formats import Conversation, Plain, RowError
 from loratune.errors import ModelError, Place
 from loratune.models.tokenizing import adds_bos_itself
+
+Whole = Conversation | Plain  # an example that is tokenized as one text
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _Draft:
     There are none where plain text is too long to be tokenized at once.
     """
 
-    example: Example
+    example: Whole
     texts: tuple[str, ...]
     spans: tuple[Span, ...] = ()
 
@@ -136,7 +138,7 @@ class Encoder:
         """The table of words."""
         return fast_bpe.of(self._backend)
 
-    def encode(self, example: Example, place: Place) -> Row:
+    def encode(self, example: Whole, place: Place) -> Row:
         """Return an example as a row of tokens.
 
         Raises:
@@ -145,7 +147,7 @@ class Encoder:
         draft = self._draft(example)
         return self._finish(draft, list(self._tokenized(draft.texts)), place)
 
-    def rows(self, example: Example, place: Place) -> list[Row]:
+    def rows(self, example: Whole, place: Place) -> list[Row]:
         """Return an example as one row, or as one row per trained turn; see `batch`.
 
         Raises:
@@ -156,7 +158,7 @@ class Encoder:
             raise found
         return found
 
-    def batch(self, examples: Sequence[tuple[Example, Place]]) -> list[list[Row] | RowError]:
+    def batch(self, examples: Sequence[tuple[Whole, Place]]) -> list[list[Row] | RowError]:
         """Return each example as one row, as one row per trained turn, or what is wrong with it.
 
         Templates of reasoning models leave thoughts out of all turns but the last, so one row can't show every turn as
@@ -177,7 +179,7 @@ class Encoder:
                 found.append(error)
         return found
 
-    def _drafts(self, example: Example) -> list[_Draft]:
+    def _drafts(self, example: Whole) -> list[_Draft]:
         try:
             return [self._draft(example)]
         except LaterTurnsChangeIt:
@@ -193,7 +195,7 @@ class Encoder:
                 for i in turns
             ]
 
-    def _draft(self, example: Example) -> _Draft:
+    def _draft(self, example: Whole) -> _Draft:
         if isinstance(example, Conversation):
             text, spans = self.turns.ended(example, *self.turns.spans(example), self._markers)
             return _Draft(example, (text,), tuple(spans))

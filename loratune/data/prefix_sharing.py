@@ -33,7 +33,14 @@ class Row(Protocol):
     def trained(self) -> np.ndarray: ...
 
 
-R = TypeVar("R", bound=Row)
+class Sample(Protocol):
+    """Rows that stay in one pack."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]: ...
+
+
+S = TypeVar("S", bound=Sample)
 
 
 @dataclass(frozen=True)
@@ -86,28 +93,30 @@ def lay(rows: Sequence[Row]) -> Shared:
     return Shared(np.concatenate(ids), np.concatenate(positions), order, own, found)
 
 
-def cut(rows: Sequence[R], tokens: int) -> list[list[R]]:
-    """Cut rows into packs of about the same size, of at most so many tokens where more than one row is in them.
+def cut(samples: Sequence[S], tokens: int) -> list[list[S]]:
+    """Cut samples into packs of about the same size, of at most so many tokens where more than one is in them.
 
     Nor have the rows of a pack more than REPEATS times as many if what they share is counted for each of them.
 
     Returns:
-        The rows of each pack; rows that begin alike stand together.
+        The samples of each pack; those that begin alike stand together.
     """
-    sequences = [row.ids[: needed(row)] for row in rows]
-    order = _alike(sequences)
-    common = [0, *(_common(sequences[one], sequences[other]) for one, other in pairwise(order))]
-    sizes = [len(sequences[row]) for row in order]
+    within = [_in_order([row.ids[: needed(row)] for row in sample.rows]) for sample in samples]
+    order = _alike([sequences[0] for sequences in within])
+    common = [0, *(_common(within[one][-1], within[other][0]) for one, other in pairwise(order))]
+    sizes = [sum(map(len, sequences)) for sequences in within]
+    own = [size - sum(_common(*two) for two in pairwise(rows)) for size, rows in zip(sizes, within, strict=True)]
 
-    def filled(limit: int) -> list[list[R]]:
-        parts: list[list[R]] = []
+    def filled(limit: int) -> list[list[S]]:
+        parts: list[list[S]] = []
         has = read = 0
-        for row, size, known in zip(order, sizes, common, strict=True):
-            if not parts or has + size - known > limit or read + size > REPEATS * tokens:
+        for sample, known in zip(order, common, strict=True):
+            adds = own[sample] - known
+            if not parts or has + adds > limit or read + sizes[sample] > REPEATS * tokens:
                 parts.append([])
-                has = read = known = 0
-            parts[-1].append(rows[row])
-            has, read = has + size - known, read + size
+                has, read, adds = 0, 0, own[sample]
+            parts[-1].append(samples[sample])
+            has, read = has + adds, read + sizes[sample]
         return parts
 
     parts = filled(tokens)
@@ -125,6 +134,11 @@ def cut(rows: Sequence[R], tokens: int) -> list[list[R]]:
 def computed(rows: Sequence[Row]) -> int:
     """Return how many tokens a pack of rows has."""
     return len(lay(rows).ids)
+
+
+def _in_order(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return sequences in an order in which those that begin alike are neighbours."""
+    return [sequences[index] for index in _alike(sequences)]
 
 
 def _alike(sequences: Sequence[np.ndarray]) -> list[int]:

@@ -139,6 +139,7 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
     where either is lost in rounding.
     """
     seen: list[torch.dtype | None] = []
+    shapes: list[torch.Size] = []  # more than one for each token, where virtual ones stand before them
     words = head.out_features
     given = torch.logspace(-5, 4, words, device=head.weight.device, dtype=torch.float32)
     given[::2] *= -1
@@ -147,7 +148,9 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
         precision = _precision(head)
         cast = torch.is_autocast_enabled(head.weight.device.type)  # then whatever it is given
         known = output.dtype == precision and (cast or inputs[0].dtype == precision)
-        seen.append(precision if known and inputs[0].shape[:-1] == ids.shape else None)
+        known = known and output.dim() == 3 and output.shape[0] == len(ids) and output.shape[1] >= ids.shape[1]
+        seen.append(precision if known else None)
+        shapes.append(output.shape)
         return given.to(output.dtype).expand_as(output).clone()
 
     hook = head.register_forward_hook(instead)
@@ -159,7 +162,7 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
         hook.remove()
     if len(seen) != 1 or seen[0] is None:
         return None
-    wanted = given.to(seen[0]).float().expand(*ids.shape, words)
+    wanted = given.to(seen[0]).float().expand(shapes[0])
     return seen[0] if torch.equal(logits.float(), wanted) else None
 
 

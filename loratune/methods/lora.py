@@ -7,11 +7,8 @@ arXiv:2305.14314).
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -20,6 +17,8 @@ from pydantic_core import PydanticCustomError
 from loratune.config.section import Complaint, Section, as_tuple
 from loratune.errors import listed
 from loratune.methods import targets, tensor_files
+from loratune.methods.section import MethodSection
+from loratune.methods.tuned import Adapter, Setup, Tuned
 from loratune.models.section import Model
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def _patterns(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class Lora(Section):
+class Lora(MethodSection):
     """Train low-rank matrices A (r x in) and B (out x r) beside frozen weights: W + s B A."""
 
     type: Literal["lora"] = "lora"
@@ -95,9 +94,14 @@ class Lora(Section):
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
 
+    def describe(self) -> str:
+        """Return what is trained, in a few words."""
+        scale = f"lora_alpha {self.lora_alpha:g}{', rsLoRA' if self.rslora else ''}"
+        return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, start {self.init}"
+
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
         """Yield what this method can't do with other sections of the recipe, nor its own keys together."""
-        yield from self.refused_over(model.quantization.type, "leave `model.quantization` out")
+        yield from super().complaints(model, optimizer)
         if self.changes_base and self.dora:
             yield Complaint(f"`method.init: {self.init}` and `method.dora` don't combine", ("method", "dora"))
         if self.changes_base and self.rslora and (self.rank_pattern or self.alpha_pattern):
@@ -105,12 +109,7 @@ class Lora(Section):
             yield Complaint(f"`method.init: {self.init}` with `rslora` takes no patterns", ("method", key))
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
-        """Yield why it can't be trained over weights in a quantization.
-
-        Args:
-            quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
-            without: how to have a base that is not quantized.
-        """
+        """Yield why it can't be trained over weights in a quantization."""
         key = ("method", "init")
         if self.init == "loftq" and quantization not in ("nf4", "fp4"):
             told = "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit"
@@ -126,18 +125,12 @@ class Lora(Section):
         """Whether the start moves a part of the base into A and B, so that the base itself is changed in memory."""
         return self.init in ("pissa", "olora")
 
-    def apply(
-        self,
-        model: PreTrainedModel,
-        batches: Callable[[], Iterable[Mapping[str, Any]]],
-        revision: str | None = None,
-    ) -> PeftModel:
+    def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
         """Freeze the base and put A and B beside the target modules.
 
         Args:
             model: the base model, quantized or not.
-            batches: gives some batches of the training rows; asked only by `init: eva`.
-            revision: of the base, written into the adapter.
+            setup: of the training; its batches are asked for only by `init: eva`.
 
         Raises:
             ModelError: when a target matches no module of this model, or a token id is not in its vocabulary.
@@ -152,18 +145,20 @@ class Lora(Section):
         few_passes = self._slower(model) is None
         if few_passes:
             config._register_custom_module(lora_linear.MODULES)
-        peft_model: PeftModel = get_peft_model(model, config, revision=revision)
+        peft_model: PeftModel = get_peft_model(model, config, revision=setup.revision)
         _in_float32(peft_model)
         if self.init == "eva":
             from peft import initialize_lora_eva_weights
 
-            initialize_lora_eva_weights(peft_model, list(batches()), show_progress_bar=False)
+            initialize_lora_eva_weights(peft_model, list(setup.batches()), show_progress_bar=False)
         if self.init == "loftq":
             self._start_from_quantization_error(peft_model)
         if few_passes:
             lora_linear.join(peft_model)
         norm_swiglu.install(peft_model, again=few_passes)
-        return peft_model
+        if self.changes_base:
+            return OnChangedBase(peft_model)
+        return LoraAdapter(peft_model, off_is_start=self.bias == "none")
 
     def notes(self, model: PreTrainedModel) -> list[str]:
         """Return what a person must know of the base after `apply`: what has no matrices, and what is slower."""
@@ -183,69 +178,6 @@ class Lora(Section):
 
         others = lora_linear.misfits(model)
         return f"the base has layers in {listed(others)}" if others else None
-
-    def state(
-        self, model: PeftModel, initial: Mapping[str, torch.Tensor] = MappingProxyType({})
-    ) -> dict[str, torch.Tensor]:
-        """Return the tensors that are written to disk, under PEFT's names; `initial` as in `save`."""
-        from peft import get_peft_model_state_dict
-
-        state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return _minus_initial(state, initial) if initial else state
-
-    def initial(self, model: PeftModel) -> dict[str, torch.Tensor]:
-        """Return what the final save needs of the start: A and B, where they were taken out of the base."""
-        return tensor_files.cast(self.state(model), None) if self.changes_base else {}
-
-    def save(
-        self, model: PeftModel, folder: Path, dtype: torch.dtype | None, initial: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Write PEFT's adapter_config.json and adapter_model.safetensors.
-
-        Args:
-            model: the model that `apply` returned.
-            folder: where to write; made when missing.
-            dtype: of the tensors on disk; None keeps the precision of the training.
-            initial: A and B at the start where `changes_base`: they are subtracted, W + s(BA - B0 A0), so that the
-                adapter (then of rank 2r) stands on the base as it was loaded.
-        """
-        import copy
-
-        from safetensors.torch import save_file
-
-        config = copy.deepcopy(model.peft_config["default"])
-        state = self.state(model, initial)
-        if initial:
-            grown = 2 * math.sqrt(0.5) if self.rslora else 2
-            config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * grown
-            config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
-            config.alpha_pattern = {k: v * grown for k, v in config.alpha_pattern.items()}
-        config.init_lora_weights = True  # a loaded adapter starts from its file
-        config.inference_mode = True
-        if os.path.isabs(config.base_model_name_or_path or ""):
-            config.base_model_name_or_path = None  # a place on this machine, which nobody else has
-        if isinstance(config.target_modules, set):  # the order of a set is another one in every process
-            config.target_modules = sorted(config.target_modules)
-        if isinstance(config.exclude_modules, set):
-            config.exclude_modules = sorted(config.exclude_modules)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensor_files.cast(state, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
-
-    def load(self, model: PeftModel, folder: Path) -> None:
-        """Put tensors saved by `save` (in the precision of the training) back into the model.
-
-        Raises:
-            ValueError: when they are of another adapter.
-        """
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        state = load_file(folder / "adapter_model.safetensors")
-        other = state.keys() ^ self.state(model).keys()  # PEFT passes over them
-        if other:
-            raise ValueError(f"`{min(other)}` is only on one side")
-        set_peft_model_state_dict(model, state)
 
     def _config(self, model: PreTrainedModel) -> LoraConfig:
         from peft import LoraConfig
@@ -291,6 +223,42 @@ class Lora(Section):
                 up, down = _best_of_rank(lost, module.r["default"])
                 module.lora_A["default"].weight.copy_(down)
                 module.lora_B["default"].weight.copy_(up / module.scaling["default"])
+
+
+class LoraAdapter(Adapter):
+    """Matrices A and B beside frozen weights."""
+
+    def config(self, final: bool) -> LoraConfig:
+        """Return PEFT's configuration as it is to be written."""
+        config = super().config(final)
+        config.init_lora_weights = True  # a loaded adapter starts from its file
+        return config
+
+
+class OnChangedBase(LoraAdapter):
+    """LoRA whose start took a part out of the base: W + s B A stood for the base's weight before step 1.
+
+    Saved at the end is W + s (B A - B0 A0), of rank 2r, so that it stands on the base as it was loaded.
+    """
+
+    def __init__(self, net: Any):
+        super().__init__(net, off_is_start=False)
+        self._initial = tensor_files.cast(super().state(), None)
+
+    def state(self, final: bool = False) -> dict[str, torch.Tensor]:
+        """Return the tensors that `save` writes."""
+        state = super().state()
+        return _minus_initial(state, self._initial) if final else state
+
+    def config(self, final: bool) -> LoraConfig:
+        """Return PEFT's configuration as it is to be written."""
+        config = super().config(final)
+        if final:
+            grown = 2 * math.sqrt(0.5) if config.use_rslora else 2
+            config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * grown
+            config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
+            config.alpha_pattern = {k: v * grown for k, v in config.alpha_pattern.items()}
+        return config
 
 
 def _best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

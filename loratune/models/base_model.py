@@ -26,7 +26,8 @@ class Loaded:
     """A base model on its device, with its tokenizer and what a person must know about how it was loaded.
 
     `base_differs` names how the base differs from the one its adapter was trained on, where that was allowed;
-    `quantization` what its linear layers hold: none, nf4, fp4, int8, or the name of another way.
+    `quantization` what its linear layers hold: none, nf4, fp4, int8, or the name of another way; `virtual_tokens` how
+    many its adapter puts before each row.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     base_differs: tuple[str, ...] = ()
     quantization: str = "none"
+    virtual_tokens: int = 0
 
 
 def is_out_of_memory(error: Exception) -> bool:

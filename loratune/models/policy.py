@@ -2,67 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
 
 from loratune.kernels import linear_cross_entropy
+from loratune.models.batch import Batch
+
+
+class Policy:
+    """What an objective may ask of a model, the same in training and in evaluation.
+
+    Args:
+        net: the model, maybe wrapped for several processes.
+        off: switches off what is trained on the base, where the model is then as it was before step 1.
+        virtual_tokens: that stand before each row in the model's output.
+    """
+
+    def __init__(self, net: Any, off: Callable[[], AbstractContextManager[Any]] | None = None, virtual_tokens: int = 0):
+        self.net = net
+        self.inner = unwrapped(net)
+        self.virtual_tokens = virtual_tokens
+        self._off = off
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return bool(self.net.training)
+
+    def alone(self) -> Policy:
+        """Return the same without the wrapper of several processes, which would wait for the others."""
+        return Policy(self.inner, self._off, self.virtual_tokens)
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """Give the model as it was before step 1.
+
+        Raises:
+            ValueError: where it is gone, as what is trained has changed the base.
+        """
+        if self._off is None:
+            raise ValueError("the model of the start can't be had again from this one")
+        with self._off():
+            yield self
+
+    def cross_entropy(
+        self, batch: Batch, smoothing: float = 0.0, during: AbstractContextManager[Any] | None = None
+    ) -> torch.Tensor:
+        """Return the sum of -log p of the targets in nats, float32, shape ().
+
+        Never more than a chunk of logits in float32.
+
+        Args:
+            batch: the rows.
+            smoothing: part (0-1) of each target spread over the whole vocabulary.
+            during: entered for the forward pass alone, such as noise on embeddings.
+        """
+        fused = linear_cross_entropy.is_fusible(self.inner, batch.inputs["input_ids"])
+        states, layer = self._states(batch, fused, during)
+        if layer is None:
+            return linear_cross_entropy.cross_entropy_of_logits(states, batch.targets, smoothing)
+        return linear_cross_entropy.summed_cross_entropy(states, layer.weight, layer.bias, batch.targets, smoothing)
+
+    def per_target(self, batch: Batch, f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return a function of logits and target at each target, (targets, ...), with its gradient.
+
+        The logits of a plain head are never all in memory: a chunk's are computed again in the backward pass. Those
+        of another head are, in its own precision.
+
+        Args:
+            batch: the rows.
+            f: of logits in float32, (chunk, vocabulary), and targets, (chunk,), gives (chunk, ...).
+        """
+        plain = linear_cross_entropy.is_plain(self.inner, batch.inputs["input_ids"])
+        states, layer = self._states(batch, plain)
+
+        def chunk(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = part if layer is None else linear(part, layer.weight.to(part.dtype), _cast(layer.bias, part.dtype))
+            return f(logits.float(), target)
+
+        size = linear_cross_entropy.ROWS[states.device.type]
+        parts = zip(torch.split(states, size), torch.split(batch.targets, size), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+        return torch.cat([chunk(*part) for part in parts])
+
+    def logps(self, batch: Batch) -> torch.Tensor:
+        """Return log p of each target in nats, float32, (targets,), with its gradient; see `per_target`."""
+        return -self.per_target(batch, _losses)
+
+    def losses_and_hits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (targets,) each."""
+        losses, hits = self.per_target(batch, _losses_and_hits).unbind(1)
+        return losses, hits
+
+    def logits_at(self, inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
+        """Return the logits at places counted through all rows, (places, vocabulary), in the model's precision."""
+        with head_only_at(self.inner, places):
+            logits: torch.Tensor = self.net(**inputs, use_cache=False).logits
+        return logits
+
+    def _states(
+        self, batch: Batch, plain: bool, during: AbstractContextManager[Any] | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Run a forward pass; return what the head gets at the targets, and the head; or its logits there, and None."""
+        if not plain:
+            with during or nullcontext():
+                return self.logits_at(batch.inputs, batch.places), None
+        layer = linear_cross_entropy.layer_of(self.inner)
+        with linear_cross_entropy.caught(layer, batch.places) as found, during or nullcontext():
+            self.net(**batch.inputs, use_cache=False)
+        return found[0], layer
 
 
 def unwrapped(model: Any) -> Any:
     """Return the model that a wrapper of several processes holds."""
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-
-
-def summed_cross_entropy(
-    model: Any, inputs: Mapping[str, Any], predicts: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0,
-    during: AbstractContextManager[Any] | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Return the sum of -log p of each target in nats, float32, shape (); never more than a chunk of logits in float32.
-
-    Args:
-        model: maybe wrapped for several processes.
-        inputs: what it is given, of one micro-batch.
-        predicts: places where the next token is wanted, counted through all rows, int64, (targets,).
-        targets: these tokens, (targets,).
-        smoothing: part (0-1) of each target spread over the whole vocabulary.
-        during: entered for the forward pass alone, such as noise on embeddings.
-    """
-    inner = unwrapped(model)
-    if not linear_cross_entropy.is_fusible(inner, inputs["input_ids"]):
-        with during or nullcontext():
-            logits = logits_at(model, inputs, predicts)
-        return linear_cross_entropy.cross_entropy_of_logits(logits, targets, smoothing)
-    layer = linear_cross_entropy.layer_of(inner)
-    with linear_cross_entropy.caught(layer, predicts) as found, during or nullcontext():
-        model(**inputs, use_cache=False)
-    return linear_cross_entropy.summed_cross_entropy(found[0], layer.weight, layer.bias, targets, smoothing)
-
-
-def losses_and_hits(
-    model: Any, inputs: Mapping[str, Any], predicts: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (targets,) each.
-
-    The logits of a plain head are never all in memory; those of another are, in its own precision.
-    """
-    inner = unwrapped(model)
-    # gradients of chunks would keep all of their logits
-    if torch.is_grad_enabled() or not linear_cross_entropy.is_plain(inner, inputs["input_ids"]):
-        return linear_cross_entropy.losses_and_hits(logits_at(model, inputs, predicts), None, targets)
-    layer = linear_cross_entropy.layer_of(inner)
-    with linear_cross_entropy.caught(layer, predicts) as found:
-        model(**inputs, use_cache=False)
-    return linear_cross_entropy.losses_and_hits(found[0], layer, targets)
-
-
-def logits_at(model: Any, inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
-    """Return the logits at positions counted through all rows, (positions, vocabulary)."""
-    with head_only_at(unwrapped(model), positions):
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits
 
 
 @contextmanager
@@ -81,3 +140,15 @@ def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits, targets, reduction="none")
+
+
+def _losses_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.stack([_losses(logits, targets), (logits.argmax(dim=-1) == targets).float()], dim=1)

@@ -18,11 +18,11 @@ def write(recipe: Recipe, facts: Facts) -> str:
         recipe: what was run.
         facts: of the run, as run.json holds them.
     """
-    adapter = recipe.method.type == "lora"
+    adapter = recipe.method.output == "adapter"
     named = recipe.model.base
     front = _front(named, "adapter" if adapter else "finetune")
     front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation", "tags:"]
-    front += ["- loratune", *(["- lora"] if adapter else [])]
+    front += ["- loratune", *([f"- {recipe.method.type}"] if adapter else [])]
     setup, end = facts.prepared, facts.end
     assert end is not None
     data = setup.data["train"]
@@ -30,7 +30,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
-        f"{'A LoRA adapter for' if adapter else 'A fine-tuned copy of'} `{name_of(named)}`, "
+        f"{'An adapter for' if adapter else 'A fine-tuned copy of'} `{name_of(named)}`, "
         f"trained with loratune {facts.start.versions['loratune']}.", "",
         "| | |", "|---|---|",
         f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
@@ -69,7 +69,7 @@ def merged(title: str, adapter: str, base: str, about: dict[str, Any], chat: boo
     lines = [
         "---", *front, "- loratune", "- merge", "---", "",
         f"# {title}", "",
-        f"The LoRA adapter `{adapter}` folded into `{name_of(base)}` with loratune {about['version']}: "
+        f"The adapter `{adapter}` folded into `{name_of(base)}` with loratune {about['version']}: "
         f"W + s B A, added in float32, rounded once to {about['dtype']}.", "",
         "| compared with base + adapter | |", "|---|---|",
         f"| largest difference of a logit | {about['difference']:.2e} ({about['relative']:.1e} of the largest logit) |",
@@ -158,13 +158,7 @@ def _base(base: str, adapter: str) -> str:
 
 
 def _method(recipe: Recipe, quantization: str) -> str:
-    method = recipe.method
-    base = "" if quantization == "none" else f" over a {quantization} base"
-    if method.type == "full":
-        return "full fine-tuning"
-    kind = "DoRA" if method.dora else "LoRA"
-    scale = f"lora_alpha {method.lora_alpha:g}{', rsLoRA' if method.rslora else ''}"
-    return f"{kind} r {method.r}, {scale}, start {method.init}{base}"
+    return recipe.method.describe() + ("" if quantization == "none" else f" over a {quantization} base")
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ tells every tensor it saves. So kernels, adapters, quantization and packing all 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,15 @@ import torch
 from accelerate import Accelerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from loratune.data.collate import collate
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
+from loratune.data.sample import Sample
 from loratune.kernels import cpu_attention
 from loratune.kernels.layer_kinds import is_of_bitsandbytes
+from loratune.models.policy import Policy
 from loratune.recipe import Recipe
 from loratune.runs import training_state
-from loratune.training import loop
 from loratune.training.layout_test import Packing
 
 LENGTH = 23  # tokens of the longer of the two rows it is measured on: no width of a model
@@ -38,12 +40,14 @@ class Cost:
         inputs: of the same, where only what a layer is given is kept.
         outside: of embedding, head and loss, and of layers that can't be computed again.
         draws: whether a forward pass draws random numbers, which a second one must draw again.
+        virtual_tokens: that stand before each row, and cost as much as others.
     """
 
     layers: tuple[float, ...]
     inputs: tuple[float, ...]
     outside: float
     draws: bool = True
+    virtual_tokens: int = 0
 
     def per_token(self, again: int) -> float:
         """Return bytes per token with the first `again` layers computed a second time."""
@@ -54,24 +58,30 @@ class Cost:
         return tokens * (self.per_token(again) + max(self.layers, default=self.outside) + self.outside)
 
 
-def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator) -> tuple[Cost, list[Any]]:
-    """Measure what a forward pass of `net` keeps, on short rows made of real ones, together as the others will be.
+def measure(
+    recipe: Recipe, policy: Policy, rows: Rows, packing: Packing, accelerator: Accelerator
+) -> tuple[Cost, list[Any]]:
+    """Measure what a forward pass of a model keeps, on short rows made of real ones, together as the others will be.
 
     What grows with the square of a row's length (scores that are written out or kept) is taken for the longest row.
 
     Returns:
         The cost, and the layers that can be computed again one by one; towers no text passes are none.
     """
-    made = _made(rows, recipe.data.max_length, packing.saved)
-    batch = loop.on(accelerator.device, recipe.objective.collate(made, packing.layout))
-    tokens, width = batch["input_ids"].numel(), batch["input_ids"].shape[1]
+    net, virtual = policy.net, policy.virtual_tokens
+    made = _made(rows, recipe.data.max_length, packing.saved, recipe.objective.values)
+    batch = collate(made, packing.layout, virtual).to(accelerator.device)
+    tokens = batch.computed + virtual * len(batch.sample)
+    width = virtual + batch.inputs["input_ids"].shape[1]
     longest = recipe.data.max_length if packing.by == "mask" else int(rows.lengths.max())
     layers = _layers(net)
     given: dict[int, int] = {}
     saved = [0.0] * (len(layers) + 1)  # the last is outside
-    by_tiles = _growth_by_tiles(batch, rows) if packing.by == "rows" else 1.0
+    by_tiles = _growth_by_tiles(batch.inputs, rows) if packing.by == "rows" else 1.0
     before = training_state.drawn()
-    for index, tensor in _saved(net, layers, given, lambda: recipe.objective.total(net, batch), accelerator.autocast):
+    for index, tensor in _saved(
+        net, layers, given, lambda: recipe.objective.total(Policy(net), batch), accelerator.autocast
+    ):
         grown = 1.0
         if tensor.shape[-2:] == (width, width):  # scores that the model writes out
             grown = longest / width
@@ -80,7 +90,7 @@ def measure(recipe: Recipe, net: Any, rows: Rows, packing: Packing, accelerator:
         saved[index] += tensor.untyped_storage().nbytes() / tokens * grown
     ran = sorted(given)
     draws = before != training_state.drawn()
-    cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1], draws)
+    cost = Cost(tuple(saved[i] for i in ran), tuple(given[i] / tokens for i in ran), saved[-1], draws, virtual)
     return cost, [layers[i] for i in ran]
 
 
@@ -96,15 +106,16 @@ def _layers(net: Any) -> list[Any]:
     return layers
 
 
-def _made(rows: Rows, max_length: int, shared: float) -> list[Row]:
-    """Return two rows of unlike length made of the tokens of real ones, with as large a trained part as those have.
+def _made(rows: Rows, max_length: int, shared: float, names: Sequence[str]) -> list[Sample]:
+    """Return samples of two rows of unlike length, made of the tokens of real ones and trained in the same part.
 
     Where rows share, there are as many and they begin so far alike that they share the same part (0-1) of their tokens.
     """
     ids = np.concatenate([rows[i].ids for i in range(min(len(rows), LENGTH))])
     share = rows.counts.trained_tokens / max(rows.counts.tokens, 1)
     known = np.unique(ids)
-    number = max(2, math.ceil(1 / (1 - shared)))
+    each = rows.per_sample
+    number = each * math.ceil(max(2, 1 / (1 - shared)) / each)
     lengths = [max(2, min(LENGTH - (n == number - 1), max_length)) for n in range(number)]
     common = min(round(shared * sum(lengths) / (number - 1)), min(lengths) - 1)
     made = []
@@ -114,13 +125,13 @@ def _made(rows: Rows, max_length: int, shared: float) -> list[Row]:
         own = np.resize(ids, length).astype(np.int32)
         own[common] = known[n % len(known)]  # unlike from here on
         made.append(Row(own, trained, rows.place(0)))
-    return made
+    values = dict.fromkeys(names, 0.0)
+    return [Sample(tuple(made[cut : cut + each]), values) for cut in range(0, number, each)]
 
 
-def _growth_by_tiles(batch: Mapping[str, Any], rows: Rows) -> float:
+def _growth_by_tiles(inputs: Mapping[str, Any], rows: Rows) -> float:
     """Return how many more probabilities are kept per token of the longest rows kept in tiles than of a pack."""
-    own = batch["cu_seq_lens_q"].diff().tolist()
-    lengths = batch.get("cu_seq_lens_k", batch["cu_seq_lens_q"]).diff().tolist()
+    own, lengths = (inputs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     short = rows.lengths[rows.lengths <= cpu_attention.KEPT]
     if not len(short):
         return 0.0

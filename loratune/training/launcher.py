@@ -47,10 +47,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
     if dtype is torch.float16:
         mixed = "fp16"  # small gradients need the scaler
     elif (
-        recipe.method.type == "full"
-        and recipe.model.dtype == "auto"
-        and dtype is torch.bfloat16
-        and where.type == "cuda"
+        recipe.method.trains_base and recipe.model.dtype == "auto" and dtype is torch.bfloat16 and where.type == "cuda"
     ):
         mixed = "bf16"  # float32 weights, bf16 matrix products
     try:

@@ -12,17 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from loratune.data import batches, collate, prefix_sharing
+from loratune.data import batches, prefix_sharing
+from loratune.data.collate import collate
 from loratune.data.dataset import Rows
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import single
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import packed_attention
-from loratune.models import policy
 from loratune.models.base_model import Loaded
-from loratune.objectives import Objective
+from loratune.models.policy import Policy
 from loratune.recipe import Recipe
-from loratune.training import loop
 
 LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
 LOOKED_AT = 48  # first and last tokens of a row whose logits are compared
@@ -80,6 +80,9 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     wish, shared = recipe.data.packing, recipe.data.prefix_sharing
     if wish == "off":
         found = Packing("padded", why_not="data.packing: off", why_not_shared="data.packing: off")
+    elif recipe.method.padded_only:
+        reason = f"`method: {recipe.method.type}` puts something before each row"
+        found = Packing("padded", why_not=reason, why_not_shared=reason)
     elif loaded.quantization == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
         reason = "int8 rounds all rows of a micro-batch together"
         found = Packing("padded", why_not=reason, why_not_shared=reason)
@@ -106,7 +109,13 @@ def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[floa
         return 0.0, "data.prefix_sharing: off"
     settings, budget = recipe.train, batches.AUTO_TOKENS[device]
     saved = batches.saved(
-        rows, settings.batch_size, settings.micro_batch_size, settings.seed, budget, recipe.data.max_length, world
+        rows,
+        settings.batch_size,
+        settings.micro_batch_size,
+        settings.seed,
+        budget,
+        rows.per_sample * recipe.data.max_length,
+        world,
     )
     if wish == "auto" and saved < LEAST:
         return 0.0, f"the rows of a step have too little in common ({100 * saved:.1f} % of their tokens)"
@@ -114,7 +123,7 @@ def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[floa
 
 
 def why_not(
-    net: Any, objective: Objective, rows: tuple[Row, Row, Row], alone: torch.Tensor,
+    net: Any, rows: tuple[Row, Row, Row], alone: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]], rounding: str, layout: Layout = "packed",
 ) -> str:  # fmt: skip
     """Return why packed rows don't stay apart in a model, or nothing when they do.
@@ -127,7 +136,6 @@ def why_not(
 
     Args:
         net: the model, with the attention to be tried.
-        objective: which makes packs.
         rows: two of one length, and the one that stands behind either.
         alone: logits of the last row, by the model's own attention.
         autocast: context of mixed precision.
@@ -137,13 +145,13 @@ def why_not(
     first, before, second = rows
     leak, apart = TOLERANCES[rounding]
     try:
-        behind, drew = _logits(net, objective, [first, second], autocast, layout)
+        behind, drew = _logits(net, [first, second], autocast, layout)
         if drew and layout == "shared":
             return "it draws something at random for each token (dropout), and for each row apart"
         off = _distance(behind, alone)
         if rounding == "float32" and float(off.max()) <= leak:  # it makes no difference whether a row stands before
             return ""
-        other, _ = _logits(net, objective, [before, second], autocast, layout)
+        other, _ = _logits(net, [before, second], autocast, layout)
     except torch.OutOfMemoryError:
         raise
     except (packed_attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
@@ -158,7 +166,7 @@ def why_not(
     if found <= apart:
         return ""
     if rounding == "half" and found <= KERNELS:  # by the packing, or by the kernel, which rounds a row alone as well?
-        by_itself, _ = _logits(net, objective, [second], autocast, layout)
+        by_itself, _ = _logits(net, [second], autocast, layout)
         noise = _distance(by_itself, alone)
         if found <= NOISE * float(noise[-len(noise) // 2 :].median()):
             return ""
@@ -166,14 +174,13 @@ def why_not(
 
 
 def why_no_gradient(
-    net: Any, objective: Objective, rows: tuple[Row, Row, Row], autocast: Callable[[], AbstractContextManager[Any]],
+    net: Any, rows: tuple[Row, Row, Row], autocast: Callable[[], AbstractContextManager[Any]],
     layout: Layout,
 ) -> str:  # fmt: skip
     """Return why packed rows give no gradient, or nothing when they do: some kernels lack a backward pass for a width.
 
     Args:
         net: the model, with the attention to be tried.
-        objective: which makes packs.
         rows: as for `why_not`.
         autocast: context of mixed precision.
         layout: of the packs.
@@ -182,7 +189,7 @@ def why_no_gradient(
     net.train()
     try:
         with torch.enable_grad(), autocast():
-            total = objective.total(net, loop.on(trained[0].device, objective.collate(list(rows[1:]), layout)))
+            total = Policy(net).cross_entropy(collate(single(rows[1:]), layout).to(trained[0].device))
         torch.autograd.grad(total, trained, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
@@ -196,7 +203,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     own = str(loaded.model.config._attn_implementation)
     half = loaded.dtype is not torch.float32 or accelerator.mixed_precision != "no"
     made = _rows(rows, recipe.data.max_length, loaded.model.config)
-    alone, _ = _logits(net, recipe.objective, [made[-1]], accelerator.autocast, "padded")
+    alone, _ = _logits(net, [made[-1]], accelerator.autocast, "padded")
     saved, unshared = shareable(recipe, rows, accelerator.device.type, accelerator.num_processes)
     ways: list[tuple[str, str, Layout]] = []
     if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
@@ -212,9 +219,9 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
             told = ["its attention can't be exchanged"]
         else:
             rounding = "half" if half else "float32"
-            reason = why_not(net, recipe.objective, made, alone, accelerator.autocast, rounding, layout)
+            reason = why_not(net, made, alone, accelerator.autocast, rounding, layout)
             if not reason and by == "rows" and loaded.device.type == "cuda":
-                reason = why_no_gradient(net, recipe.objective, made, accelerator.autocast, layout)
+                reason = why_no_gradient(net, made, accelerator.autocast, layout)
             told = [reason for reason in gather_object([reason]) if reason]  # all processes must decide alike
         if told:
             reasons.setdefault(layout, told[0])
@@ -254,26 +261,25 @@ def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
 
 
 def _logits(
-    net: Any, objective: Objective, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]], layout: Layout
+    net: Any, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]], layout: Layout
 ) -> tuple[torch.Tensor, bool]:
     """Return logits of the first and last tokens of the last row but its very last, float32, (tokens, words).
 
     They are those of a training, unless it draws something at random (dropout): then those of an evaluation, and True.
     """
     device = next(net.parameters()).device
-    batch = loop.on(device, objective.collate(rows, layout))
+    inputs = collate(single(rows), layout).to(device).inputs
     if layout == "shared":
         places = prefix_sharing.lay(rows).places[-1]  # the very last token is not among them
     else:
         count = len(rows[-1].ids)
-        places = np.arange(batch["input_ids"].numel() - count, batch["input_ids"].numel() - 1)
+        places = np.arange(inputs["input_ids"].numel() - count, inputs["input_ids"].numel() - 1)
     chosen = torch.from_numpy(np.union1d(places[:LOOKED_AT], places[-LOOKED_AT:])).to(device)
 
     def made(training: bool) -> torch.Tensor:
         net.train(training)
-        with torch.no_grad(), autocast(), policy.head_only_at(net, chosen):
-            logits: torch.Tensor = net(**collate.inputs(batch), use_cache=False).logits
-        return logits.float()
+        with torch.no_grad(), autocast():
+            return Policy(net).logits_at(inputs, chosen).float()
 
     before = _randomness(net)
     logits = made(training=True)

@@ -7,16 +7,19 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from loratune.data.batches import Batch
-from loratune.data.encode import Row
-from loratune.data.prefix_sharing import Layout
+from loratune.data.batches import Batch as Samples
+from loratune.data.collate import collate
+from loratune.data.sample import Sample
 from loratune.errors import TrainingError
+from loratune.methods.tuned import Tuned
 from loratune.models.base_model import is_out_of_memory
+from loratune.models.batch import Batch
+from loratune.models.policy import Policy
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
 
@@ -26,11 +29,10 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 
 class Objective(Protocol):
-    """What the loop needs of an objective: a sum and what to divide it by."""
+    """What the loop needs of an objective: a sum and what to divide it by; and other sums, divided alike, by name."""
 
-    def collate(self, rows: list[Row], layout: Layout = "padded") -> dict[str, Any]: ...
-    def count(self, batch: dict[str, Any]) -> int: ...
-    def total(self, model: Any, batch: dict[str, Any]) -> torch.Tensor: ...
+    def count(self, batch: Batch) -> int: ...
+    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Step:
     Attributes:
         number: of the step, from 1.
         epoch: how many epochs have been seen.
-        loss: sum over trained tokens divided by their count, before the step.
+        loss: sum over what is trained (tokens, pairs) divided by their count, before the step.
         grad_norm: length of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows, tokens, trained_tokens: in this step; tokens without padding.
         computed: tokens that went through the model: padding counts, what rows share counts once.
         seconds: from the first micro-batch to the end of the optimizer's step.
+        metrics: other means of the objective, by name.
     """
 
     number: int
@@ -58,11 +61,13 @@ class Step:
     trained_tokens: int
     computed: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def steps(
-    model: Any, objective: Objective, batches: Iterable[Batch], optimizer: Any, factor: Callable[[int], float],
-    accelerator: Any, max_grad_norm: float, start: int = 0, poll: Callable[[], None] = lambda: None,
+    policy: Policy, objective: Objective, tuned: Tuned, batches: Iterable[Samples], optimizer: Any,
+    factor: Callable[[int], float], accelerator: Any, max_grad_norm: float, start: int = 0,
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Step]:  # fmt: skip
     """Train on batches, one optimizer step each, and yield after each step.
 
@@ -70,9 +75,10 @@ def steps(
     does not depend on how a batch is split. Between two steps the caller may `measure` or save.
 
     Args:
-        model: prepared by `accelerator` where there are several processes.
+        policy: its model is prepared by `accelerator` where there are several processes.
         objective: gives the summed loss and the count of a micro-batch.
-        batches: the rows of each step.
+        tuned: what is trained: it may add to a step's loss, and is told when the optimizer has stepped.
+        batches: the samples of each step.
         optimizer: its groups hold `initial_lr`.
         factor: part (0-1) of `initial_lr` at a step, counted from 0.
         accelerator: accelerate's, for gradient synchronisation and fp16 scaling.
@@ -86,50 +92,62 @@ def steps(
             shows that something would never be trained; the optimizer has not stepped then.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    device, world = accelerator.device, accelerator.num_processes
-    scaled = accelerator.scaler is not None
+    device, scaled = accelerator.device, accelerator.scaler is not None
     skipped = 0  # steps in a row
-    model.train()  # once: there are thousands of modules to tell
+    policy.net.train()  # once: there are thousands of modules to tell
     for number, batch in enumerate(batches, start + 1):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
-        micro = [objective.collate(part, batch.layout) for part in batch.micro]
-        count, tokens, computed = _sizes(objective, micro, accelerator)
-        total = torch.zeros((), device=device)
-        for index, part in enumerate(micro):
-            poll()
-            last = index == len(micro) - 1
-            with _whole(), contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = objective.total(model, on(device, part))
-                accelerator.backward(loss * (world / max(count, 1)))  # DDP averages over processes
-            total += loss.detach()
-            del loss  # its graph: thousands of small things between the activations' places, which the next ones want
-        if world > 1:
-            total = accelerator.reduce(total, reduction="sum")
+        micro = [collate(part, batch.layout, policy.virtual_tokens) for part in batch.micro]
+        count, tokens, trained, computed = _sizes(objective, micro, accelerator)
+        sums = _backward(policy, objective, tuned, micro, count, accelerator, poll)
         if scaled:
             accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
-        loss_value, norm_value = torch.stack(
-            [total / max(count, 1), norm.to(device, torch.float32)]
+        norm_value, loss_value, *means = torch.cat(
+            [norm.to(device, torch.float32)[None], torch.stack(list(sums.values())) / max(count, 1)]
         ).tolist()  # the one sync
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
         skipped = 0 if math.isfinite(norm_value) else skipped + 1
         if skipped == SKIPPED:
-            raise TrainingError(
-                f"step {number}: the gradient has not been finite in {SKIPPED} steps in a row, whatever float16 was "
-                "scaled by: nothing is learned",
-                "set model.dtype: bfloat16 or float32, or lower optimizer.lr",
-            )
+            raise _never_finite(number)
         if number == start + 1:
-            _check_first(model, number, loss_value, norm_value)
+            _check_first(policy.net, number, loss_value, norm_value)
         optimizer.step()
+        if math.isfinite(norm_value):
+            tuned.after_step(number)
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
-            batch.rows, tokens, count, computed, time.perf_counter() - began,
+            batch.samples, tokens, trained, computed, time.perf_counter() - began,
+            dict(zip([*sums][1:], means, strict=True)),
         )  # fmt: skip
+
+
+def _backward(
+    policy: Policy, objective: Objective, tuned: Tuned, micro: list[Batch], count: int, accelerator: Any,
+    poll: Callable[[], None],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Add the gradient of a step; return its summed loss and the objective's other sums, over all processes."""
+    device, world = accelerator.device, accelerator.num_processes
+    sums = {"loss": torch.zeros((), device=device)}
+    for index, part in enumerate(micro):
+        poll()
+        last = index == len(micro) - 1
+        with _whole(), contextlib.nullcontext() if last else accelerator.no_sync(policy.net):
+            loss, others = objective.total(policy, part.to(device))
+            mean = loss * (world / max(count, 1))  # DDP averages over processes
+            penalty = tuned.penalty() if last else None
+            accelerator.backward(mean if penalty is None else mean + penalty)
+        for name, value in (("loss", loss), *others.items()):
+            sums[name] = value.detach() + sums.get(name, 0)
+        # its graph: thousands of small things between the activations' places, which the next ones want
+        del loss, mean, penalty, value
+    if world > 1:
+        sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"), strict=True))
+    return sums
 
 
 @contextlib.contextmanager
@@ -143,33 +161,34 @@ def _whole() -> Iterator[None]:
         raise OutOfMemory(str(error)) from None
 
 
-def _sizes(objective: Objective, micro: list[dict[str, Any]], accelerator: Any) -> tuple[int, int, int]:
-    """Return what the loss is divided by, tokens, and tokens that are computed, over all processes."""
+def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
+    """Return what the loss is divided by, tokens, trained ones, and computed ones, over all processes."""
     counted = [part for part in micro if objective.count(part)]  # one without keeps this process in step, no more
     sizes = torch.tensor(
         [
             sum(objective.count(part) for part in counted),
-            sum(part["tokens"] for part in counted),
-            sum(part["input_ids"].numel() for part in micro),
+            sum(part.tokens for part in counted),
+            sum(len(part.targets) for part in counted),
+            sum(part.computed for part in micro),
         ]
     )
     if accelerator.num_processes > 1:
         sizes = accelerator.reduce(sizes.to(accelerator.device), reduction="sum")
-    count, tokens, computed = (int(size) for size in sizes)
-    return count, tokens, computed
+    count, tokens, trained, computed = (int(size) for size in sizes)
+    return count, tokens, trained, computed
 
 
 def measure(
-    model: Any, objective: Objective, micro_batches: Iterable[list[Row]], accelerator: Any, when: str = ""
+    policy: Policy, objective: Objective, micro_batches: Iterable[list[Sample]], accelerator: Any, when: str = ""
 ) -> tuple[float, int]:
     """Return (loss per count, count) over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
 
     Args:
-        model: prepared by `accelerator` where there are several processes.
+        policy: its model is prepared by `accelerator` where there are several processes.
         objective: gives the summed loss and the count of a micro-batch.
-        micro_batches: the rows, as they are measured together.
+        micro_batches: the samples, as they are measured together.
         accelerator: accelerate's, for the device and the other processes.
         when: what an error begins with.
 
@@ -179,40 +198,32 @@ def measure(
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
-    measured: list[tuple[list[Row], torch.Tensor]] = []
-    was_training = model.training
-    model.eval()
-    inner = accelerator.unwrap_model(model)  # shares may differ in number: no DDP forward here
+    measured: list[tuple[list[Sample], torch.Tensor]] = []
+    net, was_training = policy.net, policy.training
+    net.eval()
+    alone = policy.alone()  # shares may differ in number: no DDP forward here
     try:
         with torch.no_grad():
-            for index, rows in enumerate(micro_batches):
+            for index, samples in enumerate(micro_batches):
                 if index % world == rank:
-                    part = objective.collate(rows)
-                    total = objective.total(inner, on(device, part))
-                    measured.append((rows, total))
+                    part = collate(samples, virtual_tokens=policy.virtual_tokens)
+                    total, _ = objective.total(alone, part.to(device))
+                    measured.append((samples, total))
                     sums += torch.stack(
                         [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
                     )
     finally:
-        model.train(was_training)
+        net.train(was_training)
     if world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     total_loss, count = sums.tolist()
     if not math.isfinite(total_loss):
-        rows = next((rows for rows, total in measured if not bool(total.isfinite())), [])
+        bad = next((samples for samples, total in measured if not bool(total.isfinite())), [])
         raise TrainingError(
-            f"{when}the eval loss is {total_loss}" + (f". Rows: {_places(rows)}" if rows else ""),
+            f"{when}the eval loss is {total_loss}" + (f". Rows: {_places(bad)}" if bad else ""),
             "look at these rows; lower optimizer.lr, or set model.dtype: float32",
         )
     return total_loss / max(count, 1), int(count)
-
-
-def on(device: torch.device, part: dict[str, Any]) -> dict[str, Any]:
-    """Return a micro-batch with its tensors on a device."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in part.items()
-    }
 
 
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
@@ -232,15 +243,23 @@ def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
         raise TrainingError("step 1: the gradient is exactly 0: nothing would be learned", "look at rows and method")
 
 
-def _not_finite(number: int, batch: Batch, loss: float) -> TrainingError:
+def _not_finite(number: int, batch: Samples, loss: float) -> TrainingError:
     what = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
     return TrainingError(
         f"step {number}: the {what}; stopped before the optimizer stepped. "
-        f"Its rows: {_places([row for part in batch.micro for row in part])}",
+        f"Its rows: {_places([sample for part in batch.micro for sample in part])}",
         "look at these rows; lower optimizer.lr, or set model.dtype: float32",
     )
 
 
-def _places(rows: Iterable[Row]) -> str:
-    places = list(dict.fromkeys(str(row.place) for row in rows))
+def _never_finite(number: int) -> TrainingError:
+    return TrainingError(
+        f"step {number}: the gradient has not been finite in {SKIPPED} steps in a row, whatever float16 was scaled by: "
+        "nothing is learned",
+        "set model.dtype: bfloat16 or float32, or lower optimizer.lr",
+    )
+
+
+def _places(samples: Iterable[Sample]) -> str:
+    places = list(dict.fromkeys(str(sample.place) for sample in samples))
     return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")

@@ -123,7 +123,7 @@ def _plans(
     """Yield what a recipe leaves to choose from, best first; the arguments are those of `choose`."""
     settings, layers = recipe.train, len(cost.layers)
     wish = settings.gradient_checkpointing
-    capacity = recipe.data.max_length if packing.packed else None
+    capacity = rows.per_sample * recipe.data.max_length if packing.packed else None
     alone = packing.by == "mask"  # then one pack is a micro-batch
     budgets = (begun["tokens"],) if begun else BUDGETS[device]
     if settings.micro_batch_size != "auto":
@@ -136,7 +136,9 @@ def _plans(
         wishes = [(budget, min(again, layers)) for budget in budgets]
     for budget, again in wishes:
         micro = 1 if alone and settings.micro_batch_size == "auto" else settings.micro_batch_size
-        largest = batches.largest(rows.lengths, rows.weights, settings.batch_size, micro, budget, capacity, world)
+        largest = batches.largest(rows.sizes, rows.sample_weights, settings.batch_size, micro, budget, capacity, world)
+        if cost.virtual_tokens:  # the shortest rows are the most of them
+            largest += cost.virtual_tokens * rows.per_sample * -(-largest // int(rows.sizes.min()))
         yield Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
 
 

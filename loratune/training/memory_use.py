@@ -92,7 +92,7 @@ def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
 
 def operations(net: Any, rows: Rows, shown: int) -> float:
     """Return roughly how many floating point operations a training on `shown` rows takes: 4 a weight and token."""
-    return 4.0 * count_parameters(net)[1] * shown * rows.counts.tokens / max(len(rows), 1)
+    return 4.0 * count_parameters(net)[1] * shown * rows.counts.tokens / max(rows.samples, 1)
 
 
 def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, plan: Plan) -> dict[str, int]:
@@ -137,7 +137,7 @@ def advice(recipe: Recipe, setup: Setup | None) -> str:
     if per_token > checkpointed:
         remedies.append(("train.gradient_checkpointing: all", tokens * (per_token - checkpointed)))
         per_token = checkpointed
-    if not quantized and recipe.method.type == "lora":
+    if not quantized and not recipe.method.trains_base:
         width = 2 if setup.dtype in ("bfloat16", "float16") else 4
         remedies.append(("model.quantization: nf4", known["linear"] * (1 - _NF4 / width)))
     if "8bit" not in recipe.optimizer.type and recipe.optimizer.type != "adafactor":

@@ -57,7 +57,8 @@ class RunReport(Report):
             self._steps = event.steps
         elif isinstance(event, StepDone):
             self._count(event.number, event.loss, event.seconds, event.tokens)
-            self._write({"kind": "step", **{key: value for key, value in event.__dict__.items() if key != "steps"}})
+            known = {key: value for key, value in event.__dict__.items() if key not in ("steps", "metrics")}
+            self._write({"kind": "step", **known, **event.metrics})
         elif isinstance(event, Evaluated):
             self.evaluation.append((event.number, event.loss))
             self._write({"kind": "eval", **{key: value for key, value in event.__dict__.items() if key != "best"}})

@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from loratune.data import batches
-from loratune.data.encode import Row
+from loratune.data.sample import Sample
 from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
 from loratune.events import Begun, Ended, Evaluated, Listener, Saved
 from loratune.kernels import gpu_kernels, torch_compile
 from loratune.methods import other_programs
 from loratune.models import base_model
+from loratune.models.policy import Policy
 from loratune.optim.schedules import rate, warmup_steps
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, loss_plot, model_card, training_state
@@ -201,7 +201,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
     steps = job.steps
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
-    net = accelerator.prepare_model(job.net) if several else job.net
+    policy = job.tuned.policy(accelerator.prepare_model(job.net) if several else None)
     log_every, eval_every, save_every = (
         session.in_steps(cadence, job.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)
@@ -212,10 +212,10 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     at = _Course(job, progress, training_state.randomness(), progress)
     with at.saved_first(asked):
         if progress.pending:
-            at.progress = _evaluate(job, net, progress, poll)[1]
+            at.progress = _evaluate(job, policy, progress, poll)[1]
             at.save()
         report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
-        for step in _or_lighter(job, _steps(job, net, at, poll), resumed=progress.step > 0):
+        for step in _or_lighter(job, _steps(job, policy, at, poll), resumed=progress.step > 0):
             end, better = step.number == steps, False
             due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
             at.progress = replace(at.progress, step=step.number, pending=due)
@@ -224,7 +224,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
             finally:
                 at.random = training_state.randomness()
             if due:
-                better, at.progress = _evaluate(job, net, at.progress, poll)
+                better, at.progress = _evaluate(job, policy, at.progress, poll)
             stop, signalled = _out_of_patience(recipe, at.progress), signals.at_any(accelerator, asked)
             if step.number % save_every == 0 or better or end or stop or signalled:
                 at.save()
@@ -237,7 +237,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     return at.progress
 
 
-def _steps(job: Job, net: Any, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
+def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
     """Return a function that begins the steps of a training, from where it stands and with the plan it has by then."""
     recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.steps
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
@@ -249,10 +249,10 @@ def _steps(job: Job, net: Any, at: _Course, poll: Callable[[], None]) -> Callabl
             job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
             done if _out_of_patience(recipe, at.progress) else steps, done,
             job.plan.tokens, accelerator.process_index, accelerator.num_processes,
-            recipe.data.max_length, job.packing.layout,
+            job.train_rows.per_sample * recipe.data.max_length, job.packing.layout,
         )  # fmt: skip
         return loop.steps(
-            net, recipe.objective, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
+            policy, recipe.objective, job.tuned, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
             accelerator, settings.max_grad_norm, done, poll,
         )  # fmt: skip
 
@@ -286,7 +286,7 @@ def _finish(job: Job, progress: Progress) -> Run:
             report.problem(f"{best.name}, where the eval loss was lowest, {wrong}: not used, the last step is saved")
         else:
             kept = progress.best_step
-            recipe.method.load(job.net, best)
+            job.tuned.load(best)
             report.note(
                 f"the saved {start_report.product(recipe)} is that of step {kept}, where the eval loss was lowest"
             )
@@ -298,7 +298,7 @@ def _finish(job: Job, progress: Progress) -> Run:
     if job.first:
 
         def write(target: Path) -> None:
-            recipe.method.save(job.net, target, job.loaded.dtype, job.initial)
+            job.tuned.save(target, job.loaded.dtype, final=True)
             session.write_origin(job, target)
             session.write_readable(job, target)
 
@@ -320,13 +320,13 @@ def _ended(job: Job, run: Run) -> Ended:
     return Ended(run.folder, run.steps, run.seconds, speed, product, size)
 
 
-def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
+def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
     assert job.eval_rows is not None
     began = time.perf_counter()
     parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.plan.tokens)
     when = f"step {progress.step}: "
-    loss, count = loop.measure(net, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
+    loss, count = loop.measure(policy, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
     early = job.recipe.train.early_stopping
     progress = progress.evaluated(loss, early.min_delta if early else 0.0)
     better = progress.best_step == progress.step
@@ -334,7 +334,7 @@ def _evaluate(job: Job, net: Any, progress: Progress, poll: Callable[[], None]) 
     return better, progress
 
 
-def _polled(parts: Iterable[list[Row]], poll: Callable[[], None]) -> Iterator[list[Row]]:
+def _polled(parts: Iterable[list[Sample]], poll: Callable[[], None]) -> Iterator[list[Sample]]:
     for part in parts:
         poll()
         yield part

@@ -17,6 +17,7 @@ from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.events import Report
 from loratune.kernels.layer_kinds import name_of
+from loratune.methods.tuned import Tuned
 from loratune.models import base_files, base_model, config_files, end_tokens, fingerprint, model_folder, tokenizer_files
 from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
@@ -74,8 +75,7 @@ class Job:
     ends: tuple[int, ...]
     tokenizer: Any
     loaded: base_model.Loaded
-    net: Any
-    initial: dict[str, torch.Tensor]
+    tuned: Tuned
     optimizer: Any
     train_rows: Rows
     eval_rows: Rows | None
@@ -86,6 +86,11 @@ class Job:
     per_epoch: int
     steps: int
     checkpoint_bytes: int  # of the last one; before that an estimate
+
+    @property
+    def net(self) -> Any:
+        """The model."""
+        return self.tuned.net
 
     @property
     def first(self) -> bool:
@@ -118,7 +123,7 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
     changes.check(job.folder, found, changed, allow_drift, job.facts, job.report)
     progress = found.progress
     try:
-        job.recipe.method.load(job.net, found.folder)
+        job.tuned.load(found.folder)
         checkpoint.restore(found.folder, job.optimizer, job.accelerator.scaler, job.accelerator.process_index)
     except (RuntimeError, ValueError, KeyError) as error:
         if base_model.is_out_of_memory(error):
@@ -172,9 +177,9 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
     everybody = gather_object([random.as_json()])
 
     def write(folder: Path) -> None:
-        job.recipe.method.save(job.net, folder, None, {})
+        job.tuned.save(folder)
         write_origin(job, folder)
-        if job.recipe.method.type == "full":
+        if job.recipe.method.output == "model":
             config_files.write_config(
                 folder, base_files.folder_of(job.recipe.model), job.net.config, name_of(job.net.dtype)
             )
@@ -202,7 +207,7 @@ def write_origin(job: Job, folder: Path) -> None:
 def write_readable(job: Job, folder: Path) -> None:
     """Write the tokenizer, and what else other programs look for beside the weights."""
     base = base_files.folder_of(job.recipe.model)
-    if job.recipe.method.type == "full":
+    if job.recipe.method.output == "model":
         trust = job.facts.start.trust_remote_code
         model_folder.complete(folder, base, job.net.config, name_of(job.loaded.dtype), job.tokenizer, trust=trust)
     else:
@@ -215,7 +220,7 @@ def check_code(job: Job) -> None:
     Raises:
         RunFolderError: when a file of its name lies there that no run wrote.
     """
-    if job.first and job.recipe.method.type == "full" and job.facts.start.trust_remote_code:
+    if job.first and job.recipe.method.output == "model" and job.facts.start.trust_remote_code:
         checkpoint.check_foreign(job.folder, model_folder.code(base_files.folder_of(job.recipe.model)))
 
 

@@ -12,13 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from loratune.data import batches, chat_template, dataset, model_limits, turn_ends
+from loratune.data import batches, chat_template, collate, dataset, model_limits, turn_ends
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import gpu_self_test, torch_compile
 from loratune.kernels.layer_kinds import name_of
 from loratune.methods import targets, tensor_files
+from loratune.methods.tuned import Setup as MethodSetup
+from loratune.methods.tuned import Tuned
 from loratune.models import base_model, end_tokens, fingerprint, generate
 from loratune.models.base_model import Loaded
 from loratune.recipe import Recipe
@@ -65,21 +67,6 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The base with what is trained on it.
-
-    Attributes:
-        net: the model.
-        initial: what the final save needs of the start.
-        on_disk: bytes of what is saved.
-    """
-
-    net: Any
-    initial: dict[str, torch.Tensor]
-    on_disk: int
-
-
-@dataclass(frozen=True)
 class Memory:
     """What activations cost and what was decided.
 
@@ -118,23 +105,24 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
     where, seal = accelerator.device, found.seal if found else {}
     data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
     base = load_base(recipe, data, where, facts.start.trust_remote_code, seal.get("dtype"))
-    tuned = apply_method(recipe, base.loaded, data.train, where)
+    length = length_of(recipe, data.train)
+    tuned = apply_method(recipe, base.loaded, data, length, where)
+    on_disk = tensor_files.bytes_on_disk(tuned.state(final=True), base.loaded.dtype)
     kernels = use_kernels(recipe, base.loaded, tuned.net, seal.get("kernels"))
     packing = layout_test.choose(recipe, base.loaded, tuned.net, data.train, accelerator)
-    memory = plan_memory(recipe, base.loaded, tuned.net, data.train, packing, accelerator, seal.get("activations"))
+    memory = plan_memory(recipe, base.loaded, tuned, data.train, packing, accelerator, seal.get("activations"))
     optimizer = recipe.optimizer.build(session.trainable(tuned.net), where.type)
-    length = length_of(recipe, data.train)
     fused = {"norm", "gate"} <= set(kernels)
     compiled = use_compiler(recipe, base.loaded, tuned.net, data.train, length, report, seal.get("compiled"), fused)
     batching = start_report.batching(recipe, packing, data.train, accelerator.num_processes)
     start_report.tell_start(
-        report, recipe, base.loaded, tuned.net, data.train, data.held_out, length.steps, tuned.on_disk, memory.plan,
+        report, recipe, base.loaded, tuned.net, data.train, data.held_out, length.steps, on_disk, memory.plan,
         batching,
     )  # fmt: skip
-    facts.setup = _setup(recipe, data, base, tuned, memory, length, batching, compiled, kernels)
+    facts.setup = _setup(recipe, data, base, tuned.net, on_disk, memory, length, batching, compiled, kernels)
     return Job(
         recipe, Path(recipe.output), accelerator, report, facts, base.origin, base.ends, data.encoder.tokenizer,
-        base.loaded, tuned.net, tuned.initial, optimizer, data.train, data.held_out, packing, memory.cost,
+        base.loaded, tuned, optimizer, data.train, data.held_out, packing, memory.cost,
         memory.layers, memory.plan, length.per_epoch, length.steps, memory_use.checkpoint_bytes(recipe, tuned.net),
     )  # fmt: skip
 
@@ -149,7 +137,7 @@ def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: Run
 
 def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtype: str | None) -> Base:
     """Load the base and check it against method and rows; `dtype` is that of a run that is resumed."""
-    full, encoder = recipe.method.type == "full", data.encoder
+    full, encoder = recipe.method.trains_base, data.encoder
     loaded = base_model.load(base_model.as_begun(recipe.model, dtype), full, where, trust, encoder.tokenizer)
     over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
     if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
@@ -171,12 +159,13 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
 
 
-def apply_method(recipe: Recipe, loaded: Loaded, rows: Rows, where: torch.device) -> Tuned:
+def apply_method(recipe: Recipe, loaded: Loaded, data: Data, length: Length, where: torch.device) -> Tuned:
     """Put on the base what is trained."""
     set_seed(recipe.train.seed)
-    net = recipe.method.apply(loaded.model, lambda: _first_batches(recipe, rows, where), recipe.model.revision)
-    initial = recipe.method.initial(net)
-    return Tuned(net, initial, tensor_files.bytes_on_disk(recipe.method.state(net, initial), loaded.dtype))
+    about = MethodSetup(
+        length.steps, data.encoder.tokenizer, lambda: _first_batches(recipe, data.train, where), recipe.model.revision
+    )
+    return recipe.method.apply(loaded.model, about)
 
 
 def use_kernels(recipe: Recipe, loaded: Loaded, net: Any, begun: list[str] | None) -> list[str]:
@@ -187,14 +176,14 @@ def use_kernels(recipe: Recipe, loaded: Loaded, net: Any, begun: list[str] | Non
 
 
 def plan_memory(
-    recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, packing: Packing, accelerator: Accelerator,
+    recipe: Recipe, loaded: Loaded, tuned: Tuned, rows: Rows, packing: Packing, accelerator: Accelerator,
     begun: dict[str, int] | None,
 ) -> Memory:  # fmt: skip
     """Measure what activations take, and decide how much is computed again; `begun` is the plan of a resumed run."""
     where, processes = accelerator.device, accelerator.num_processes
-    cost, layers = activation_memory.measure(recipe, net, rows, packing, accelerator)
+    cost, layers = activation_memory.measure(recipe, tuned.policy(), rows, packing, accelerator)
     free = memory_use.least(memory_use.free_memory(where, processes))
-    fixed = memory_use.fixed_bytes(recipe, loaded, net)
+    fixed = memory_use.fixed_bytes(recipe, loaded, tuned.net)
     plan = memory_plan.choose(recipe, cost, rows, packing, where.type, free, fixed, processes, begun)
     plan = memory_plan.switch(loaded.model, layers, plan, recipe.train.gradient_checkpointing, cost.draws)
     return Memory(cost, layers, plan)
@@ -202,7 +191,7 @@ def plan_memory(
 
 def length_of(recipe: Recipe, rows: Rows) -> Length:
     """Return how many steps an epoch and the whole run have."""
-    per_epoch = -(-batches.rows_per_epoch(rows.weights) // recipe.train.batch_size)
+    per_epoch = -(-batches.samples_per_epoch(rows.sample_weights) // recipe.train.batch_size)
     return Length(per_epoch, recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch))
 
 
@@ -223,8 +212,8 @@ def use_compiler(
 
 
 def _setup(
-    recipe: Recipe, data: Data, base: Base, tuned: Tuned, memory: Memory, length: Length, batching: dict[str, Any],
-    compiled: bool, kernels: list[str],
+    recipe: Recipe, data: Data, base: Base, net: Any, on_disk: int, memory: Memory, length: Length,
+    batching: dict[str, Any], compiled: bool, kernels: list[str],
 ) -> Setup:  # fmt: skip
     loaded = base.loaded
     return Setup(
@@ -235,7 +224,7 @@ def _setup(
         },
         batching=batching,
         steps=length.steps,
-        adapter_bytes_predicted=tuned.on_disk,
+        adapter_bytes_predicted=on_disk,
         dtype=name_of(loaded.dtype),
         quantization=loaded.quantization,
         fingerprints={
@@ -246,7 +235,7 @@ def _setup(
         sources=start_report.sources(recipe),
         turn_ends=base.origin["turn_ends"],
         chat=base.chat,
-        memory=memory_use.measure(recipe, loaded, tuned.net, data.train, memory.cost, memory.plan),
+        memory=memory_use.measure(recipe, loaded, net, data.train, memory.cost, memory.plan),
         activations=memory.plan.as_json(),
         compiled=compiled,
         kernels=kernels,
@@ -260,5 +249,6 @@ def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator
         rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]
     ):
         for part in batch.micro:
-            known = recipe.objective.collate(part)
-            yield {key: known[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+            known = collate.collate(part)
+            whole = {**known.inputs, "labels": collate.labels(known)}
+            yield {name: tensor.to(device) for name, tensor in whole.items()}

@@ -88,7 +88,7 @@ def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> di
         return {"packed": False, "why_not": packing.why_not}
     if packing.layout == "shared":
         return {"packed": True, "by": packing.by, "shared": True, "saved": round(packing.saved, 4)}
-    settings, capacity = recipe.train, recipe.data.max_length
+    settings, capacity = recipe.train, rows.per_sample * recipe.data.max_length
     each, filled = batches.filling(rows, settings.batch_size, settings.seed, capacity, 0, processes)
     return {
         "packed": True, "by": packing.by, "shared": False, "why_not_shared": packing.why_not_shared,
@@ -118,11 +118,11 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
-    counts = rows.counts
+    counts, pairs = rows.counts, "pairs " if rows.per_sample == 2 else ""
     report.field(
         "rows",
-        f"{len(rows):,} to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
-        + (f", {len(held_out):,} held out" if held_out else "")
+        f"{rows.samples:,} {pairs}to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
+        + (f", {held_out.samples:,} held out" if held_out else "")
         + ("; unchanged since they were last read: taken from the cache" if rows.cached else ""),
     )
     if rows.damaged or (held_out is not None and held_out.damaged):
@@ -191,4 +191,4 @@ def tell_start(
 
 def product(recipe: Recipe) -> str:
     """Return the word for what a run leaves behind."""
-    return "adapter" if recipe.method.type == "lora" else "model"
+    return recipe.method.output

@@ -20,8 +20,9 @@ from loratune.data.encode import Encoder
 from loratune.data.formats import Chat
 from loratune.errors import DataError, LoratuneError, ModelError, Place, SetupError, UsageError
 from loratune.models import base_model, generate
+from loratune.models.policy import Policy
 from loratune.models.section import Model
-from loratune.objectives import Sft, metrics
+from loratune.objectives import metrics
 from loratune.system import regex_match
 from loratune.training import memory_use
 from tests import tiny
@@ -242,7 +243,7 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "x.bin").touch()
     assert "x.bin: unknown kind of file" in failing(DataError, run, data=str(tmp_path / "x.bin"))
     assert failing(UsageError, run, data=rows, format="chats") == (
-        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`\n  did you mean `chat`?"
+        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`\n  did you mean `chat`?"
     )
     assert failing(UsageError, run, regex="(").startswith("--regex `(` is no regular expression: ")
     (tmp_path / "empty").mkdir()
@@ -283,7 +284,7 @@ def test_memory_that_runs_out_is_told(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Sft, "scores", fail)
+    monkeypatch.setattr(Policy, "per_target", fail)
     monkeypatch.setattr(generate, "stream", fail)
     monkeypatch.setattr(LoraModel, "merge_and_unload", fail)
     for use, hint in (
@@ -301,7 +302,7 @@ def test_another_runtime_error_is_none_of_memory(run: Path, monkeypatch: pytest.
     def fail(*_: Any) -> None:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(Sft, "scores", fail)
+    monkeypatch.setattr(Policy, "per_target", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
         evaluate(run)
 

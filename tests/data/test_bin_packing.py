@@ -12,7 +12,9 @@ from loratune.data.batches import split_packed
 from loratune.data.bin_packing import pack
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import Sample, single
 from loratune.errors import Place
+from tests import tiny
 
 LENGTHS = st.integers(1, 60).flatmap(lambda most: st.lists(st.integers(1, most), max_size=60))
 
@@ -64,12 +66,16 @@ def rows(lengths: list[int]) -> list[Row]:
     ]
 
 
-def lengths_of(parts: list[list[Row]]) -> list[list[int]]:
-    return [[len(row.ids) for row in part] for part in parts]
+def samples(lengths: list[int]) -> list[Sample]:
+    return single(rows(lengths))
+
+
+def lengths_of(parts: list[list[Sample]]) -> list[list[int]]:
+    return [[sample.tokens for sample in part] for part in parts]
 
 
 def test_micro_batches_of_packs() -> None:
-    made = rows([8, 7, 5, 5, 3, 2])  # packs of 10: 8+2, 7+3, 5+5
+    made = samples([8, 7, 5, 5, 3, 2])  # packs of 10: 8+2, 7+3, 5+5
     assert lengths_of(split_packed(made, 10, 1, 0)) == [[8, 2], [7, 3], [5, 5]]
     assert lengths_of(split_packed(made, 10, 2, 0)) == [[8, 2, 7, 3], [5, 5]]
     assert lengths_of(split_packed(made, 10, "auto", 29)) == [[8, 2, 7, 3], [5, 5]]
@@ -78,37 +84,22 @@ def test_micro_batches_of_packs() -> None:
 
 
 def test_parts_of_auto_are_about_equally_large() -> None:
-    made = rows([1000] + [100] * 5)
+    made = samples([1000] + [100] * 5)
     parts = split_packed(made, 1000, "auto", 1100)
     assert [sum(part) for part in lengths_of(parts)] == [1000, 500]
-    parts = split_packed(rows([100] * 12), 100, "auto", 1000)
+    parts = split_packed(samples([100] * 12), 100, "auto", 1000)
     assert [sum(part) for part in lengths_of(parts)] == [600, 600]
-
-
-class Many:
-    """As much of `data.Rows` as the batches need."""
-
-    def __init__(self, lengths: list[int]):
-        self.rows = rows(lengths)
-        self.lengths = np.array(lengths)
-        self.weights = np.ones(len(lengths))
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_packing_leaves_the_rows_of_every_step_alone(world: int) -> None:
-    data = Many(np.random.default_rng(0).integers(2, 40, 101).tolist())
+    data = tiny.stored(rows(np.random.default_rng(0).integers(2, 40, 101).tolist()))
 
     def made(layout: Layout, rank: int, start: int = 0) -> list[batches.Batch]:
-        return list(batches.batches(data, 8, "auto", 7, 26, start, 96, rank, world, 64, layout))  # type: ignore[arg-type]
+        return list(batches.batches(data, 8, "auto", 7, 26, start, 96, rank, world, 64, layout))
 
     def steps(layout: Layout, rank: int) -> list[list[int]]:
-        return [sorted(row.place.line for part in batch.micro for row in part) for batch in made(layout, rank)]
+        return [sorted(sample.place.line for part in batch.micro for sample in part) for batch in made(layout, rank)]
 
     for rank in range(world):
         assert steps("padded", rank) == steps("packed", rank) == steps("shared", rank)
@@ -117,6 +108,6 @@ def test_packing_leaves_the_rows_of_every_step_alone(world: int) -> None:
 
 
 def test_how_full_packs_are() -> None:
-    data = Many([30, 30, 20, 20] * 4)
-    each, filled = batches.filling(data, 16, 0, 50)  # type: ignore[arg-type]
+    data = tiny.stored(rows([30, 30, 20, 20] * 4))
+    each, filled = batches.filling(data, 16, 0, 50)
     assert (each, filled) == (2.0, 1.0)

@@ -275,7 +275,7 @@ def test_rows_are_seen_as_often_as_their_weight_says() -> None:
         assert (per_epoch[200:500] == 1).all()
         assert per_epoch[500:].sum() == 250
         assert set(per_epoch[500:]) == {2, 3}
-        assert per_epoch.sum() == batches.rows_per_epoch(weights) == 650
+        assert per_epoch.sum() == batches.samples_per_epoch(weights) == 650
         seen += per_epoch
     assert (
         abs(seen / epochs - weights) < 0.45
@@ -284,7 +284,7 @@ def test_rows_are_seen_as_often_as_their_weight_says() -> None:
 
 def test_a_source_of_small_weight_is_still_seen() -> None:
     weights = np.array([0.1, 0.1])
-    assert batches.rows_per_epoch(weights) == 1
+    assert batches.samples_per_epoch(weights) == 1
     assert [len(batch) for batch in batches.epoch_order(np.array([3, 3]), weights, 4, 0, 0)] == [1]
 
 
@@ -299,7 +299,7 @@ def test_batches_pad_little() -> None:
 
 
 def numbers(batch: batches.Batch) -> list[int]:
-    return [int(row.ids[0]) for part in batch.micro for row in part]
+    return [int(row.ids[0]) for part in batch.micro for sample in part for row in sample.rows]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -312,11 +312,11 @@ def test_processes_share_a_batch(tmp_path: Path, world: int) -> None:
         learned = [n for share in shares for n in numbers_learned(share)]
         assert sorted(learned) == sorted(numbers(batch))
         assert all(share.micro for share in shares)  # a process without rows would leave the others waiting
-        assert {(share.rows, share.epoch) for share in shares} == {(batch.rows, batch.epoch)}
+        assert {(share.samples, share.epoch) for share in shares} == {(batch.samples, batch.epoch)}
 
 
 def numbers_learned(batch: batches.Batch) -> list[int]:
-    return [int(row.ids[0]) for part in batch.micro for row in part if row.count()]
+    return [int(row.ids[0]) for part in batch.micro for sample in part for row in sample.rows if row.count()]
 
 
 @pytest.mark.parametrize("micro", [1, 3, "auto"])
@@ -351,11 +351,11 @@ def extra(straight: list[tuple[list[int], float]]) -> list[int]:
 @pytest.mark.parametrize("budget", [1, 50, 400, 10**6])
 def test_micro_batches_of_so_many_tokens(tmp_path: Path, budget: int) -> None:
     rows = made(tmp_path, LENGTHS[:100])
-    longest_first = sorted((rows[i] for i in range(100)), key=lambda row: -len(row.ids))
+    longest_first = sorted((rows.sample(i) for i in range(100)), key=lambda sample: -sample.tokens)
     parts = batches.split(longest_first, "auto", budget)
-    assert [row for part in parts for row in part] == longest_first
+    assert [sample for part in parts for sample in part] == longest_first
     for part, after in zip(parts, [*parts[1:], None], strict=True):
-        longest = len(part[0].ids)
+        longest = part[0].tokens
         assert len(part) * longest <= budget or len(part) == 1
         if after is not None:  # and one more would have been too many
             assert (len(part) + 1) * longest > budget
@@ -364,7 +364,7 @@ def test_micro_batches_of_so_many_tokens(tmp_path: Path, budget: int) -> None:
 def test_an_evaluation_sees_every_row_once(tmp_path: Path) -> None:
     rows = made(tmp_path, LENGTHS[:60])
     parts = batches.in_length_order(rows, "auto", 4096)
-    seen = [int(row.ids[0]) for part in parts for row in part]
+    seen = [int(sample.rows[0].ids[0]) for part in parts for sample in part]
     assert sorted(seen) == list(range(60))
     assert all(LENGTHS[a] >= LENGTHS[b] for a, b in pairwise(seen))
     assert [len(part) for part in batches.in_length_order(rows, 25, 4096)] == [25, 25, 10]

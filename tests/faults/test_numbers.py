@@ -15,9 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from loratune.config.section import Section
-from loratune.data.batches import Batch
+from loratune.data import batches
 from loratune.data.encode import Row
+from loratune.data.sample import single
 from loratune.errors import Place, TrainingError
+from loratune.methods.tuned import Tuned
+from loratune.models.batch import Batch
+from loratune.models.policy import Policy
 from loratune.objectives import Sft
 from loratune.optim import AdamW
 from loratune.runs import checkpoint, training_state
@@ -53,11 +57,11 @@ class _Poison(torch.autograd.Function):
 def _poison(monkeypatch: pytest.MonkeyPatch, step: int, where: str, value: float) -> None:
     total, calls = Sft.total, iter(range(-1, 10_000))  # before the first step activations are measured, once
 
-    def poisoned(self: Any, model: Any, batch: Any) -> torch.Tensor:
-        loss = total(self, model, batch)
+    def poisoned(self: Any, policy: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, others = total(self, policy, batch)
         if not torch.is_grad_enabled() or next(calls) // 2 + 1 != step:  # two micro-batches a step
-            return loss
-        return loss + value if where == "loss" else _Poison.apply(loss, value)
+            return loss, others
+        return loss + value if where == "loss" else _Poison.apply(loss, value), others
 
     monkeypatch.setattr(Sft, "total", poisoned)
 
@@ -145,18 +149,17 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 
 # ---------------------------------------------------------------- the first step
 
+ROW = Row(np.array([1, 2], np.int32), np.array([False, True]), Place("rows.jsonl", 1))
+
 
 class Given(Section):
     """An objective that is the sum of what a function makes of the model."""
 
-    def collate(self, rows: list[Any], layout: str = "padded") -> dict[str, Any]:
-        return {"input_ids": torch.ones(1, 1), "tokens": 1}
-
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
+    def count(self, batch: Batch) -> int:
         return 1
 
-    def total(self, net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return net()
+    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return policy.net(), {}
 
 
 class Model(torch.nn.Module):
@@ -173,10 +176,13 @@ class Model(torch.nn.Module):
 def _one_step(net: Any, start: int = 0) -> list[Any]:
     from accelerate import Accelerator
 
-    none: Any = None
-    batch = Batch([[Row(none, none, Place("rows.jsonl", 1))]], 1.0, 1)
+    batch = batches.Batch([single([ROW])], 1.0, 1)
     optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
-    return list(loop.steps(net, Given(), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, start))
+    return list(
+        loop.steps(
+            Policy(net), Given(), Tuned(net), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, start
+        )
+    )
 
 
 def _linear() -> torch.nn.Linear:
@@ -231,9 +237,9 @@ def test_the_state_of_a_float16_scaler_is_kept(tmp_path: Path):
 def test_an_eval_loss_that_is_not_finite_stops(fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     total, calls = Sft.total, iter(range(10_000))
 
-    def poisoned(self: Any, model: Any, batch: Any) -> torch.Tensor:
-        loss = total(self, model, batch)
-        return loss if torch.is_grad_enabled() or next(calls) < 2 else loss * float("nan")
+    def poisoned(self: Any, policy: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, others = total(self, policy, batch)
+        return loss if torch.is_grad_enabled() or next(calls) < 2 else loss * float("nan"), others
 
     monkeypatch.setattr(Sft, "total", poisoned)
     sections = {"train": {"eval_every": 1, "micro_batch_size": 4}, "data": {"eval": "eval.jsonl"}}
@@ -282,17 +288,15 @@ def test_float16_that_never_becomes_finite_stops(finite_at: int, stops_at: int):
     optimizer.param_groups[0]["initial_lr"] = 0.0
 
     class Objective:
-        def collate(self, rows: Any, layout: str = "padded") -> dict[str, Any]:
-            return {"tokens": 1, "input_ids": torch.ones(1, 2)}
-
-        def count(self, batch: Any) -> int:
+        def count(self, batch: Batch) -> int:
             return 1
 
-        def total(self, model: Any, batch: Any) -> torch.Tensor:
-            return model(batch["input_ids"]).square().sum()
+        def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return policy.net(torch.ones(1, 2)).square().sum(), {}
 
-    row = Row(np.array([1, 2]), np.array([False, True]), Place("rows.jsonl", 1))
-    many = (Batch([[row]], 1.0, 1) for _ in range(100))
-    steps = loop.steps(net, Objective(), many, optimizer, lambda n: 1.0, _Overflowing(finite_at), 1.0)
+    many = (batches.Batch([single([ROW])], 1.0, 1) for _ in range(100))
+    steps = loop.steps(
+        Policy(net), Objective(), Tuned(net), many, optimizer, lambda n: 1.0, _Overflowing(finite_at), 1.0
+    )
     with pytest.raises(TrainingError, match=f"step {stops_at}: the gradient has not been finite in 24 steps in a row"):
         list(steps)

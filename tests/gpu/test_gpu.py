@@ -111,11 +111,7 @@ ROWS = alike(models.rows([40, 3, models.WINDOW, models.WINDOW + 1, 1, 29, 2]), 7
 
 def loss_and_gradients(net: Any, rows: list[Row], layout: Layout) -> tuple[float, dict[str, torch.Tensor]]:
     net.zero_grad()
-    batch = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in Sft().collate(rows, layout).items()
-    }
-    total = Sft().total(net, batch)
+    total = tiny.total(Sft(), net, tiny.batch(rows, layout).to(torch.device("cuda")))
     total.backward()
     return total.item(), {name: p.grad.float() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -176,11 +172,11 @@ def test_the_self_test_on_the_gpu(name: str) -> None:
     net = models.made(name, settings, torch.bfloat16).cuda()
     three = layout_test._rows(models.Tokens(ROWS), 256, net.config)  # type: ignore[arg-type]
     autocast = Accelerator().autocast
-    alone, _ = layout_test._logits(net, Sft(), [three[-1]], autocast, "padded")
+    alone, _ = layout_test._logits(net, [three[-1]], autocast, "padded")
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
     for layout in ("packed", "shared"):
-        told = layout_test.why_not(net.eval(), Sft(), three, alone, autocast, "half", layout)
+        told = layout_test.why_not(net.eval(), three, alone, autocast, "half", layout)
         assert ("with the row before it" in told) if name in models.STATEFUL else told == ""
 
 

@@ -9,8 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, linear
 
+from loratune.data.prefix_sharing import Layout
 from loratune.kernels import linear_cross_entropy
+from loratune.models.batch import Batch
 from loratune.objectives import Sft
+from tests import tiny
 from tests.objectives.test_sft import ROWS, gemma2, llama
 
 CHUNK = linear_cross_entropy.ROWS["cpu"]  # tokens
@@ -107,14 +110,14 @@ def test_a_trained_head_and_what_is_before_it(
     name: str, tied: bool, half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and every gradient are those of plain cross entropy, in 16 bit as near to the truth as those."""
-    objective, batch = Sft(), Sft().collate(ROWS)
+    objective, batch = Sft(), tiny.batch(ROWS)
 
     def gradients(net: Any, fused: bool) -> tuple[float, dict[str, torch.Tensor]]:
         cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast" and net.dtype is torch.float32)
         net.train().zero_grad()
         with cast:
-            assert not fused or linear_cross_entropy.is_fusible(net, batch["input_ids"])
-            total = objective.total(net, batch) if fused else plain(monkeypatch, net, objective, batch)
+            assert not fused or linear_cross_entropy.is_fusible(net, batch.inputs["input_ids"])
+            total = tiny.total(objective, net, batch) if fused else plain(monkeypatch, net, objective, batch)
         (total / 7).backward()
         return total.item(), {n: p.grad.double().clone() for n, p in net.named_parameters() if p.grad is not None}
 
@@ -151,19 +154,21 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_plain_path() -> None:
     assert (after - truth).norm() < 1.1 * (before - truth).norm()
 
 
-def plain(monkeypatch: pytest.MonkeyPatch, net: Any, objective: Sft, batch: dict[str, Any]) -> torch.Tensor:
+def plain(monkeypatch: pytest.MonkeyPatch, net: Any, objective: Sft, batch: Batch) -> torch.Tensor:
     with monkeypatch.context() as patch:
         patch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
-        return objective.total(net, batch)
+        return tiny.total(objective, net, batch)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_of_a_model_and_its_gradients(packed: bool, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_a_model_and_its_gradients(
+    layout: Layout, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net, objective = adapted(llama()).train(), Sft(label_smoothing=smoothing)
-    batch = objective.collate(ROWS, packed)
-    assert linear_cross_entropy.is_fusible(net, batch["input_ids"])
-    fused = objective.total(net, batch)
+    batch = tiny.batch(ROWS, layout)
+    assert linear_cross_entropy.is_fusible(net, batch.inputs["input_ids"])
+    fused = tiny.total(objective, net, batch)
     fused.backward()
     got = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
@@ -179,9 +184,9 @@ def test_the_loss_of_a_model_and_its_gradients(packed: bool, smoothing: float, m
 def test_logits_are_never_there_in_full() -> None:
     net, objective = adapted(llama()), Sft()
     shapes: list[int] = []
-    objective.total(net, objective.collate(ROWS[:1]))  # here it is found out whether the head is plain
+    tiny.total(objective, net, tiny.batch(ROWS[:1]))  # here it is found out whether the head is plain
     hook = net.get_output_embeddings().register_forward_hook(lambda m, i, output: shapes.append(output.numel()))
-    objective.total(net, objective.collate(ROWS))
+    tiny.total(objective, net, tiny.batch(ROWS))
     hook.remove()
     assert shapes == [net.get_output_embeddings().out_features]  # of one token
 
@@ -288,9 +293,9 @@ def test_a_mixture_of_experts_with_a_loss_of_its_router(monkeypatch: pytest.Monk
         "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True,
     }  # fmt: skip
     net, objective = adapted(frozen(MixtralForCausalLM(MixtralConfig(**shape)))).train(), Sft()
-    batch = objective.collate(ROWS)
-    assert linear_cross_entropy.is_fusible(net, batch["input_ids"])
-    fused = objective.total(net, batch)
+    batch = tiny.batch(ROWS)
+    assert linear_cross_entropy.is_fusible(net, batch.inputs["input_ids"])
+    fused = tiny.total(objective, net, batch)
     assert fused.item() == pytest.approx(plain(monkeypatch, net, objective, batch).item(), rel=1e-6)
 
 

@@ -12,10 +12,14 @@ from peft import LoraConfig, get_peft_model
 
 from loratune.commands import opened_model
 from loratune.data.encode import Row
+from loratune.data.sample import single
 from loratune.errors import Place
 from loratune.kernels import lora_linear
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
+from loratune.models.policy import Policy
 from loratune.training import loop
+from tests import tiny
 from tests.conftest import Fit, logits
 from tests.objectives.test_sft import llama
 
@@ -146,7 +150,7 @@ def test_an_evaluation_in_bfloat16_has_the_numbers_of_a_training(kind: str | Non
 )
 def test_what_is_left_to_peft_is_told(changes: dict[str, Any], word: str | None) -> None:
     method = Lora(r=4, **changes)
-    net = method.apply(llama(), lambda: [])
+    net = method.apply(llama(), Setup(1)).net
     kinds = {type(m).__name__ for m in net.modules() if hasattr(m, "lora_A")}
     notes = method.notes(net.get_base_model())
     if word is None:
@@ -160,7 +164,7 @@ def test_what_is_left_to_peft_is_told(changes: dict[str, Any], word: str | None)
 
 def test_float16_is_left_to_peft() -> None:
     method = Lora(r=4)
-    (note,) = method.notes(method.apply(llama().half(), lambda: []).get_base_model())
+    (note,) = method.notes(method.apply(llama().half(), Setup(1)).net.get_base_model())
     assert "float16" in note
 
 
@@ -201,7 +205,7 @@ def test_layers_together_are_each_alone(given: str) -> None:
 
 
 def test_layers_of_a_model_are_computed_together() -> None:
-    net = Lora(r=4).apply(llama(), lambda: []).train()
+    net = Lora(r=4).apply(llama(), Setup(1)).net.train()
     kinds: dict[str, int] = {}
     out = net.base_model.model.model(input_ids=torch.arange(9)[None], use_cache=False).last_hidden_state
     seen, waiting = set(), [out.grad_fn]
@@ -239,6 +243,6 @@ def test_an_eval_loss_is_that_of_the_training_step(fit: Fit, dtype: str) -> None
     """The same rows, measured and trained on: to the bit in bfloat16, to rounding in float32."""
     done = fit(model={"dtype": dtype}, data={"packing": "off"}, optimizer={"lr": 1e-2})
     rows = [Row(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 0, Place("made", 1)) for n in (40, 37, 12)]
-    measured, count = loop.measure(done.net, done.recipe.objective, [rows], Accelerator(cpu=True))
-    total = done.recipe.objective.total(done.net.train(), done.recipe.objective.collate(rows))
+    measured, count = loop.measure(Policy(done.net), done.recipe.objective, [single(rows)], Accelerator(cpu=True))
+    total = tiny.total(done.recipe.objective, done.net.train(), tiny.batch(rows))
     assert measured == pytest.approx(total.item() / count, rel=0 if dtype == "bfloat16" else 1e-6, abs=0)

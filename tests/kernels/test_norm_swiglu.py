@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from loratune.kernels import lora_linear, norm_swiglu
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from tests.objectives.test_sft import llama
 
 BOTH = [torch.float32, torch.bfloat16]
@@ -93,7 +94,7 @@ def adapted(dtype: torch.dtype, ours: bool, monkeypatch: pytest.MonkeyPatch, **c
     with monkeypatch.context() as patch:
         if not ours:
             patch.setattr(norm_swiglu, "install", lambda model, again: None)
-        net = Lora(r=4, **changes).apply(base, lambda: [])
+        net = Lora(r=4, **changes).apply(base, Setup(1)).net
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
@@ -141,7 +142,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_adapter_that_is_not_zero_and_drops_hides_no_swiglu() -> None:
     for changes in ({"init": "olora"}, {"lora_dropout": 0.5}):
-        net = Lora(r=4, **changes).apply(llama().bfloat16(), lambda: [])
+        net = Lora(r=4, **changes).apply(llama().bfloat16(), Setup(1)).net
         gated = [module for module in net.modules() if type(module).__name__ == "LlamaMLP"]
         assert gated
         assert all("forward" in vars(module) for module in gated)

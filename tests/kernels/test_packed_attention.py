@@ -12,13 +12,17 @@ import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.data import bin_packing, collate, prefix_sharing
+from loratune.data import bin_packing, prefix_sharing
+from loratune.data.collate import collate
 from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import single
 from loratune.errors import Place
 from loratune.kernels import cpu_attention, packed_attention
+from loratune.models.batch import Batch
 from loratune.objectives import Sft
 from loratune.training import layout_test
+from tests import tiny
 from tests.data.test_prefix_sharing import alike
 
 WINDOW = 16
@@ -79,12 +83,12 @@ def rows(lengths: list[int], seed: int = 0) -> list[Row]:
 ROWS = rows([40, 3, WINDOW, WINDOW + 1, 1, 29, 2])  # shorter, as long and longer than the window
 
 
-def measured(net: Any, micro: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+def measured(net: Any, micro: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the summed loss of micro-batches and the gradient of every parameter."""
     net.zero_grad()
     totals = []
     for batch in micro:
-        total = Sft().total(net, batch)
+        total = tiny.total(Sft(), net, batch)
         total.backward()
         totals.append(total.item())
     return sum(totals), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -99,13 +103,13 @@ def use(net: Any, by: str) -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None:
     net, objective = made(name, EXACT[name]), Sft()
-    loss, gradients = measured(net, [objective.collate([row]) for row in ROWS])
+    loss, gradients = measured(net, [tiny.batch([row]) for row in ROWS])
     use(net, by)
     packs = bin_packing.pack(np.array([len(row.ids) for row in ROWS]), 50)
     assert len(packs) < len(ROWS)
     whole, parts = (
-        [objective.collate(ROWS, layout="packed")],
-        [objective.collate([ROWS[i] for i in members], layout="packed") for members in packs],
+        [tiny.batch(ROWS, layout="packed")],
+        [tiny.batch([ROWS[i] for i in members], layout="packed") for members in packs],
     )
     for micro in (whole, parts):  # at once, and accumulated
         got, found = measured(net, micro)
@@ -118,8 +122,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, by: str) -> None
 
 @pytest.mark.parametrize("name", EXACT)
 def test_without_packs_it_is_sdpa_to_the_bit(name: str) -> None:
-    net, batch = made(name, EXACT[name]), Sft().collate(ROWS)
-    inputs = collate.inputs(batch)
+    net, batch = made(name, EXACT[name]), tiny.batch(ROWS)
+    inputs = batch.inputs
     with torch.no_grad():
         padded = net(**inputs).logits
         plain = net(input_ids=inputs["input_ids"]).logits
@@ -134,10 +138,10 @@ def test_without_packs_it_is_sdpa_to_the_bit(name: str) -> None:
 
 def test_checkpointed_activations_and_packs() -> None:
     net = made("Mistral", EXACT["Mistral"]).train()
-    loss, gradients = measured(net, [Sft().collate(ROWS)])
+    loss, gradients = measured(net, [tiny.batch(ROWS)])
     use(net, "rows")
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    got, found = measured(net, [Sft().collate(ROWS, layout="packed")])
+    got, found = measured(net, [tiny.batch(ROWS, layout="packed")])
     assert got == pytest.approx(loss, rel=1e-5)
     for key, gradient in gradients.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
@@ -149,20 +153,20 @@ BEGINNING = alike(rows([40, 3, 2 * WINDOW, WINDOW + 1, 1, 29, 2]), 7)  # the las
 @pytest.mark.parametrize("name", EXACT)
 def test_loss_and_gradients_of_rows_that_share_are_those_of_padded_rows(name: str) -> None:
     net, objective = made(name, EXACT[name]), Sft()
-    loss, gradients = measured(net, [objective.collate([row]) for row in BEGINNING])
+    loss, gradients = measured(net, [tiny.batch([row]) for row in BEGINNING])
     use(net, "rows")
-    parts = prefix_sharing.cut(BEGINNING, 50)
+    whole, parts = single(BEGINNING), prefix_sharing.cut(single(BEGINNING), 50)
     assert len(parts) > 1
-    for chosen in ([BEGINNING], parts):  # at once, and accumulated
-        micro = [objective.collate(part, "shared") for part in chosen]
-        assert micro[0]["input_ids"].shape[1] < sum(len(row.ids) for row in chosen[0]) - 5
+    for chosen in ([whole], parts):  # at once, and accumulated
+        micro = [collate(part, "shared") for part in chosen]
+        assert micro[0].inputs["input_ids"].shape[1] < sum(sample.tokens for sample in chosen[0]) - 5
         got, found = measured(net, micro)
         assert got == pytest.approx(loss, rel=1e-5)
         assert found.keys() == gradients.keys()
         for key, gradient in gradients.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
         assert sum(objective.count(batch) for batch in micro) == sum(row.count() for row in BEGINNING)
-        assert sum(batch["tokens"] for batch in micro) == sum(len(row.ids) for row in BEGINNING)
+        assert sum(batch.tokens for batch in micro) == sum(len(row.ids) for row in BEGINNING)
 
 
 # ---------------------------------------------------------------- the self-test
@@ -174,10 +178,10 @@ class Tokens(list[Row]):
 
 def verdict(net: Any, by: str, max_length: int = 256, layout: Layout = "packed") -> str:
     three = layout_test._rows(Tokens(ROWS), max_length, net.config)  # type: ignore[arg-type]
-    alone, _ = layout_test._logits(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
+    alone, _ = layout_test._logits(net, [three[-1]], contextlib.nullcontext, "padded")
     use(net, by)
     rounding = "float32" if net.dtype is torch.float32 else "half"
-    return layout_test.why_not(net, Sft(), three, alone, contextlib.nullcontext, rounding, layout)
+    return layout_test.why_not(net, three, alone, contextlib.nullcontext, rounding, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -216,17 +220,17 @@ def test_other_products_round_a_row_in_a_pack_otherwise(monkeypatch: pytest.Monk
     monkeypatch.setitem(layout_test.TOLERANCES, "half", (1e-2, 1e-6))
     real = layout_test._logits
 
-    def rounded(net: Any, objective: Any, rows: list[Row], *others: Any) -> tuple[torch.Tensor, bool]:
-        logits, drew = real(net, objective, rows, *others)
+    def rounded(net: Any, rows: list[Row], *others: Any) -> tuple[torch.Tensor, bool]:
+        logits, drew = real(net, rows, *others)
         draw = torch.Generator().manual_seed(len(rows) if others[-1] == "packed" else 0)
         return logits + far * logits.std() * torch.randn(logits.shape, generator=draw), drew
 
-    alone, _ = real(net, Sft(), [three[-1]], contextlib.nullcontext, "padded")
+    alone, _ = real(net, [three[-1]], contextlib.nullcontext, "padded")
     use(net, "rows")
     monkeypatch.setattr(layout_test, "_logits", rounded)
     found = {}
     for far in (0.05, 0.2):
-        found[far] = layout_test.why_not(net, Sft(), three, alone, contextlib.nullcontext, "half", "packed")
+        found[far] = layout_test.why_not(net, three, alone, contextlib.nullcontext, "half", "packed")
     assert found[0.05] == ""
     assert "off when it is packed" in found[0.2], "and what is further off than any kernel is refused"
 

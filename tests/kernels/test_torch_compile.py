@@ -13,6 +13,7 @@ import torch
 from loratune.errors import SetupError
 from loratune.kernels import elementwise, torch_compile
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from tests.objectives.test_sft import llama
 
 IMPORT = """
@@ -91,7 +92,7 @@ def test_auto_compiles_what_pays_and_keeps_to_what_was_begun(
 
 
 def adapted() -> Any:
-    return Lora(r=2).apply(llama(), lambda: []).train()
+    return Lora(r=2).apply(llama(), Setup(1)).net.train()
 
 
 def compiles(net: Any) -> bool:
@@ -136,7 +137,7 @@ def test_compiled_it_learns_the_same_and_no_length_is_compiled_anew() -> None:
         off = []
         for compiled in (False, True):
             torch.manual_seed(0)
-            net = Lora(r=4).apply(llama().to(dtype), lambda: []).train()
+            net = Lora(r=4).apply(llama().to(dtype), Setup(1)).net.train()
             with torch.no_grad():
                 for name, parameter in net.named_parameters():
                     if "lora_B" in name:

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from loratune.runs import checkpoint
 from tests import tiny
 from tests.conftest import Fit, logits
@@ -62,7 +63,7 @@ def test_a_mixture_is_resumed(fit: Fit, bases: Callable[[str], Path], kind: str)
 
 @pytest.mark.parametrize("changes", [{"modules_to_save": ("lm_head",)}, {"modules_to_save": ("norm",)}, {"dora": True}])
 def test_what_is_trained_of_a_float16_base_is_float32(changes: dict[str, object]) -> None:
-    net = Lora(r=4, **changes).apply(tiny.model(tiny.tokenizer()).half(), lambda: [])
+    net = Lora(r=4, **changes).apply(tiny.model(tiny.tokenizer()).half(), Setup(1)).net
     assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in net.parameters() if not p.requires_grad} == {torch.float16}
     with torch.autocast("cpu", dtype=torch.float16):

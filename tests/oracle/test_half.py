@@ -17,9 +17,12 @@ import torch
 
 from loratune.data import prefix_sharing
 from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import single
 from loratune.kernels import cpu_attention, linear_cross_entropy, packed_attention
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from loratune.models import base_model
+from loratune.models.policy import Policy
 from loratune.models.section import Model, Nf4
 from loratune.objectives import Sft
 from tests import tiny
@@ -39,7 +42,7 @@ Gradients = dict[str, torch.Tensor]
 def adapted(net: Any, **changes: Any) -> Any:
     """Return a model in training mode with an adapter that is not zero."""
     torch.manual_seed(1)
-    made = Lora(r=4, lora_alpha=8, **changes).apply(net, lambda: [])
+    made = Lora(r=4, lora_alpha=8, **changes).apply(net, Setup(1)).net
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
@@ -63,7 +66,7 @@ def exact(net: Any) -> Any:
 def gradients(net: Any, parts: Sequence[Any], layout: Layout, objective: Sft | None = None) -> tuple[float, Gradients]:
     """Return loss and gradients of rows, laid out and split into `parts` as the loop does it."""
     objective = objective or Sft()
-    batches = [objective.collate(part, layout) for part in parts]
+    batches = [tiny.batch(part, layout) for part in parts]
     count = sum(objective.count(batch) for batch in batches)
     kind = "sdpa" if layout == "padded" else packed_attention.NAME
     packed_attention.register()
@@ -71,7 +74,7 @@ def gradients(net: Any, parts: Sequence[Any], layout: Layout, objective: Sft | N
     net.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = objective.total(net, batch)
+        loss = tiny.total(objective, net, batch)
         (loss / count).backward()
         total += float(loss.detach())
     found = {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
@@ -111,7 +114,7 @@ def test_packed_or_padded_at_once_or_accumulated_is_equally_near_to_the_truth(
     net = adapted(half(tie_word_embeddings=tied))
     loss, truth = gradients(exact(net), [ROWS], "padded")
     assert used == {"tiles": 0, "head": 0}, "the truth goes none of our ways"
-    parts = prefix_sharing.cut(ROWS, 120)
+    parts = [[row for sample in part for row in sample.rows] for part in prefix_sharing.cut(single(ROWS), 120)]
     assert len(parts) > 1
     ways = {
         "padded": ([ROWS], "padded"), "padded, one by one": ([[row] for row in ROWS], "padded"),
@@ -152,12 +155,12 @@ def test_an_evaluation_draws_no_gradient_and_gives_the_plain_loss(
     dtype: torch.dtype, used: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ):
     net, objective = adapted(half().to(dtype)).eval(), Sft(label_smoothing=0.2)
-    batch = objective.collate(ROWS)
+    batch = tiny.batch(ROWS)
     with torch.no_grad():
-        fused = objective.total(net, batch)
-        scored = objective.scores(net, batch)[0].sum()
+        fused = tiny.total(objective, net, batch)
+        scored = Policy(net).losses_and_hits(batch)[0].sum()
         monkeypatch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
-        plain = objective.total(net, batch)
+        plain = tiny.total(objective, net, batch)
     assert used["head"] == 1
     assert not fused.requires_grad
     assert float(fused) == pytest.approx(float(plain), rel=1e-6)

@@ -16,7 +16,9 @@ from loratune.commands import opened_model
 from loratune.errors import ModelError
 from loratune.methods import Lora, tensor_files
 from loratune.methods.lora import _best_of_rank
+from loratune.methods.tuned import Setup
 from loratune.models import base_model, tokenizing
+from loratune.models.policy import Policy
 from loratune.models.section import Model, Nf4
 from tests import tiny
 from tests.conftest import Fit, Trained, logits
@@ -121,13 +123,13 @@ def test_an_adapter_for_llama_3_8b_has_84_mb():
         num_key_value_heads=8,
     )
     with torch.device("meta"):
-        net = Lora(r=16).apply(LlamaForCausalLM(config), lambda: [])
-    trained, everything = base_model.count_parameters(net)
+        tuned = Lora(r=16).apply(LlamaForCausalLM(config), Setup(1))
+    trained, everything = base_model.count_parameters(tuned.net)
     # r x (in + out) of q, k, v, o, gate, up and down
     by_hand = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert trained == by_hand == 41_943_040
     assert everything == 8_030_261_248 + by_hand
-    size = tensor_files.bytes_on_disk(Lora(r=16).state(net), torch.bfloat16)
+    size = tensor_files.bytes_on_disk(tuned.state(), torch.bfloat16)
     assert 2 * by_hand < size < 2 * by_hand * 1.001
     assert round(size / 1e6) == 84
 
@@ -146,10 +148,7 @@ def _start_loss(done: Trained, net: Any) -> float:
     class Alone:
         device, process_index, num_processes = torch.device("cpu"), 0, 1
 
-        def unwrap_model(self, net: Any) -> Any:
-            return net
-
-    return loop.measure(net, done.recipe.objective, batches.in_length_order(rows, 8, 4096), Alone())[0]
+    return loop.measure(Policy(net), done.recipe.objective, batches.in_length_order(rows, 8, 4096), Alone())[0]
 
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -236,7 +235,7 @@ def test_loftq_starts_nearer_to_the_full_base_than_plain_nf4(fit: Fit, base: Pat
     full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     plain = base_model.load(Model(base=str(base), dtype="float32", quantization=Nf4()), where=torch.device("cpu")).model
     away = float((logits(plain, prompts) - logits(full, prompts)).norm())
-    start = Lora(r=16, init="loftq").apply(plain, lambda: [])
+    start = Lora(r=16, init="loftq").apply(plain, Setup(1)).net
     nearer = float((logits(start, prompts) - logits(full, prompts)).norm())
     assert nearer < 0.8 * away
 

@@ -17,8 +17,10 @@ from loratune.data import batches, dataset
 from loratune.data.encode import Encoder
 from loratune.kernels import linear_cross_entropy, lora_linear
 from loratune.methods import Lora
+from loratune.methods.tuned import Adapter, Setup
 from loratune.models import base_model, tokenizing
 from loratune.objectives import Sft
+from tests import tiny
 from tests.conftest import Fit, Trained
 from tests.objectives.test_sft import llama, rows
 
@@ -134,7 +136,7 @@ def test_six_steps_are_those_of_transformers_trainer(
     assert len(set(ours.column("lr"))) == 6, "the rate must move, or the schedule is not compared"
     assert ours.column("loss")[-1] < ours.column("loss")[0]
     assert worst < 1e-6
-    mine = ours.recipe.method.state(ours.net)
+    mine = Adapter(ours.net).state()
     assert mine.keys() == adapter.keys()
     for name, tensor in adapter.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6)
@@ -142,17 +144,17 @@ def test_six_steps_are_those_of_transformers_trainer(
 
 def test_gradients_are_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """One loss and its gradients as they come, and with logits and PEFT's layers, each against float64."""
-    batch, found = Sft().collate(rows([40, 60, 33, 80])), {}
+    batch, found = tiny.batch(rows([40, 60, 33, 80])), {}
 
     def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        net = Lora(r=4, lora_alpha=8).apply(llama(), lambda: [])
+        net = Lora(r=4, lora_alpha=8).apply(llama(), Setup(1)).net
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.05)
         net.to(dtype).train()
-        (Sft().total(net, batch) / Sft().count(batch)).backward()
+        (tiny.total(Sft(), net, batch) / Sft().count(batch)).backward()
         return {name: p.grad.double() for name, p in net.named_parameters() if p.requires_grad}
 
     found["as it comes"] = gradients(torch.float32)

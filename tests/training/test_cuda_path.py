@@ -19,7 +19,6 @@ from loratune.data.encode import Row
 from loratune.errors import Place
 from loratune.kernels import gpu_kernels, packed_attention
 from loratune.models import base_model
-from loratune.objectives import Sft
 from loratune.optim import adamw
 from loratune.runs import training_state
 from loratune.system import startup
@@ -148,12 +147,11 @@ def _tried(monkeypatch: pytest.MonkeyPatch, broken: Any) -> str:
     net = llama()
     place = Place("rows.jsonl", 1)
     rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), place) for n in (9, 9, 12))
-    objective = Sft()
-    alone, _ = layout_test._logits(net, objective, [rows[-1]], torch.enable_grad, "padded")
+    alone, _ = layout_test._logits(net, [rows[-1]], torch.enable_grad, "padded")
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
     monkeypatch.setattr(packed_attention.cpu_attention, "attend", broken)
-    return layout_test.why_not(net, objective, rows, alone, torch.enable_grad, "float32")
+    return layout_test.why_not(net, rows, alone, torch.enable_grad, "float32")
 
 
 def test_a_wrong_call_of_ours_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +183,7 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
     rows = tuple(Row(np.arange(n, dtype=np.int32), np.ones(n, bool), Place("rows.jsonl", 1)) for n in (9, 9, 12))
     packed_attention.register()
     net.set_attn_implementation(packed_attention.NAME)
-    tried = (net, Sft(), rows, contextlib.nullcontext, "packed")
+    tried = (net, rows, contextlib.nullcontext, "packed")
     assert layout_test.why_no_gradient(*tried) == ""
     assert all(parameter.grad is None for parameter in net.parameters())
     whole = packed_attention.cpu_attention.attend

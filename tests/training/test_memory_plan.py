@@ -17,10 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from loratune import recipe
 from loratune.data import batches
+from loratune.data.collate import collate
+from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
-from loratune.errors import ModelError, SetupError
+from loratune.errors import ModelError, Place, SetupError
 from loratune.kernels import cpu_attention
 from loratune.models import quantization
+from loratune.models.batch import Batch
+from loratune.models.policy import Policy
 from loratune.objectives import Sft
 from loratune.training import activation_memory, memory_plan, session
 from loratune.training import memory_use as fits
@@ -102,12 +106,12 @@ def test_measured_is_what_is_kept(fit: Fit, tmp_path: Path, kind: str, again: in
         saved = known["batching"]["saved"]
         assert 0.1 < saved < 0.4
         made = alike(made, round(saved * 8 / 7 * longest / 1.5))  # of every other row twice as many
-    objective, batch = done.recipe.objective, done.recipe.objective.collate(made, layout)
+    objective, batch = done.recipe.objective, tiny.batch(made, layout)
     done.net.train()
-    objective.total(done.net, batch)  # the head is looked at once
-    loss, kept = kept_bytes(lambda: objective.total(done.net, batch))
+    tiny.total(objective, done.net, batch)  # the head is looked at once
+    loss, kept = kept_bytes(lambda: tiny.total(objective, done.net, batch))
     assert loss.requires_grad
-    assert 0.9 < kept / batch["input_ids"].numel() / known["memory"]["per_token_now"] < 1.05
+    assert 0.9 < kept / batch.computed / known["memory"]["per_token_now"] < 1.05
 
 
 def test_measuring_leaves_the_model_as_it_was(fit: Fit) -> None:
@@ -211,7 +215,9 @@ def test_a_model_that_can_compute_nothing_again() -> None:
 
 
 def rows_of(*lengths: int, weights: float = 1.0) -> Any:
-    return SimpleNamespace(lengths=np.array(lengths), weights=np.full(len(lengths), weights))
+    place = Place("made", 1)
+    rows = [Row(np.zeros(n, np.int32), np.ones(n, bool), place) for n in lengths]
+    return tiny.stored(rows, [weights] * len(rows))
 
 
 ROWS = rows_of(*[2048] * 64)
@@ -294,17 +300,13 @@ def test_no_micro_batch_is_larger_than_the_largest(layout: Layout, micro: int | 
     """All micro-batches of ten epochs against the figure that is planned with, which some of them nearly reach."""
     random = np.random.default_rng(3)
     lengths = random.integers(2, 200, 90)
-
-    class Made(list[Any]):
-        pass
-
-    data: Any = Made(alike(models.rows(lengths.tolist()), 20))
-    data.lengths, data.weights = lengths, random.choice([0.5, 1.0, 2.5], 90)
+    made = alike(models.rows(lengths.tolist()), 20)
+    data = tiny.stored(made, random.choice([0.5, 1.0, 2.5], 90).tolist())
     capacity = None if layout == "padded" else 256
-    most = batches.largest(data.lengths, data.weights, 12, micro, 300, capacity, world)
-    steps = 10 * -(-batches.rows_per_epoch(data.weights) // 12)
+    most = batches.largest(data.sizes, data.sample_weights, 12, micro, 300, capacity, world)
+    steps = 10 * -(-batches.samples_per_epoch(data.sample_weights) // 12)
     seen = [
-        batch.layout == layout and Sft().collate(part, layout)["input_ids"].numel()
+        batch.layout == layout and collate(part, layout).computed
         for rank in range(world)
         for batch in batches.batches(data, 12, micro, 0, steps, 0, 300, rank, world, 256, layout)
         for part in batch.micro
@@ -359,15 +361,15 @@ class Full:
     def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = Sft.total
 
-        def total(objective: Sft, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-            found = whole(objective, model, batch)
-            if model.training and torch.is_grad_enabled():
+        def total(objective: Sft, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            found, others = whole(objective, policy, batch)
+            if policy.training and torch.is_grad_enabled():
                 self.seen += 1
                 assert not any(ref() is not None for ref in self.held), "what did not fit is still in memory"
                 if self.seen in self.calls:
                     self.held.append(weakref.ref(found))
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            return found
+            return found, others
 
         monkeypatch.setattr(Sft, "total", total)
 

@@ -18,9 +18,13 @@ from loratune import recipe
 from loratune.config.section import Section
 from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
+from loratune.data.sample import single
 from loratune.errors import DataError, ModelError, Place, RunFolderError, TrainingError
 from loratune.events import Event, StepDone
+from loratune.methods.tuned import Setup, Tuned
 from loratune.models import tokenizing
+from loratune.models.batch import Batch
+from loratune.models.policy import Policy
 from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.runs import checkpoint, lock
 from loratune.system import storage
@@ -283,14 +287,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
 class Exploding(Section):
     """An objective whose loss is finite and whose gradient is not."""
 
-    def collate(self, rows: list[Any], layout: str = "padded") -> dict[str, Any]:
-        return {"input_ids": torch.ones(1, 1), "tokens": 1}
-
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
+    def count(self, batch: Batch) -> int:
         return 1
 
-    def total(self, net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return (net.weight * 0).sqrt().sum()  # the root's slope at 0 is infinite, times 0
+    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (policy.net.weight * 0).sqrt().sum(), {}  # the root's slope at 0 is infinite, times 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
@@ -299,11 +300,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
     net = torch.nn.Linear(2, 1, bias=False)
     before = net.weight.detach().clone()
     optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
-    none: Any = None
-    rows = [Row(none, none, Place("rows.jsonl", n)) for n in range(1, 12)]
-    batch = batches.Batch([rows], 1.0, 11)
+    rows = [Row(np.zeros(2, dtype=np.int32), np.ones(2, dtype=bool), Place("rows.jsonl", n)) for n in range(1, 12)]
+    batch = batches.Batch([single(rows)], 1.0, 11)
     with pytest.raises(TrainingError) as caught:
-        list(loop.steps(net, Exploding(), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, 41))
+        list(
+            loop.steps(
+                Policy(net), Exploding(), Tuned(net), [batch], optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0, 41
+            )
+        )
     assert "step 42: the gradient is not finite; stopped before the optimizer stepped" in str(caught.value)
     assert "rows.jsonl:8 and 3 more" in str(caught.value)
     assert torch.equal(net.weight, before)
@@ -312,11 +316,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_steps():
 class Watched(Exploding):
     """An objective that sees to it that nothing holds on to its last graph."""
 
-    def total(self, net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert not GRAPHS or GRAPHS[-1]() is None
-        loss: torch.Tensor = net(torch.ones(1, 2)).sum()
+        loss: torch.Tensor = policy.net(torch.ones(1, 2)).sum()
         GRAPHS.append(weakref.ref(loss))
-        return loss
+        return loss, {}
 
 
 GRAPHS: list[Any] = []
@@ -329,8 +333,12 @@ def test_a_graph_is_let_go_before_the_next_is_made():
     net = torch.nn.Linear(2, 1)
     optimizer = AdamW(lr=0.1).build(net.named_parameters(), "cpu")
     row = Row(np.zeros(1, dtype=np.int32), np.ones(1, dtype=bool), Place("rows.jsonl", 1))
-    batch = batches.Batch([[row], [row]], 1.0, 2)
-    list(loop.steps(net, Watched(), [batch] * 2, optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0))
+    batch = batches.Batch([single([row]), single([row])], 1.0, 2)
+    list(
+        loop.steps(
+            Policy(net), Watched(), Tuned(net), [batch] * 2, optimizer, lambda n: 1.0, Accelerator(cpu=True), 1.0
+        )
+    )
     assert len(GRAPHS) == 4
 
 
@@ -370,7 +378,7 @@ def test_norms_biases_and_vectors_do_not_decay(kind: Any):
 def test_loraplus_lets_b_learn_faster(kind: Any):
     from loratune.methods import Lora
 
-    net = Lora(r=4, modules_to_save=("lm_head",)).apply(tiny.model(tiny.tokenizer()), lambda: [])
+    net = Lora(r=4, modules_to_save=("lm_head",)).apply(tiny.model(tiny.tokenizer()), Setup(1)).net
     named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
     optimizer = kind(lr=1e-3, weight_decay=0.1, loraplus_lr_ratio=16).build(named, "cpu")
     rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}

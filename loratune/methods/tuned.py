@@ -1,0 +1,156 @@
+"""A base with what is trained on it: the one thing that a training, its checkpoints and its end know of a method."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratune.methods import tensor_files
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratune.models.policy import Policy
+
+TENSORS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may know of the training when it is put on a base.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        tokenizer: of the base, with the recipe's chat template.
+        batches: gives some batches of the training rows, padded, with labels.
+        revision: of the base, written into an adapter.
+    """
+
+    steps: int
+    tokenizer: Any = None
+    batches: Callable[[], Iterable[Mapping[str, Any]]] = list
+    revision: str | None = None
+
+
+class Tuned:
+    """A base with what is trained on it; a method's own says what differs.
+
+    Attributes:
+        net: the model.
+        virtual_tokens: that stand before each row in the model's output.
+        off_is_start: whether `off` gives the model as it was before step 1.
+    """
+
+    virtual_tokens: int = 0
+    off_is_start: bool = False
+
+    def __init__(self, net: Any):
+        self.net = net
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Switch off what is trained on the base."""
+        raise NotImplementedError(f"{type(self).__name__} can't be switched off")
+        yield
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what is added to the loss of a step once, shape (), or None; the printed loss is without it."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step (from 1), before gradients are dropped."""
+
+    def state(self, final: bool = False) -> dict[str, torch.Tensor]:
+        """Return the tensors that `save` writes."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
+        """Write what is trained, as other programs read it.
+
+        Args:
+            folder: where to write; made when missing.
+            dtype: of the tensors on disk; None keeps the precision of the training.
+            final: whether it is the end of the run and no checkpoint, from which `load` goes on.
+        """
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        """Put back what a checkpoint holds.
+
+        Raises:
+            ValueError: when it is of something else.
+        """
+        raise NotImplementedError
+
+    def policy(self, net: Any = None) -> Policy:
+        """Return what an objective may ask of the model; `net` is it in a wrapper of several processes."""
+        from loratune.models.policy import Policy
+
+        return Policy(self.net if net is None else net, self.off if self.off_is_start else None, self.virtual_tokens)
+
+
+class Adapter(Tuned):
+    """A PEFT model: its adapter is saved alone, under PEFT's names.
+
+    Args:
+        net: the PeftModel.
+        off_is_start: see `Tuned`.
+    """
+
+    def __init__(self, net: Any, off_is_start: bool = True):
+        super().__init__(net)
+        self.off_is_start = off_is_start
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run the base alone."""
+        with self.net.disable_adapter():
+            yield
+
+    def state(self, final: bool = False) -> dict[str, torch.Tensor]:
+        """Return the tensors that `save` writes, under PEFT's names."""
+        from peft import get_peft_model_state_dict
+
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.net, save_embedding_layers=False)
+        return state
+
+    def config(self, final: bool) -> Any:
+        """Return PEFT's configuration as it is to be written."""
+        config = copy.deepcopy(self.net.peft_config["default"])
+        return config
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
+        """Write PEFT's adapter_config.json and adapter_model.safetensors; see `Tuned.save`."""
+        from safetensors.torch import save_file
+
+        config, state = self.config(final), self.state(final)
+        config.inference_mode = True
+        if os.path.isabs(config.base_model_name_or_path or ""):
+            config.base_model_name_or_path = None  # a place on this machine, which nobody else has
+        for name in ("target_modules", "exclude_modules"):  # the order of a set is another one in every process
+            value = config.to_dict().get(name)
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensor_files.cast(state, dtype), folder / TENSORS, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Put tensors saved by `save` (in the precision of the training) back into the model.
+
+        Raises:
+            ValueError: when they are of another adapter.
+        """
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        state = load_file(folder / TENSORS)
+        other = state.keys() ^ self.state().keys()  # PEFT passes over them
+        if other:
+            raise ValueError(f"`{min(other)}` is only on one side")
+        set_peft_model_state_dict(self.net, state)
