@@ -27,6 +27,7 @@ from loratune.errors import DataError, RecipeError, UsageError, shorten
 from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
+from loratune.methods.prompt import virtual_tokens
 from loratune.models import base_model, generate
 from loratune.models.policy import Policy
 from loratune.objectives import metrics
@@ -346,7 +347,7 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_mo
             with loaded.model.disable_adapter():
                 yield "base", loaded
         loaded.model.eval()
-        yield "adapter", replace(loaded, notes=[])
+        yield "adapter", replace(loaded, notes=[], virtual_tokens=virtual_tokens(loaded.model))
         return
     if what.original is not None and what.original.base != what.base.base:
         original = _ready(base_model.load(what.original, trust=what.trust))

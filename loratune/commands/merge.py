@@ -16,6 +16,7 @@ from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem, StorageError, UsageError
 from loratune.events import Listener, Report
 from loratune.kernels.layer_kinds import name_of
+from loratune.methods import adapter_files
 from loratune.models import (
     base_files,
     base_model,
@@ -100,6 +101,7 @@ def merge(
         target = files.local(out)
         _check(target, dtype)
         what, folder = opened_model.open_adapter(str(name), base, trust_remote_code)
+        adapter_files.check_mergeable(folder)
         outputs.check(target, "--out", what.base.base)
         # in float32: the sum W + s B A is rounded once, at the end
         loaded = opened_model.load(what, True, allow_base_mismatch)

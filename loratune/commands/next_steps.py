@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratune.methods import adapter_files
 from loratune.models import tokenizer_files
 from loratune.system import storage
 
@@ -20,7 +21,7 @@ def of_run(run: Path, names: Sequence[str]) -> list[str]:
     fits = {
         "eval": bool((facts.get("data") or {}).get("eval")),
         "chat": facts.get("chat") is True,
-        "merge": (run / "adapter_config.json").is_file() and not merged.exists(),
+        "merge": (run / adapter_files.CONFIG).is_file() and adapter_files.is_mergeable(run) and not merged.exists(),
     }
     lines = [f"loratune {name} {shown(run)}" for name in names if fits[name]]
     return [f"{line} --out {shown(merged)}" if line.startswith("loratune merge ") else line for line in lines]

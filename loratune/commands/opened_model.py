@@ -171,7 +171,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         SafetyError: when it is a pickle, or its config would run or fetch code.
     """
     with torch_compile.later():
-        from peft import LoraConfig, PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel
 
         from loratune.kernels import lora_linear
 
@@ -186,10 +186,12 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                 net.load_adapter(str(folder), adapter_name=name)
             else:
                 config = PeftConfig.from_pretrained(str(folder))
-                if isinstance(config, LoraConfig) and not lora_linear.misfits(net):
+                own = config.peft_type == "LORA" and not lora_linear.misfits(net)
+                if own:
                     config._register_custom_module(lora_linear.MODULES)
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
-                lora_linear.join(net)
+                if own:
+                    lora_linear.join(net)
         adapter_files.check_complete(net, folder, name)
     except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
         _detach(net, name, known)

@@ -9,9 +9,10 @@ from pydantic import Field
 from loratune.config.section import BareWord
 from loratune.methods.full import Full
 from loratune.methods.lora import Lora
+from loratune.methods.prompt import Prompt
 
 Method = Annotated[
-    Lora | Full,
+    Lora | Prompt | Full,
     Field(discriminator="type"),
     BareWord(
         {
@@ -21,9 +22,11 @@ Method = Annotated[
             "loraplus": "LoRA+ is `optimizer.loraplus_lr_ratio`",
             "pissa": "PiSSA is {type: lora, init: pissa}",
             "full_finetune": "its name here is `full`",
+            "prompt_tuning": "its name here is `prompt`",
+            "soft_prompt": "its name here is `prompt`",
             "none": "full fine-tuning is `type: full`",
         }
     ),
 ]
 
-__all__ = ["Full", "Lora", "Method"]
+__all__ = ["Full", "Lora", "Method", "Prompt"]

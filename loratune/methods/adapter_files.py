@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratune.errors import ModelError, Place, Problem, SafetyError, listed, shorten
+from loratune.errors import ModelError, Place, Problem, SafetyError, UsageError, listed, shorten
 from loratune.models import safety
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ _CODE = {
     "layer_replication": "copies layers of the base",
 }
 _FETCHING = (
-    "PROMPT_TUNING",
     "MULTITASK_PROMPT_TUNING",
     "XLORA",
     "CPT",
     "CARTRIDGE",
 )  # other files, named in the config
 _OTHERS = ("arrow_config", "monteclora_config", "use_bdlora")  # need more than one file, or a training to go on
+_NUMBERS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "PROMPT_TUNING": ("num_virtual_tokens",)}
 _UNPICKLED = ("cache_file", "covariance_file")
 _FIRST = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
 _SECOND = re.compile(r"\.lora_(?:embedding_)?B(?:\.weight)?$")
@@ -56,6 +56,22 @@ def check(folder: Path) -> None:
             raise SafetyError(Problem(f"`{_PICKLE}` is a pickle, which can run code", Place(str(folder)), hint))
         raise ModelError(Problem(f"no {TENSORS} here", Place(str(folder))))
     _check_tensors(_read(folder / TENSORS), config, Place(str(folder / TENSORS)))
+
+
+def is_mergeable(folder: Path) -> bool:
+    """Return whether an adapter can become a part of the base's weights: what stands before the rows can't."""
+    return safety.read_object(folder / CONFIG).get("peft_type") != "PROMPT_TUNING"
+
+
+def check_mergeable(folder: Path) -> None:
+    """Check that an adapter can become a part of the base's weights.
+
+    Raises:
+        UsageError: when it can't.
+    """
+    if not is_mergeable(folder):
+        told = "is a soft prompt, which stands before each row: no weights of the base can hold it"
+        raise UsageError(Problem(told, Place(str(folder)), "use it as it is, with its base: loratune chat, or PEFT"))
 
 
 def changes_biases(folder: Path) -> bool:
@@ -98,7 +114,8 @@ def _hooks(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"`{key}` {what}"
     if config.get("megatron_core") not in (None, "", "megatron.core"):
         yield "`megatron_core` names a module to import"
-    if config.get("peft_type") in _FETCHING:
+    text = config.get("peft_type") == "PROMPT_TUNING" and config.get("prompt_tuning_init", "RANDOM") != "RANDOM"
+    if config.get("peft_type") in _FETCHING or text:
         yield f"an adapter of the kind `{config['peft_type']}` loads other files that its config names"
     for key, value in config.items():
         if isinstance(value, dict) and any(value.get(name) for name in _UNPICKLED):
@@ -110,18 +127,20 @@ def _hooks(config: Mapping[str, Any]) -> Iterator[str]:
 def _check_config(config: Mapping[str, Any], place: Place) -> None:
     from dataclasses import fields
 
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig
 
-    if config.get("peft_type") != "LORA":
-        kind = shorten(str(config.get("peft_type")))
-        raise ModelError(Problem(f"is an adapter of the kind `{kind}`; only `LORA` is read here", place))
+    kinds: dict[Any, Any] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig, "PROMPT_TUNING": PromptTuningConfig}
+    kind = str(config.get("peft_type"))
+    if kind not in kinds:
+        read = listed(list(kinds))
+        raise ModelError(Problem(f"is an adapter of the kind `{shorten(kind)}`; read are {read}", place))
     if used := [key for key in _OTHERS if config.get(key)]:
         raise ModelError(Problem(f"`{used[0]}` is not read here", place, "use a plain LoRA adapter"))
-    names = {field.name for field in fields(LoraConfig)}
+    names = {field.name for field in fields(kinds[kind])}
     if unknown := sorted(key for key, value in config.items() if key not in names and value):
         hint = "it may change what the adapter does: a newer PEFT may know it"
         raise ModelError(Problem(f"the installed PEFT does not know {listed(unknown, 3)}", place, hint))
-    for key in ("r", "lora_alpha"):
+    for key in _NUMBERS[kind]:
         if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or not config[key] > 0:
             raise ModelError(
                 Problem(f"`{key}` must be a number above 0, given `{shorten(str(config.get(key)))}`", place)
@@ -150,7 +169,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
         raise ModelError(Problem(f"has numbers that are not finite: {listed(broken, 3)}", place, "its training failed"))
     second = [name for name in tensors if _SECOND.search(name)]
     ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if _FIRST.search(name) and tensor.ndim}
-    asked = {rank for rank in (config["r"], *_ranks(config.get("rank_pattern"))) if rank not in ranks}
+    asked = {rank for rank in _ranks(config) if rank not in ranks}
     if ranks and asked and max(asked) > max(ranks):  # else PEFT would first make room for it, whatever its size
         raise ModelError(Problem(f"the config asks for rank {max(asked)}, the tensors have {max(ranks)}", place))
     if not tensors:
@@ -161,5 +180,10 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
         raise ModelError(Problem("changes nothing: every B matrix is zero", place, hint))
 
 
-def _ranks(pattern: Any) -> list[int]:
-    return [rank for rank in pattern.values() if isinstance(rank, int)] if isinstance(pattern, dict) else []
+def _ranks(config: Mapping[str, Any]) -> list[int]:
+    """Return the ranks a config asks for; AdaLoRA names for each matrix the rows that are left."""
+    pattern = config.get("rank_pattern")
+    named = list(pattern.values()) if isinstance(pattern, dict) else []
+    if config.get("peft_type") == "ADALORA":
+        return [sum(kept) for kept in named if isinstance(kept, list)] or [config["init_r"]]
+    return [rank for rank in (config.get("r"), *named) if isinstance(rank, int)]

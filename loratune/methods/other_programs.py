@@ -33,10 +33,16 @@ def notes(config: Mapping[str, Any]) -> list[str]:
     Args:
         config: adapter_config.json; empty for a whole model.
     """
+    if config.get("peft_type") == "PROMPT_TUNING":
+        return [
+            "vLLM and llama.cpp can't load this adapter (a soft prompt), and no merge can hold it: PEFT can load it"
+        ]
     refused = [_REFUSED[key] for key in _REFUSED if config.get(key) not in (None, False, "none", [], {})]
-    if isinstance(config.get("r"), int) and config["r"] > _VLLM_RANK:
+    if config.get("peft_type") == "ADALORA":
+        refused = [("AdaLoRA", (VLLM, LLAMA_CPP))]
+    elif isinstance(config.get("r"), int) and config["r"] > _VLLM_RANK:
         refused.append((f"a rank above {_VLLM_RANK}", (VLLM,)))
-    scaled = [_SCALED[key] for key in _SCALED if config.get(key)]
+    scaled = [_SCALED[key] for key in _SCALED if config.get(key) and config.get("peft_type") != "ADALORA"]
     told = [f"{who} can't load this adapter ({', '.join(what)})" for who, what in _by_program(refused)]
     told += [f"{who} would scale it wrongly ({', '.join(what)})" for who, what in _by_program(scaled)]
     return [f"{'; '.join(told)}: give them what `loratune merge` makes"] if told else []

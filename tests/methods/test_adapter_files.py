@@ -257,7 +257,11 @@ HOOKS: dict[str, dict[str, Any]] = {
     "corda": {"corda_config": {"cache_file": "canary.pt"}},
     "lora_ga": {"lora_ga_config": {"cache_file": "canary.pt"}},
     "tokenizer_kwargs": {"tokenizer_kwargs": {"trust_remote_code": True}},
-    "prompt tuning": {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "some/canary"},
+    "prompt tuning": {
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "TEXT",
+        "tokenizer_name_or_path": "some/canary",
+    },
     "xlora": {"peft_type": "XLORA", "adapters": {"a": "some/canary"}},
     "a revision that leads out": {"base_model_name_or_path": "some/model", "revision": "../../canary"},
 }

@@ -1,0 +1,93 @@
+"""Prompt tuning: a few vectors before each row are trained, and nothing else.
+
+Source: Lester et al. 2021, arXiv:2104.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from loratune.config.section import Complaint, Section
+from loratune.errors import ModelError
+from loratune.methods.section import MethodSection
+from loratune.methods.tuned import Adapter, Setup, Tuned
+from loratune.models.section import Model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Prompt(MethodSection):
+    """Train the embeddings of virtual tokens that stand before each row; the model stays as it is."""
+
+    type: Literal["prompt"] = "prompt"
+    padded_only: ClassVar[bool] = True
+    virtual_tokens: int = Field(20, ge=1, le=4096, description="number of vectors before each row")
+    init_text: str | None = Field(
+        None,
+        min_length=1,
+        description="text whose embeddings they start from, repeated or cut to their number, such as a task in a "
+        "sentence (default: tokens drawn from the vocabulary)",
+    )
+
+    def describe(self) -> str:
+        """Return what is trained, in a few words."""
+        return f"prompt tuning, {self.virtual_tokens} virtual tokens"
+
+    def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
+        """Yield what this method can't do with other sections of the recipe."""
+        yield from super().complaints(model, optimizer)
+        if "loraplus_lr_ratio" in optimizer.model_fields_set:
+            yield Complaint(
+                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: prompt` has none",
+                ("optimizer", "loraplus_lr_ratio"),
+            )
+
+    def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
+        """Freeze the base and put the virtual tokens before it.
+
+        Raises:
+            ModelError: when the tokenizer makes no tokens of `init_text`.
+        """
+        import torch
+        from peft import PromptTuningConfig, get_peft_model
+
+        model.requires_grad_(False)
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
+        net: Any = get_peft_model(model, config, revision=setup.revision)
+        with torch.no_grad():
+            start = model.get_input_embeddings()(self._tokens(model, setup.tokenizer).to(model.device))
+            net.prompt_encoder["default"].embedding.weight.copy_(start.float())
+        return BeforeRows(net, self.virtual_tokens)
+
+    def _tokens(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
+        """Return the tokens whose embeddings the virtual ones start from, int64, (virtual_tokens,)."""
+        import torch
+
+        if self.init_text is None:
+            return torch.randint(len(tokenizer), (self.virtual_tokens,))
+        ids = tokenizer(self.init_text, add_special_tokens=False).input_ids
+        if not ids:
+            raise ModelError("`method.init_text` has no tokens", "write a sentence, or leave it out")
+        return torch.tensor(ids).repeat(-(-self.virtual_tokens // len(ids)))[: self.virtual_tokens]
+
+
+class BeforeRows(Adapter):
+    """A model with virtual tokens before each row: without them it is the base, but not the model of step 1."""
+
+    def __init__(self, net: Any, virtual_tokens: int):
+        super().__init__(net, off_is_start=False)
+        self.virtual_tokens = virtual_tokens
+
+
+def virtual_tokens(net: Any) -> int:
+    """Return how many virtual tokens a model puts before each row."""
+    from peft import PeftModel
+
+    if not isinstance(net, PeftModel) or not net.active_peft_config.is_prompt_learning:
+        return 0
+    return int(net.active_peft_config.num_virtual_tokens)
