@@ -7,12 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
+from loratune.methods.adalora import AdaLora
 from loratune.methods.full import Full
 from loratune.methods.lora import Lora
 from loratune.methods.prompt import Prompt
 
 Method = Annotated[
-    Lora | Prompt | Full,
+    Lora | AdaLora | Prompt | Full,
     Field(discriminator="type"),
     BareWord(
         {
@@ -29,4 +30,4 @@ Method = Annotated[
     ),
 ]
 
-__all__ = ["Full", "Lora", "Method", "Prompt"]
+__all__ = ["AdaLora", "Full", "Lora", "Method", "Prompt"]

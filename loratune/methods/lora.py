@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from loratune.config.section import Complaint, Section, as_tuple
 from loratune.errors import listed
 from loratune.methods import targets, tensor_files
 from loratune.methods.section import MethodSection
+from loratune.methods.targets import Modules
 from loratune.methods.tuned import Adapter, Setup, Tuned
 from loratune.models.section import Model
 
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-
-def _targets(value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise PydanticCustomError("expected", f"is no regular expression ({error})") from None
-        return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise PydanticCustomError("expected", "must be `all-linear`, a list of module names, or a regular expression")
 
 
 def _patterns(value: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +45,7 @@ class Lora(MethodSection):
     r: int = Field(16, ge=1, le=4096, description="rank of the update: columns of B and rows of A")
     lora_alpha: float = Field(32, gt=0, description="scale of the update: s = lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
-    target_modules: Annotated[
-        str | tuple[str, ...],
-        BeforeValidator(_targets),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
-    ] = Field(
+    target_modules: Modules = Field(
         "all-linear",
         description="where A and B stand: `all-linear` (every linear layer but the head and routers), a list of names, "
         "or a regular expression over full names",

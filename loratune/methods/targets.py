@@ -1,10 +1,13 @@
-"""Which modules of a model get LoRA's matrices, which are left out, and what a person is told of it."""
+"""Which modules of a model get low-rank matrices, which are left out, and what a person is told of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.system import regex_match
@@ -12,10 +15,46 @@ from loratune.system import regex_match
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from loratune.methods.lora import Lora
-
 _KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 _REPEATS = re.compile(r"[*+?{]")  # without one an expression ends soon
+
+
+def _modules(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise PydanticCustomError("expected", f"is no regular expression ({error})") from None
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise PydanticCustomError("expected", "must be `all-linear`, a list of module names, or a regular expression")
+
+
+Modules = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_modules),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+
+
+class Method(Protocol):
+    """What decides where matrices stand; see the fields of `Lora`."""
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]: ...  # noqa: D102
+    @property
+    def layers_to_transform(self) -> tuple[int, ...] | None: ...  # noqa: D102
+    @property
+    def modules_to_save(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def trainable_token_indices(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def rank_pattern(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def alpha_pattern(self) -> Mapping[str, float]: ...  # noqa: D102
+    @property
+    def router(self) -> str: ...  # noqa: D102
 
 
 def whole(word: str) -> str:
@@ -53,7 +92,7 @@ def _expressions(value: object) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, dict | list) else []
 
 
-def names(method: Lora, model: Any) -> str | list[str]:
+def names(method: Method, model: Any) -> str | list[str]:
     """Return `target_modules` for PEFT's config."""
     wanted = method.target_modules
     if wanted == "all-linear" and method.layers_to_transform is not None:  # PEFT wants names beside the layers
@@ -61,7 +100,7 @@ def names(method: Lora, model: Any) -> str | list[str]:
     return wanted if isinstance(wanted, str) else list(wanted)
 
 
-def excluded(method: Lora, model: Any) -> str | None:
+def excluded(method: Method, model: Any) -> str | None:
     """Return `exclude_modules` for PEFT's config: a regular expression over full names, or None.
 
     A regular expression of the user's own is taken at its word. Else no matrices go to what text does not reach, such
@@ -75,7 +114,7 @@ def excluded(method: Lora, model: Any) -> str | None:
     return rf"({'|'.join(map(re.escape, out))})(\..*)?" if out else None
 
 
-def settle(method: Lora, config: LoraConfig, model: Any) -> None:
+def settle(method: Method, config: LoraConfig, model: Any) -> None:
     """Have PEFT name the experts' tensors of a mixture, as it will anyway, and take the routers' out again.
 
     For models whose experts and routers were linear layers before transformers 5, PEFT makes `target_parameters` of
@@ -93,12 +132,12 @@ def settle(method: Lora, config: LoraConfig, model: Any) -> None:
     )
 
 
-def in_full(method: Lora, model: Any) -> list[str]:
+def in_full(method: Method, model: Any) -> list[str]:
     """Return `modules_to_save` for PEFT's config: modules trained in full."""
     return [*method.modules_to_save, *(_endings(_routers(model)) if method.router == "trained" else [])]
 
 
-def notes(method: Lora, model: Any) -> list[str]:
+def notes(method: Method, model: Any) -> list[str]:
     """Return what a person must know about where matrices are and are not.
 
     Args:
@@ -118,7 +157,7 @@ def notes(method: Lora, model: Any) -> list[str]:
     return told + _tied(model)
 
 
-def check(method: Lora, model: Any) -> None:
+def check(method: Method, model: Any) -> None:
     """Hold the names in a recipe against a model.
 
     Raises:
@@ -139,7 +178,7 @@ def check(method: Lora, model: Any) -> None:
         raise ModelError(problems)
 
 
-def _unknown_names(method: Lora, model: Any) -> Iterator[Problem]:
+def _unknown_names(method: Method, model: Any) -> Iterator[Problem]:
     known = [name for name, _ in model.named_modules() if name]
     linear = sorted({name.rpartition(".")[2] for name in _linear(model, head=True)})
 
@@ -161,7 +200,7 @@ def _unknown_names(method: Lora, model: Any) -> Iterator[Problem]:
                 yield _nothing(key, word, linear)
 
 
-def _unknown_numbers(method: Lora, model: Any) -> Iterator[Problem]:
+def _unknown_numbers(method: Method, model: Any) -> Iterator[Problem]:
     layers = model.config.get_text_config().num_hidden_layers
     for number in method.layers_to_transform or ():
         if not 0 <= number < layers:
