@@ -18,6 +18,7 @@ from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
 from loratune.config.section import Cadence, Section, Share
 from loratune.config.yaml_nodes import Tree
+from loratune.data.formats import Preference
 from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
@@ -217,7 +218,7 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
         )
-    for complaint in method.complaints(model, recipe.optimizer):
+    for complaint in (*method.complaints(model, recipe.optimizer), *recipe.objective.complaints(data)):
         yield problem(complaint.message, *complaint.path, hint=complaint.hint)
 
 
@@ -241,6 +242,8 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         problems.append(
             Problem(f"`{shorten(recipe.output)}` can't be the run folder", tree.place("output"), "name a new folder")
         )
+    if recipe.objective.pairs and recipe.data.format.type == "auto":
+        data["format"] = Preference()
     whole = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": base}),

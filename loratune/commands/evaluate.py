@@ -382,7 +382,7 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
 
 
 def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
-    """Return sums of each sample: nats, right tokens, trained tokens."""
+    """Return sums of each sample: nats, right tokens, trained tokens; of a pair also whether the chosen is likelier."""
     policy, device = Policy(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
     order = np.argsort(-rows.sizes, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(rows.samples)]
@@ -398,6 +398,9 @@ def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
             for first in range(0, len(of_rows), rows.per_sample):
                 nats, hits, count = of_rows[first]  # of a pair the chosen answer
                 sums[int(order[done])] = {"nats": nats, "right": hits, "trained_tokens": count}
+                if rows.per_sample == 2:
+                    other, _, length = of_rows[first + 1]  # per token, as one answer may be longer
+                    sums[int(order[done])]["chosen preferred"] = float(nats / count < other / length)
                 done += 1
     return sums
 

@@ -40,17 +40,20 @@ class BareWord:
     """Lets a type be named alone: `format: chat` is `format: {type: chat}`.
 
     Stands behind `Field(discriminator="type")` in the annotation of a union of sections. `hints` maps words people
-    may try to a remedy.
+    may try to a remedy; `default` is the type of a mapping that names none.
     """
 
-    def __init__(self, hints: Mapping[str, str] | None = None):
+    def __init__(self, hints: Mapping[str, str] | None = None, default: str | None = None):
         self.hints = dict(hints or {})
+        self.default = default
         self.words: list[str] = []
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         self.words = [tag for tag, _ in members_of(source)]
 
         def expand(value: Any) -> Any:
+            if isinstance(value, dict) and self.default is not None:
+                return {"type": self.default, **value}
             return {"type": value} if isinstance(value, str) else value
 
         return core_schema.no_info_before_validator_function(expand, handler(source))

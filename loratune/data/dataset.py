@@ -223,6 +223,7 @@ def _read(
             raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
         about = {
             "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
+            "per_sample": 2 if data.format.type == "preference" else 1,
         }  # fmt: skip
         return writer.commit(about, key)
     except BaseException:

@@ -13,7 +13,19 @@ from itertools import pairwise
 import numpy as np
 
 from loratune.data.encode import Encoder, Row
-from loratune.data.formats import Auto, Chat, Completion, Conversation, Example, Instruction, Plain, RowError, Text
+from loratune.data.formats import (
+    Auto,
+    Chat,
+    Completion,
+    Conversation,
+    Example,
+    Instruction,
+    Pair,
+    Plain,
+    Preference,
+    RowError,
+    Text,
+)  # fmt: skip
 from loratune.data.ledger import Fate
 from loratune.data.row_files import TEXT, Block, RawRow, bytes_of
 from loratune.data.section import Data
@@ -23,7 +35,7 @@ LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which ta
 MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it
 
 
-Reader = Chat | Instruction | Completion | Text
+Reader = Chat | Instruction | Completion | Text | Preference
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,29 @@ def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
             found.append(None)
         except RowError as error:
             found.append(_unusable(raw.place, error, data))
-    rows = iter(encoder.batch([(example, place) for example, _, place in read]))
-    pairs = zip(read, unread, strict=True)
-    tokenized = (replace(_fitted(*one, next(rows), data), unread=left) for one, left in pairs)
+    parts = [_parts(example) for example, _, _ in read]
+    of_parts = [(part, place) for some, (_, _, place) in zip(parts, read, strict=True) for part in some]
+    rows = iter(encoder.batch(of_parts))
+    tokenized = (
+        replace(_fitted(*one, _together([next(rows) for _ in some]), data), unread=left)
+        for one, some, left in zip(read, parts, unread, strict=True)
+    )
     return [next(tokenized) if one is None else one for one in found]
+
+
+def _parts(example: Example) -> tuple[Conversation | Plain, ...]:
+    """Return what of a row is tokenized by itself."""
+    return (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
+
+
+def _together(encoded: Sequence[list[Row] | RowError]) -> list[Row] | RowError:
+    """Return the rows of all parts of a row, or what is wrong with the first that can't be used."""
+    found: list[Row] = []
+    for some in encoded:
+        if isinstance(some, RowError):
+            return some
+        found += some
+    return found
 
 
 def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
@@ -76,6 +107,12 @@ def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
         raise RowError("", raw.problem)
     chosen = data.format.recognise(raw.value) if isinstance(data.format, Auto) else data.format
     example = chosen.read(raw.value)
+    for part in _parts(example):
+        _check_size(part)
+    return example, chosen
+
+
+def _check_size(example: Conversation | Plain) -> None:
     if isinstance(example, Conversation):
         if (number := len(example.messages)) > MESSAGES:
             told = f"a conversation of {number:,} messages; at most {MESSAGES:,} are rendered"
@@ -85,7 +122,6 @@ def _example(raw: RawRow, data: Data) -> tuple[Example, Reader]:
             raise RowError("", f"{told}: cut it into several rows")
     elif (length := sum(len(text) for text, _ in example.segments)) > TEXT:
         raise RowError("", f"a text of {length:,} characters; at most {TEXT:,} are read: cut it into several rows")
-    return example, chosen
 
 
 def _type(example: Example, chosen: Reader) -> str:
@@ -128,8 +164,9 @@ _TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "c
 
 def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
     """Return what becomes of a row (one, or one per turn) under `max_length`, and what is left of it."""
+    pair = isinstance(example, Pair)
     if all(len(row.ids) <= data.max_length for row in encoded):
-        return ("kept" if len(encoded) == 1 else "by turn"), list(encoded)
+        return ("kept" if pair or len(encoded) == 1 else "by turn"), list(encoded)
     if data.on_long == "error":
         return "refused", []
     if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
@@ -139,6 +176,8 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
         cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
         if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
             left.append(cut)
+    if pair and len(left) < 2:  # one answer alone is compared with nothing
+        left = []
     return ("cut" if left else "dropped"), left
 
 

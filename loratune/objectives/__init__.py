@@ -7,9 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
+from loratune.objectives.preference import Dpo
 from loratune.objectives.sft import Sft
 
-# one member for now: a union of one needs no discriminator, and pydantic allows none
-Objective = Annotated[Sft, Field(), BareWord({"causal_lm": "its name here is `sft`"})]
+Objective = Annotated[
+    Sft | Dpo,
+    Field(discriminator="type"),
+    BareWord({"causal_lm": "its name here is `sft`"}, default="sft"),
+]
 
-__all__ = ["Objective", "Sft"]
+__all__ = ["Dpo", "Objective", "Sft"]

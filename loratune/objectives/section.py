@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from loratune.config.section import Section
+from loratune.config.section import Complaint, Section
+from loratune.data.section import Data
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,16 @@ class ObjectiveSection(Section):
     def is_noisy(self) -> bool:
         """Whether something random is drawn for each token of each row."""
         return False
+
+    def complaints(self, data: Data) -> Iterator[Complaint]:
+        """Yield what this objective can't do with the rows of the recipe."""
+        me = f"`objective: {self.model_dump()['type']}`"
+        if self.pairs and data.format.type not in ("auto", "preference"):
+            told = f"{me} compares two answers, and `data.format: {data.format.type}` reads one"
+            yield Complaint(told, ("data", "format"), "use `preference`: rows of prompt, chosen and rejected")
+        if not self.pairs and data.format.type == "preference":
+            told = f"`data.format: preference` reads pairs, and {me} has no use for them"
+            yield Complaint(told, ("data", "format"), "use `objective: dpo`")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return numbers of each sample that the model of the start gives, (samples,) each, by the names in `values`.

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from loratune.system import files
 
 CHECKPOINTS, MANIFEST = "checkpoints", "MANIFEST.json"
-RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl")  # of every run, from its beginning
+REFERENCE = "reference_logps.json"  # of a run that is compared with the model before its first step
+RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl", REFERENCE)  # from its beginning
 PAPERS = ("README.md", "loss.svg")  # of a finished one
 PREDICTIONS = "predictions.jsonl"
 

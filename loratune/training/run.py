@@ -29,6 +29,7 @@ from loratune.training import (
     launcher,
     loop,
     memory_use,
+    reference,
     session,
     setup,
     signals,
@@ -104,6 +105,7 @@ def train(
                 session.check_space(job, resume)
                 begun()  # from here on the run folder is this run's
                 session.open_folder(job, progress, resume)
+                reference.take(job, resumed=found is not None)
                 run = _finish(job, _loop(job, progress, asked))
             report.tell(_ended(job, run))
     return run

@@ -8,14 +8,15 @@ from pydantic import Field
 
 from loratune.config.section import BareWord
 from loratune.data.formats.auto import Auto
-from loratune.data.formats.base import Conversation, Example, Plain, RowError
+from loratune.data.formats.base import Conversation, Example, Pair, Plain, RowError
 from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
+from loratune.data.formats.preference import Preference
 from loratune.data.formats.text import Text
 
 Format = Annotated[
-    Auto | Chat | Instruction | Completion | Text,
+    Auto | Chat | Instruction | Completion | Text | Preference,
     Field(discriminator="type"),
     BareWord(
         {
@@ -23,6 +24,7 @@ Format = Annotated[
             "messages": "its name here is `chat`",
             "alpaca": "its name here is `instruction`",
             "prompt_completion": "its name here is `completion`",
+            "dpo": "its name here is `preference`",
             "pretraining": "its name here is `text`",
         }
     ),
@@ -36,7 +38,9 @@ __all__ = [
     "Example",
     "Format",
     "Instruction",
+    "Pair",
     "Plain",
+    "Preference",
     "RowError",
     "Text",
 ]

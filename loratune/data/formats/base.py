@@ -46,7 +46,15 @@ class Plain:
     divisible: bool = False
 
 
-Example = Conversation | Plain
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each behind it."""
+
+    chosen: Conversation | Plain
+    rejected: Conversation | Plain
+
+
+Example = Conversation | Plain | Pair
 
 
 @dataclass(frozen=True)

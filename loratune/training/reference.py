@@ -1,0 +1,120 @@
+"""Numbers that the model of the start gives each sample, such as log p: taken once, before step 1.
+
+They lie in the run folder, as a resumed run no longer has that model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from loratune.data import batches, prefix_sharing
+from loratune.data.collate import collate
+from loratune.data.dataset import Rows
+from loratune.data.prefix_sharing import Layout
+from loratune.data.sample import Sample
+from loratune.errors import Place, Problem, RunFolderError
+from loratune.models.policy import Policy
+from loratune.system import storage
+from loratune.system.run_files import REFERENCE
+from loratune.training.session import Job
+
+BLOCK = 1024  # samples that are looked through for common prefixes at once
+
+
+def take(job: Job, resumed: bool) -> None:
+    """Give the samples of a training, and those held out, the numbers that its objective wants of the start.
+
+    Raises:
+        RunFolderError: when a run is resumed, its file with them is gone or of other rows, and the model of the start
+            can't be had again.
+    """
+    if not job.recipe.objective.values:
+        return
+    file, key = job.folder / REFERENCE, _key(job)
+    sets = {"train": job.train_rows, **({"eval": job.eval_rows} if job.eval_rows else {})}
+    found = _read(file, key, sets) if resumed else None
+    if found is None:
+        policy = job.tuned.policy()
+        if resumed and not job.tuned.off_is_start:
+            told = "the log probabilities of the model before step 1 are gone, or of other rows or another base"
+            hint = "start over with --overwrite: this method can't go back to that model"
+            raise RunFolderError(Problem(told, Place(str(file)), hint))
+        with job.report.counting("log p of the model before step 1") as counting:
+            if resumed:
+                with policy.reference() as before:
+                    found = {name: _of(job, before, rows, counting) for name, rows in sets.items()}
+            else:
+                found = {name: _of(job, policy, rows, counting) for name, rows in sets.items()}
+        if job.first:
+            known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
+            storage.write_json(file, {"key": key, **known})
+    job.train_rows = replace(job.train_rows, values=found["train"])
+    if job.eval_rows is not None:
+        job.eval_rows = replace(job.eval_rows, values=found["eval"])
+
+
+def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.ndarray]:
+    """Return the numbers of each sample of a set, (samples,) each; every process takes its share of the samples."""
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    layout: Layout = "shared" if job.packing.layout == "shared" else "padded"
+    training, done = policy.net.training, 0
+    mine: list[tuple[list[int], dict[str, list[float]]]] = []
+    policy.net.eval()
+    try:
+        with torch.no_grad(), job.accelerator.autocast():
+            for index, (numbers, samples) in enumerate(_parts(rows, layout, job.plan.tokens)):
+                if index % world == rank:
+                    batch = collate(samples, layout, policy.virtual_tokens).to(job.accelerator.device)
+                    given = job.recipe.objective.once(policy, batch)
+                    mine.append((numbers, {name: value.tolist() for name, value in given.items()}))
+                done += len(numbers)
+                counting(done, done / rows.samples)  # type: ignore[operator]
+    finally:
+        policy.net.train(training)
+    found = {name: np.empty(rows.samples, dtype=np.float32) for name in job.recipe.objective.values}
+    for numbers, given in gather_object(mine):
+        for name, values in given.items():
+            found[name][numbers] = values
+    return found
+
+
+def _parts(rows: Rows, layout: Layout, tokens: int) -> Iterator[tuple[list[int], list[Sample]]]:
+    """Yield all samples in micro-batches, with their numbers; those that begin alike together where they may share."""
+    order = np.argsort(-rows.sizes, kind="stable")
+    for begin in range(0, rows.samples, BLOCK):
+        chosen = [rows.sample(int(i)) for i in order[begin : begin + BLOCK]]
+        number = {id(sample): int(i) for sample, i in zip(chosen, order[begin:], strict=False)}
+        cut = prefix_sharing.cut(chosen, tokens) if layout == "shared" else batches.split(chosen, "auto", tokens)
+        for part in cut:
+            yield [number[id(sample)] for sample in part], part
+
+
+def _key(job: Job) -> str:
+    """Return a hash (hex) of everything that decides these numbers."""
+    setup, recipe = job.facts.prepared, job.recipe
+    parts = {
+        "rows": setup.fingerprints, "dtype": setup.dtype, "quantization": setup.quantization,
+        "method": recipe.method.model_dump(mode="json"), "objective": recipe.objective.model_dump(mode="json"),
+        "seed": recipe.train.seed,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, key: str, sets: dict[str, Rows]) -> dict[str, dict[str, np.ndarray]] | None:
+    """Return the numbers in a run folder, or None where there are none for these rows."""
+    known = storage.read_json(file)
+    if known.get("key") != key:
+        return None
+    found = {
+        name: {value: np.array(numbers, dtype=np.float32) for value, numbers in known[name].items()} for name in sets
+    }
+    right = all(len(array) == sets[name].samples for name, of in found.items() for array in of.values())
+    return found if right else None
