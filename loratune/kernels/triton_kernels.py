@@ -143,7 +143,7 @@ def _turn(
 ):  # fmt: skip
     """Turn the heads of one token; pointers stand at its first number."""
     column = tl.arange(0, HALF)
-    head = tl.arange(0, HEADS)[:, None]
+    head = tl.arange(0, HEADS).to(tl.int64)[:, None]
     here = column < half
     inside = (head < heads) & here[None, :]
     kind = out_ptr.dtype.element_ty
