@@ -152,6 +152,26 @@ def test_a_run_goes_on_where_a_listener_ended_it(
     assert scene.leftovers(run) == []
 
 
+def test_what_can_not_be_saved_is_said_beside_the_error(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hear(event: Event) -> None:
+        if isinstance(event, StepDone) and event.number == 5:
+            monkeypatch.setattr(storage, "check_space", full)
+            raise Mine
+
+    def full(*_: Any) -> None:
+        raise loratune.StorageError("no space left")
+
+    with pytest.raises(Mine) as caught:
+        fit("a", on_event=hear, **scene.SECTIONS)
+    assert caught.value.__notes__ == ["the last whole step is not saved: no space left"]
+    run = tmp_path / "a" / "run"
+    assert scene.newest_step(run) == 4
+    monkeypatch.undo()
+    assert storage.verify(scene.saved(run)[-1], alone=True) is None
+
+
 def test_an_interrupt_by_a_listener(fit: Fit, tmp_path: Path) -> None:
     hear = raising(KeyboardInterrupt(), lambda event: isinstance(event, StepDone) and event.number == 5)
     with pytest.raises(KeyboardInterrupt):

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import loratune
 from loratune.events import Answered, Counted, Event, StepDone, Told
-from loratune.system import startup
+from loratune.system import limits, startup
 from tests import tiny
 from tests.faults import scene
 
@@ -90,10 +91,10 @@ def handles() -> list[str]:
 def left(before: list[str]) -> list[str]:
     """Return what is open beside what was; pyarrow's own threads may still be letting go of a file."""
     until = time.monotonic() + 5
-    while (more := [one for one in handles() if one not in before]) and time.monotonic() < until:
+    while (more := Counter(handles()) - Counter(before)) and time.monotonic() < until:
         gc.collect()
         time.sleep(0.05)
-    return more
+    return sorted(more)
 
 
 @pytest.fixture
@@ -107,13 +108,18 @@ def unlike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    matmul, threads = torch.backends.cuda.matmul, torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if tqdm.monitor is not None:  # of an earlier test
+        tqdm.monitor.exit()
+        tqdm.monitor = None
+    matmul = torch.backends.cuda.matmul
     levels = {name: logging.getLogger(name).level for name in LIBRARIES}
     with startup.computing(), startup.own_accelerate(), warnings.catch_warnings():
         torch.manual_seed(5)
         random.seed(6)
         np.random.seed(7)
-        torch.set_num_threads(threads + 1)
+        torch.set_num_threads(limits.cores() + 1)
+        warnings.filterwarnings("ignore", message="a filter of the caller")
         torch.set_float32_matmul_precision("medium")
         matmul.allow_bf16_reduced_precision_reduction = True
         transformers.logging.set_verbosity_info()

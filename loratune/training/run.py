@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loratune.data import batches
 from loratune.data.sample import Sample
-from loratune.errors import Interrupted, Place, Problem, SetupError, StorageError
+from loratune.errors import Interrupted, LoratuneError, Place, Problem, SetupError, StorageError
 from loratune.events import Begun, Ended, Evaluated, Listener, Saved
 from loratune.kernels import gpu_kernels, torch_compile
 from loratune.methods import other_programs
@@ -191,8 +191,13 @@ class _Course:
             by_signal, alone = isinstance(error, signals.Asked), self.job.accelerator.num_processes == 1
             if not by_signal and not (error is self.job.report.raised and alone):
                 raise
-            if self.saved != self.progress:
-                session.save(self.job, self.progress, self.random)
+            try:
+                if self.saved != self.progress:
+                    session.save(self.job, self.progress, self.random)
+            except LoratuneError as failed:
+                if by_signal:
+                    raise
+                error.add_note(f"the last whole step is not saved: {failed}")
             if not by_signal:
                 raise
             raise signals.interrupted(asked.number, self.progress.step) from None
