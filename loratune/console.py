@@ -63,6 +63,7 @@ class Terminal:
         self._begun = Begun(0, 0, 1)
         self._evaluations: list[tuple[int, float]] = []
         self._steps, self._seconds = 0, 0.0
+        self._last: StepDone | None = None
 
     def __enter__(self) -> Terminal:
         return self
@@ -85,6 +86,7 @@ class Terminal:
                 self._evaluations.append((event.number, event.loss))
                 best = " (best so far)" if event.best else ""
                 self._print(f"step {event.number}: eval loss {event.loss:.4f}{best}")
+                self._show()
             case Answered():
                 _write(event.text)
             case Ended():
@@ -153,12 +155,17 @@ class Terminal:
         self._view.start()
 
     def _step(self, step: StepDone) -> None:
-        self._steps, self._seconds = self._steps + 1, self._seconds + step.seconds
-        if self._bar is not None and self._view is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step.number)
-            self._view.update(Group(self._table(step), self._bar))
+        self._steps, self._seconds, self._last = self._steps + 1, self._seconds + step.seconds, step
+        if self._view is not None:
+            self._show()
         elif step.number % self._begun.every == 0 or step.number == step.steps:
             self._print(self._line(step))
+
+    def _show(self) -> None:
+        """Bring the live view up to the last step and evaluation."""
+        if self._bar is not None and self._view is not None and self._last is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._last.number)
+            self._view.update(Group(self._table(self._last), self._bar))
 
     def _close(self) -> None:
         """End what is shown live."""

@@ -71,6 +71,9 @@ def test_the_view_shows_speed_and_the_best_step(monkeypatch: pytest.MonkeyPatch)
     evaluated = Evaluated(6, math.nan, 10, False, 1.0)
     seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), evaluated, STEP, width=100, terminal=True)).split())
     assert "eval loss nan best 2.2500, step 4" in seen
+    last = Evaluated(20, 1.75, 10, True, 1.0)
+    seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), STEP, last, width=100, terminal=True)).split())
+    assert "eval loss 1.7500 best 1.7500, step 20" in seen, "also after the last step"
 
 
 def test_a_log_has_a_line_about_long_work_now_and_then() -> None:
