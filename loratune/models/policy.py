@@ -85,7 +85,7 @@ class Policy:
             logits = part if layer is None else linear(part, layer.weight.to(part.dtype), _cast(layer.bias, part.dtype))
             return f(logits.float(), target)
 
-        size = linear_cross_entropy.ROWS[states.device.type]
+        size = linear_cross_entropy.WIDE[states.device.type]
         parts = zip(torch.split(states, size), torch.split(batch.targets, size), strict=True)
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])

@@ -19,6 +19,7 @@ from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.kernels import elementwise, gpu_kernels, gpu_self_test, packed_attention
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from loratune.objectives import Sft
 from loratune.optim import PagedAdamW8bit, PagedAdamW32bit
 from loratune.training import layout_test
@@ -303,7 +304,7 @@ def test_rows_of_one_length_attend_as_rows_of_any(rows: int, length: int) -> Non
 
 def test_the_kernels_of_a_model_are_right_here() -> None:
     net = models.made("Llama", {}, torch.bfloat16).cuda()
-    used, notes = gpu_self_test.install(Lora(r=4).apply(net, lambda: []), torch.bfloat16)
+    used, notes = gpu_self_test.install(Lora(r=4).apply(net, Setup(1)).net, torch.bfloat16)
     gpu_kernels.stop()
     assert notes == []
     assert {"cross_entropy", "gate", "norm", "rotary"} <= set(used)

@@ -22,6 +22,7 @@ from loratune.kernels import (
     triton_kernels,
 )
 from loratune.methods import Lora
+from loratune.methods.tuned import Setup
 from tests.objectives.test_sft import llama
 
 BOTH = [torch.float32, torch.bfloat16]
@@ -185,7 +186,7 @@ def step(net: Any) -> list[torch.Tensor]:
 
 def adapted() -> Any:
     torch.manual_seed(0)
-    net = Lora(r=4).apply(llama(), lambda: [])
+    net = Lora(r=4).apply(llama(), Setup(1)).net
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if "lora_B" in name:
