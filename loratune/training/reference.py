@@ -24,7 +24,7 @@ from loratune.errors import Place, Problem, RunFolderError
 from loratune.models.policy import Policy
 from loratune.system import storage
 from loratune.system.run_files import REFERENCE
-from loratune.training.session import Job
+from loratune.training.job import Job
 
 BLOCK = 1024  # samples that are looked through for common prefixes at once
 
@@ -39,7 +39,7 @@ def take(job: Job, resumed: bool) -> None:
     if not job.recipe.objective.values:
         return
     file, key = job.folder / REFERENCE, _key(job)
-    sets = {"train": job.train_rows, **({"eval": job.eval_rows} if job.eval_rows else {})}
+    sets = {"train": job.data.train, **({"eval": job.data.held_out} if job.data.held_out else {})}
     found = _read(file, key, sets) if resumed else None
     if found is None:
         policy = job.tuned.policy()
@@ -56,9 +56,9 @@ def take(job: Job, resumed: bool) -> None:
         if job.first:
             known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
             storage.write_json(file, {"key": key, **known})
-    job.train_rows = replace(job.train_rows, values=found["train"])
-    if job.eval_rows is not None:
-        job.eval_rows = replace(job.eval_rows, values=found["eval"])
+    train, held_out = job.data.train, job.data.held_out
+    held = None if held_out is None else replace(held_out, values=found["eval"])
+    job.data = replace(job.data, train=replace(train, values=found["train"]), held_out=held)
 
 
 def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.
     policy.net.eval()
     try:
         with torch.no_grad(), job.accelerator.autocast():
-            for index, (numbers, samples) in enumerate(_parts(rows, layout, job.plan.tokens)):
+            for index, (numbers, samples) in enumerate(_parts(rows, layout, job.memory.plan.tokens)):
                 if index % world == rank:
                     batch = collate(samples, layout, policy.virtual_tokens).to(job.accelerator.device)
                     given = job.recipe.objective.once(policy, batch)

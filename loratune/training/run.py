@@ -35,8 +35,8 @@ from loratune.training import (
     signals,
     start_report,
 )
+from loratune.training.job import Job
 from loratune.training.progress import RunReport
-from loratune.training.session import Job
 from loratune.training.signals import Signals
 
 
@@ -206,11 +206,11 @@ class _Course:
 def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
-    steps = job.steps
+    steps = job.length.steps
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
     policy = job.tuned.policy(accelerator.prepare_model(job.net) if several else None)
     log_every, eval_every, save_every = (
-        session.in_steps(cadence, job.per_epoch)
+        session.in_steps(cadence, job.length.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
     # several processes must leave at the same point, and only at the end of a step are they known to meet
@@ -224,7 +224,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
         report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
         for step in _or_lighter(job, _steps(job, policy, at, poll), resumed=progress.step > 0):
             end, better = step.number == steps, False
-            due = job.eval_rows is not None and (step.number % eval_every == 0 or end)
+            due = job.data.held_out is not None and (step.number % eval_every == 0 or end)
             at.progress = replace(at.progress, step=step.number, pending=due)
             try:
                 report.step(step)
@@ -246,17 +246,17 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
 
 def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
     """Return a function that begins the steps of a training, from where it stands and with the plan it has by then."""
-    recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.steps
+    recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.length.steps
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     schedule, warmup = settings.schedule, warmup_steps(settings.warmup, steps)
 
     def begin() -> Iterator[loop.Step]:
         done = at.progress.step
         order = batches.batches(
-            job.train_rows, settings.batch_size, job.micro_batch_size, settings.seed,
+            job.data.train, settings.batch_size, job.micro_batch_size, settings.seed,
             done if _out_of_patience(recipe, at.progress) else steps, done,
-            job.plan.tokens, accelerator.process_index, accelerator.num_processes,
-            job.train_rows.per_sample * recipe.data.max_length, job.packing.layout,
+            job.memory.plan.tokens, accelerator.process_index, accelerator.num_processes,
+            job.data.train.per_sample * recipe.data.max_length, job.packing.layout,
         )  # fmt: skip
         return loop.steps(
             policy, recipe.objective, job.tuned, order, optimizer, lambda n: rate(schedule, n, steps, warmup),
@@ -305,7 +305,7 @@ def _finish(job: Job, progress: Progress) -> Run:
     if job.first:
 
         def write(target: Path) -> None:
-            job.tuned.save(target, job.loaded.dtype, final=True)
+            job.tuned.save(target, job.base.loaded.dtype, final=True)
             session.write_origin(job, target)
             session.write_readable(job, target)
 
@@ -329,9 +329,9 @@ def _ended(job: Job, run: Run) -> Ended:
 
 def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
     """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
-    assert job.eval_rows is not None
+    assert job.data.held_out is not None
     began = time.perf_counter()
-    parts = batches.in_length_order(job.eval_rows, job.recipe.train.micro_batch_size, job.plan.tokens)
+    parts = batches.in_length_order(job.data.held_out, job.recipe.train.micro_batch_size, job.memory.plan.tokens)
     when = f"step {progress.step}: "
     loss, count = loop.measure(policy, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
     early = job.recipe.train.early_stopping

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from loratune.data.dataset import Rows
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.events import Report
 from loratune.kernels.layer_kinds import name_of
-from loratune.methods.tuned import Tuned
 from loratune.models import base_files, base_model, config_files, end_tokens, fingerprint, model_folder, tokenizer_files
-from loratune.recipe import Recipe
 from loratune.runs import changes, checkpoint, lock, training_state
 from loratune.runs.checkpoint import Found, Progress
-from loratune.runs.facts import Facts
 from loratune.runs.training_state import Randomness
 from loratune.system import storage  # fmt: skip
 from loratune.training import memory_plan, memory_use, start_report
-from loratune.training.activation_memory import Cost
-from loratune.training.layout_test import Packing
+from loratune.training.job import Job
 from loratune.training.memory_plan import Plan
-from loratune.training.progress import RunReport
 
 
 @contextmanager
@@ -57,51 +51,6 @@ def find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, 
     if accelerator.num_processes > 1:
         (found,) = broadcast_object_list([found])
     return found
-
-
-@dataclass
-class Job:
-    """Everything one training needs, joined once; `facts` grows into run.json, `origin` goes beside each adapter.
-
-    `ends` are the tokens at which an answer ends; they go into each generation_config.json.
-    """
-
-    recipe: Recipe
-    folder: Path
-    accelerator: Accelerator
-    report: RunReport
-    facts: Facts
-    origin: dict[str, Any]
-    ends: tuple[int, ...]
-    tokenizer: Any
-    loaded: base_model.Loaded
-    tuned: Tuned
-    optimizer: Any
-    train_rows: Rows
-    eval_rows: Rows | None
-    packing: Packing
-    cost: Cost
-    layers: list[Any]  # that can be computed again
-    plan: Plan
-    per_epoch: int
-    steps: int
-    checkpoint_bytes: int  # of the last one; before that an estimate
-
-    @property
-    def net(self) -> Any:
-        """The model."""
-        return self.tuned.net
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def micro_batch_size(self) -> int | str:
-        """Rows or packs at once; with a mask every token of a pack meets every other, so that one pack is enough."""
-        chosen = self.recipe.train.micro_batch_size
-        return 1 if self.packing.by == "mask" and chosen == "auto" else chosen
 
 
 def start(job: Job, resume: bool) -> Progress:
@@ -132,7 +81,7 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
         hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
         where = Place(str(job.folder))
         raise RunFolderError(Problem(f"{found.folder.name} does not fit this recipe: {what}", where, hint)) from None
-    left = job.steps - progress.step
+    left = job.length.steps - progress.step
     job.report.note(f"resuming after step {progress.step}" + ("" if left > 0 else ": nothing left to train"))
     return progress
 
@@ -145,7 +94,7 @@ def open_folder(job: Job, progress: Progress, resume: bool) -> None:
         if resume:
             job.report.go_on_from(progress.step, evaluated=not progress.pending)
         storage.write_text(job.folder / "recipe.yaml", job.recipe.dump())
-        for rows in (job.train_rows, *([job.eval_rows] if job.recipe.data.eval and job.eval_rows else [])):
+        for rows in (job.data.train, *([job.data.held_out] if job.recipe.data.eval and job.data.held_out else [])):
             rows.append_ledger(job.folder / "ledger.jsonl")
     elif resume:
         job.report.go_on_from(progress.step, evaluated=not progress.pending)
@@ -154,10 +103,10 @@ def open_folder(job: Job, progress: Progress, resume: bool) -> None:
 
 def lighter(job: Job, resumed: bool) -> Plan | None:
     """Return a plan for a run whose own did not fit; the micro-batches of a resumed one stay."""
-    plan = job.plan
+    plan = job.memory.plan
     begun = {"tokens": plan.tokens, "again": plan.again} if resumed else None
     device, world = job.accelerator.device.type, job.accelerator.num_processes
-    return memory_plan.lighter(job.recipe, job.cost, job.train_rows, job.packing, device, plan, world, begun)
+    return memory_plan.lighter(job.recipe, job.memory.cost, job.data.train, job.packing, device, plan, world, begun)
 
 
 def take(job: Job, plan: Plan) -> None:
@@ -166,9 +115,10 @@ def take(job: Job, plan: Plan) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     job.report.problem(f"out of memory: once more with {plan.told()}")
-    wish = job.recipe.train.gradient_checkpointing
-    job.plan = memory_plan.switch(job.loaded.model, job.layers, plan, wish, job.cost.draws)
-    memory = memory_use.measure(job.recipe, job.loaded, job.net, job.train_rows, job.cost, plan)
+    wish, known = job.recipe.train.gradient_checkpointing, job.memory
+    switched = memory_plan.switch(job.base.loaded.model, known.layers, plan, wish, known.cost.draws)
+    job.memory = replace(known, plan=switched)
+    memory = memory_use.measure(job.recipe, job.base.loaded, job.net, job.data.train, job.memory.cost, plan)
     job.facts.setup = replace(job.facts.prepared, memory=memory, activations=plan.as_json())
 
 
@@ -200,8 +150,8 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 
 def write_origin(job: Job, folder: Path) -> None:
     """Write beside an adapter or model what it stands on, and where its answers end."""
-    fingerprint.write(folder, job.origin)
-    end_tokens.write_config(folder, base_files.folder_of(job.recipe.model), job.ends)
+    fingerprint.write(folder, job.base.origin)
+    end_tokens.write_config(folder, base_files.folder_of(job.recipe.model), job.base.ends)
 
 
 def write_readable(job: Job, folder: Path) -> None:
@@ -209,7 +159,7 @@ def write_readable(job: Job, folder: Path) -> None:
     base = base_files.folder_of(job.recipe.model)
     if job.recipe.method.output == "model":
         trust = job.facts.start.trust_remote_code
-        model_folder.complete(folder, base, job.net.config, name_of(job.loaded.dtype), job.tokenizer, trust=trust)
+        model_folder.complete(folder, base, job.net.config, name_of(job.base.loaded.dtype), job.tokenizer, trust=trust)
     else:
         tokenizer_files.write(folder, base, job.tokenizer, alone=True)
 
@@ -229,8 +179,8 @@ def check_space(job: Job, resume: bool) -> None:
     if not job.first:
         return
     settings = job.recipe.train
-    saves = -(-job.steps // in_steps(settings.save_every, job.per_epoch))
-    kept = min(saves, settings.keep) + (1 if job.eval_rows else 0)  # the best one
+    saves = -(-job.length.steps // in_steps(settings.save_every, job.length.per_epoch))
+    kept = min(saves, settings.keep) + (1 if job.data.held_out else 0)  # the best one
     final = 2 * job.facts.prepared.adapter_bytes_predicted
     there = storage.size(job.folder / "checkpoints") if resume else 0
     needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +26,9 @@ from loratune.recipe import Recipe
 from loratune.runs.checkpoint import Found
 from loratune.runs.facts import Facts, Setup
 from loratune.training import activation_memory, layout_test, memory_plan, memory_use, session, start_report
-from loratune.training.activation_memory import Cost
+from loratune.training.job import Base, Data, Job, Length, Memory
 from loratune.training.layout_test import Packing
-from loratune.training.memory_plan import Plan
 from loratune.training.progress import RunReport
-from loratune.training.session import Job
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows, tokenized.
-
-    Attributes:
-        encoder: with the tokenizer and the recipe's chat template.
-        train: rows to train on.
-        held_out: rows to evaluate on, or None.
-    """
-
-    encoder: Encoder
-    train: Rows
-    held_out: Rows | None
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model, checked against rows and method.
-
-    Attributes:
-        loaded: the model, with notes for the start report.
-        origin: written beside each adapter: the base's fingerprint, and the ends of turns.
-        ends: tokens at which an answer ends.
-        chat: whether turns of a conversation are trained.
-    """
-
-    loaded: Loaded
-    origin: dict[str, Any]
-    ends: tuple[int, ...]
-    chat: bool
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What activations cost and what was decided.
-
-    Attributes:
-        cost: measured on short rows.
-        layers: that can be computed again.
-        plan: how many are, and the tokens of a micro-batch.
-    """
-
-    cost: Cost
-    layers: list[Any]
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is: optimizer steps per epoch and in all."""
-
-    per_epoch: int
-    steps: int
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: Facts, found: Found | None) -> Job:
@@ -121,9 +63,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
     )  # fmt: skip
     facts.setup = _setup(recipe, data, base, tuned.net, on_disk, memory, length, batching, compiled, kernels)
     return Job(
-        recipe, Path(recipe.output), accelerator, report, facts, base.origin, base.ends, data.encoder.tokenizer,
-        base.loaded, tuned, optimizer, data.train, data.held_out, packing, memory.cost,
-        memory.layers, memory.plan, length.per_epoch, length.steps, memory_use.checkpoint_bytes(recipe, tuned.net),
+        recipe, Path(recipe.output), accelerator, report, facts, data, base, tuned, optimizer, packing, memory, length,
+        memory_use.checkpoint_bytes(recipe, tuned.net),
     )  # fmt: skip
 
 
