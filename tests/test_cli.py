@@ -56,7 +56,7 @@ def test_check(sound: Path) -> None:
     done = call("check", sound, "--set", "optimizer.lr=1e-4")
     assert done.exit_code == 0
     assert done.stdout.startswith(f"{sound}: ok\n")
-    for line in ("base       some/model", "method     lora r 8", "rows       some/rows as auto", "adamw lr 0.0001, cosine", "1 epochs, 16 rows per step", f"output     {sound.parent}/run"):  # fmt: skip
+    for line in ("base       some/model", "method     LoRA r 8", "rows       some/rows as auto", "adamw lr 0.0001, cosine", "1 epochs, 16 rows per step", f"output     {sound.parent}/run"):  # fmt: skip
         assert line in done.stdout
     assert done.stderr == ""
 
