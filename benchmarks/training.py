@@ -72,7 +72,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
         loaded.data, loaded.train.seed, Encoder(chat_template.tokenizer_of(loaded.model, loaded.data))
     )
     steps = batches.batches(found, case["batch_size"], case["batch_size"], 0, case["steps"])
-    rows = [row for batch in steps for micro in batch.micro for row in micro]
+    rows = [row for batch in steps for micro in batch.micro for sample in micro for row in sample.rows]
     told = [{"input_ids": r.ids.tolist(), "labels": np.where(r.trained, r.ids, -100).tolist()} for r in rows]
     (folder / "tokens.json").write_text(json.dumps(told), encoding="utf-8")
 
