@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
-from loratune.config.section import Cadence, Section, Share
+from loratune.config.section import BareWord, Cadence, Section, Share, members_of
 from loratune.config.yaml_nodes import Tree
 from loratune.data.formats import Preference
 from loratune.data.section import SUFFIXES, Data, Source
@@ -158,10 +158,24 @@ def from_tree(tree: Tree, folder: Path, settings: Sequence[str] = ()) -> Recipe:
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, with descriptions, for editors."""
     found = Recipe.model_json_schema(mode="validation")
-    for name in sorted(_with_tag(found)):  # the tag has a default, but among several types it must be named
+    for name in sorted(
+        _with_tag(found) - _defaults()
+    ):  # the tag has a default, but among several types it must be named
         section = found["$defs"][name]
         section["required"] = ["type", *section.get("required", [])]
     return {**found, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "loratune recipe"}
+
+
+def _defaults() -> set[str]:
+    """Return the names of the sections that stand for a mapping without a `type`."""
+    return {
+        section.__name__
+        for info in Recipe.model_fields.values()
+        for word in info.metadata
+        if isinstance(word, BareWord)
+        for tag, section in members_of(info.annotation)
+        if tag == word.default
+    }
 
 
 def _with_tag(node: Any) -> set[str]:

@@ -437,6 +437,7 @@ SHORT = {"model": {"base": "m"}, "data": {"train": "rows"}, "output": "run"}
         {"train": {"micro_batch_size": 4, "warmup": 0, "save_every": 0.5, "schedule": "wsd", "keep": 3}},
         {"data": {"train": [{"path": "a", "weight": 2}, "b"], "eval": "c", "format": {"type": "text", "text": "t"}}},
         {"model": {"base": "m", "quantization": {"type": "nf4", "double_quant": False}, "revision": None}}, {"objective": "sft"},
+        {"objective": {"neftune": 5}}, {"objective": "dpo"}, {"objective": {"type": "dpo", "beta": 0.2}}, {"method": {"type": "prompt", "init_text": "Sort."}},
     ],
 )  # fmt: skip
 def test_schema_takes_sound_recipes(more: dict[str, Any]) -> None:
@@ -451,7 +452,7 @@ def test_schema_takes_sound_recipes(more: dict[str, Any]) -> None:
         {"modle": {}}, {"model": {}}, {"method": "qlora"}, {"method": {"type": "full", "r": 8}}, {"method": {"type": "lora", "r": 0}}, {"method": {"r": 8}},
         {"optimizer": {"type": "adamw", "lr": "fast"}}, {"train": {"micro_batch_size": "all"}}, {"train": {"save_every": 0}}, {"train": {"epoch": 1}},
         {"train": {"schedule": {"type": "cosine", "decay": 0.1}}}, {"data": {"train": []}}, {"data": {"train": [5]}}, {"data": {"train": {"weight": 1}}},
-        {"data": {"train": "a", "on_long": "crop"}}, {"objective": "dpo"}, {"objective": 5}, {"output": ""}, {"output": 5}, {"train": []},
+        {"data": {"train": "a", "on_long": "crop"}}, {"objective": "ppo"}, {"objective": 5}, {"output": ""}, {"output": 5}, {"train": []},
     ],
 )  # fmt: skip
 def test_schema_refuses_wrong_recipes(more: dict[str, Any]) -> None:
@@ -510,7 +511,7 @@ def test_a_mapping_is_the_recipe_of_the_same_text(tmp_path: Path, monkeypatch: p
         ({"train": {"epoch": 1}}, "train.epoch: unknown key `epoch` in `train`\n  did you mean `epochs`?"),
         ({"train": {"epochs": "2"}}, "train.epochs: `train.epochs` must be a number, given `2`\n  write it without quotes"),
         ({"train": {"epochs": float("nan")}}, "train.epochs: `train.epochs` must be a number, given `nan`"),
-        ({"method": {"type": "lorra"}}, "method.type: unknown method `lorra`; known: `lora`, `full`\n  did you mean `lora`?"),
+        ({"method": {"type": "lorra"}}, "method.type: unknown method `lorra`; known: `lora`, `adalora`, `prompt`, `full`\n  did you mean `lora`?"),
         ({"train": {3: 4}}, "train.3: a key must be a word"),
         ({"output": "half \udce9"}, "output: a string that holds half a character\n  write the character itself"),
         ({"data": {"train": {"some/rows"}}}, "data.train: a value of the type `set`"),

@@ -145,6 +145,7 @@ def test_the_code_that_decides_is_named() -> None:
     no_row = {
         "config",
         "errors",
+        "events",
         "redact",
         "models",
         "system",
