@@ -82,7 +82,7 @@ class StepDone:
         number: of the step, from 1.
         steps: of the whole run.
         epoch: how many epochs have been seen.
-        loss: before the step, in nats per trained token.
+        loss: before the step, in nats per trained token (`dpo`: per pair).
         grad_norm: length of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows: in this step.
@@ -115,8 +115,8 @@ class Evaluated:
 
     Attributes:
         number: of the step it was measured after.
-        loss: in nats per trained token.
-        trained_tokens: it is the mean of.
+        loss: in nats per trained token (`dpo`: per pair).
+        trained_tokens: it is the mean of (`dpo`: pairs).
         best: whether it is the lowest so far.
         seconds: it took.
     """

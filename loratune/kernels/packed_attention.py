@@ -99,9 +99,8 @@ def attend(
     lengths = own if key_places is None or cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     windowed = sliding_window is not None and max(lengths) > sliding_window
     if query.dtype in (torch.bfloat16, torch.float32) and not (windowed or dropout or is_causal is False):
-        return cpu_attention.attend(
-            query, key, value, own, scaling or query.shape[-1] ** -0.5, key_places, lengths
-        ), None
+        scale = scaling or query.shape[-1] ** -0.5
+        return cpu_attention.attend(query, key, value, own, scale, key_places, lengths), None
     by_itself = partial(sdpa, module, dropout=dropout, scaling=scaling, is_causal=is_causal)
     return _one_by_one(by_itself, (query, key, value), own, lengths, key_places, sliding_window), None
 

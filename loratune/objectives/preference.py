@@ -24,6 +24,7 @@ class Dpo(ObjectiveSection):
 
     type: Literal["dpo"] = "dpo"
     pairs: ClassVar[bool] = True
+    unit: ClassVar[str] = "per pair"
     values: ClassVar[tuple[str, ...]] = ("reference_chosen", "reference_rejected")
     beta: float = Field(0.1, gt=0, description="how dearly distance from the model before step 1 is paid for")
 

@@ -21,10 +21,12 @@ class ObjectiveSection(Section):
     Attributes:
         pairs: whether a sample is a chosen and a rejected row, else one row.
         values: names of the numbers `once` gives each sample.
+        unit: of the loss.
     """
 
     pairs: ClassVar[bool] = False
     values: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str] = "nats per trained token"
 
     @property
     def is_noisy(self) -> bool:

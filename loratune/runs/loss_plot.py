@@ -13,13 +13,14 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48
 TRAIN, EVAL = "#7a9cc6", "#c2410c"
 
 
-def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) -> str:
+def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str, unit: str) -> str:
     """Draw train loss (thin: each step, thick: smoothed) and eval loss (dots) over steps.
 
     Args:
         train: loss of each step.
         evaluation: loss at each evaluation.
         title: shown on top.
+        unit: of the loss.
 
     Returns:
         A standalone SVG document.
@@ -54,7 +55,7 @@ def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) ->
             x = at((value, low)).split(",")[0]
             parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="#555">{value:g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end" fill="#555">step</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 8}" fill="#555">loss (nats per trained token)</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 8}" fill="#555">loss ({escape(unit)})</text>')
     finite = [p for p in train if math.isfinite(p[1])]
     if finite:
         parts.append(_line([at(p) for p in finite], TRAIN, 1, 0.45))
@@ -67,15 +68,16 @@ def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str) ->
             parts.append(
                 f'<circle cx="{x}" cy="{y}" r="3.5" fill="{EVAL}"><title>step {p[0]:g}: {p[1]:.4f}</title></circle>'
             )
-    legend = WIDTH - RIGHT - 150
     for index, (label, colour, there) in enumerate((("train", TRAIN, finite), ("eval", EVAL, shown))):
-        if there:
-            parts.append(
-                f'<line x1="{legend + 75 * index}" y1="18" x2="{legend + 75 * index + 20}" y2="18" '
-                f'stroke="{colour}" stroke-width="3"/>'
-            )
-            parts.append(f'<text x="{legend + 75 * index + 26}" y="22" fill="#111">{label}</text>')
+        parts += _legend(WIDTH - RIGHT - 150 + 75 * index, label, colour) if there else []
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _legend(left: int, label: str, colour: str) -> list[str]:
+    return [
+        f'<line x1="{left}" y1="18" x2="{left + 20}" y2="18" stroke="{colour}" stroke-width="3"/>',
+        f'<text x="{left + 26}" y="22" fill="#111">{label}</text>',
+    ]
 
 
 def smoothed(points: Sequence[Point], keep: float = 0.9) -> list[Point]:

@@ -47,7 +47,7 @@ class Run:
     Attributes:
         folder: the run folder: the adapter (or model), its recipe, run.json, metrics.jsonl, loss.svg, README.md.
         steps: number of steps.
-        train_loss: of the last step, in nats per trained token.
+        train_loss: of the last step, in nats per trained token (`dpo`: per pair).
         eval_loss: best loss on held-out rows, or None.
         seconds: spent in steps.
     """
@@ -312,7 +312,8 @@ def _finish(job: Job, progress: Progress) -> Run:
         training_state.check_finite(dict(session.trainable(job.net)), f"the {start_report.product(recipe)}")
         storage.publish(folder, write, {"step": kept, **session.about(job)})
         title = f"{folder.name}: {recipe.method.type} on {Path(recipe.model.base).name}"
-        storage.write_text(folder / "loss.svg", loss_plot.loss_svg(report.train, report.evaluation, title))
+        curve = loss_plot.loss_svg(report.train, report.evaluation, title, recipe.objective.unit)
+        storage.write_text(folder / "loss.svg", curve)
         storage.write_text(folder / "README.md", model_card.write(recipe, facts))
         end.adapter_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):

@@ -50,7 +50,7 @@ CURVES: dict[str, tuple[Points, Points]] = {
 @pytest.mark.parametrize("name", CURVES)
 def test_every_curve_is_a_picture(name: str) -> None:
     train, evaluation = CURVES[name]
-    lines, dots = drawn(loss_plot.loss_svg(train, evaluation, "a <b> & 'c'"))
+    lines, dots = drawn(loss_plot.loss_svg(train, evaluation, "a <b> & 'c'", "nats per token"))
     finite = [p for p in train if math.isfinite(p[1])]
     shown = [p for p in evaluation if math.isfinite(p[1])]
     wanted = [len(finite)] * 2 * bool(finite) + [len(shown)] * bool(shown)
@@ -63,11 +63,13 @@ def test_random_curves_are_pictures() -> None:
     for _ in range(100):
         scale = 10 ** rng.uniform(-6, 6)
         train = [(step, rng.gauss(0, 1) * scale) for step in sorted(rng.sample(range(1, 10_000), rng.randint(1, 30)))]
-        drawn(loss_plot.loss_svg(train, train[::7], "x"))
+        drawn(loss_plot.loss_svg(train, train[::7], "x", "per pair"))
 
 
 def test_points_stand_where_they_belong() -> None:
-    (raw, _, held), dots = drawn(loss_plot.loss_svg([(1, 4.0), (2, 2.0), (3, 0.0)], [(1, 2.0), (3, 0.0)], "x"))
+    (raw, _, held), dots = drawn(
+        loss_plot.loss_svg([(1, 4.0), (2, 2.0), (3, 0.0)], [(1, 2.0), (3, 0.0)], "x", "per pair")
+    )
     assert [x for x, _ in raw] == [
         loss_plot.LEFT,
         (loss_plot.LEFT + loss_plot.WIDTH - loss_plot.RIGHT) / 2,
@@ -82,7 +84,7 @@ def test_points_stand_where_they_belong() -> None:
 
 
 def test_the_title_is_escaped() -> None:
-    root = ET.fromstring(loss_plot.loss_svg([], [], "a <b> & c"))
+    root = ET.fromstring(loss_plot.loss_svg([], [], "a <b> & c", "per pair"))
     assert root.findtext(f"{SVG}title") == "a <b> & c"
 
 
