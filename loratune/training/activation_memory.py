@@ -1,7 +1,7 @@
-"""What a forward pass keeps in memory until the way back, measured layer by layer.
+"""Measure the activations that a forward pass saves for the backward pass, layer by layer.
 
-It is measured, not derived from shapes: one forward pass of the real model over two short rows, in which autograd
-tells every tensor it saves. So kernels, adapters, quantization and packing all count as they are.
+They are measured, not derived from shapes: the real model runs forward once on two short rows, and autograd reports
+each tensor it saves. So kernels, adapters, quantization and packing are all included.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from loratune.recipe import Recipe
 from loratune.runs import training_state
 from loratune.training.layout_test import Packing
 
-LENGTH = 23  # tokens of the longer of the two rows it is measured on: no width of a model
+LENGTH = 23  # tokens of the longer of the two measured rows; must equal no width of the model
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What is kept until the way back, in bytes per token.
+    """Activations saved for the backward pass, in bytes per token.
 
     Attributes:
-        layers: of each decoder layer that can be computed again, first to last.
-        inputs: of the same, where only what a layer is given is kept.
-        outside: of embedding, head and loss, and of layers that can't be computed again.
-        draws: whether a forward pass draws random numbers, which a second one must draw again.
-        virtual_tokens: that stand before each row, and cost as much as others.
+        layers: of each decoder layer that can be checkpointed (recomputed), first to last.
+        inputs: of the same layers when checkpointed: only their inputs are saved.
+        outside: of embedding, head and loss, and of layers that can't be checkpointed.
+        draws: whether a forward pass draws random numbers, which a recomputation must repeat.
+        virtual_tokens: before each row; each costs as much as another token.
     """
 
     layers: tuple[float, ...]
@@ -50,23 +50,24 @@ class Cost:
     virtual_tokens: int = 0
 
     def per_token(self, again: int) -> float:
-        """Return bytes per token with the first `again` layers computed a second time."""
+        """Return bytes per token with the first `again` layers recomputed in the backward pass."""
         return self.outside + sum(self.inputs[:again]) + sum(self.layers[again:])
 
     def at_once(self, tokens: int, again: int) -> float:
-        """Return bytes at the turning point of a micro-batch: what is kept, and what one layer and the head work in."""
+        """Return peak bytes of a micro-batch: saved activations, and those of one layer and the head at work."""
         return tokens * (self.per_token(again) + max(self.layers, default=self.outside) + self.outside)
 
 
 def measure(
     recipe: Recipe, policy: Policy, rows: Rows, packing: Packing, accelerator: Accelerator
 ) -> tuple[Cost, list[Any]]:
-    """Measure what a forward pass of a model keeps, on short rows made of real ones, together as the others will be.
+    """Measure what a forward pass of a model saves, on short rows made of real tokens, in the layout of the training.
 
-    What grows with the square of a row's length (scores that are written out or kept) is taken for the longest row.
+    What grows with the square of a row's length (saved attention scores) is extrapolated to the longest row.
 
     Returns:
-        The cost, and the layers that can be computed again one by one; towers no text passes are none.
+        The cost, and the layers that can be checkpointed one by one. Layers that text does not pass through (of a
+        vision tower) are left out.
     """
     net, virtual = policy.net, policy.virtual_tokens
     made = _made(rows, recipe.data.max_length, packing.saved, recipe.objective.values)
@@ -95,7 +96,7 @@ def measure(
 
 
 def _layers(net: Any) -> list[Any]:
-    """Return the layers of a model that transformers can compute a second time one by one, first to last."""
+    """Return the layers of a model that transformers can checkpoint one by one, first to last."""
     found = [(name, module) for name, module in net.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     outer: list[str] = []
     layers = []
@@ -107,9 +108,10 @@ def _layers(net: Any) -> list[Any]:
 
 
 def _made(rows: Rows, max_length: int, shared: float, names: Sequence[str]) -> list[Sample]:
-    """Return samples of two rows of unlike length, made of the tokens of real ones and trained in the same part.
+    """Return samples of two rows of different lengths, with real tokens and the same fraction of label tokens.
 
-    Where rows share, there are as many and they begin so far alike that they share the same part (0-1) of their tokens.
+    With prefix sharing there are as many rows as needed, with so long a common prefix, that the fraction `shared` (0-1)
+    of their tokens is saved.
     """
     ids = np.concatenate([rows[i].ids for i in range(min(len(rows), LENGTH))])
     share = rows.counts.trained_tokens / max(rows.counts.tokens, 1)
@@ -123,14 +125,14 @@ def _made(rows: Rows, max_length: int, shared: float, names: Sequence[str]) -> l
         trained = np.diff(np.floor(np.arange(length + 1) * share)) > 0
         trained[-1] = True  # whatever the share
         own = np.resize(ids, length).astype(np.int32)
-        own[common] = known[n % len(known)]  # unlike from here on
+        own[common] = known[n % len(known)]  # different from here on
         made.append(Row(own, trained, rows.place(0)))
     values = dict.fromkeys(names, 0.0)
     return [Sample(tuple(made[cut : cut + each]), values) for cut in range(0, number, each)]
 
 
 def _growth_by_tiles(inputs: Mapping[str, Any], rows: Rows) -> float:
-    """Return how many more probabilities are kept per token of the longest rows kept in tiles than of a pack."""
+    """Return attention probabilities saved per token of the longest rows in tiles, relative to the measured pack."""
     own, lengths = (inputs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     short = rows.lengths[rows.lengths <= cpu_attention.KEPT]
     if not len(short):
@@ -144,10 +146,10 @@ def _saved(
     net: Any, layers: list[Any], given: dict[int, int], run: Callable[[], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
-    """Run a forward pass; yield what autograd saves, each storage once, with the number of its layer (-1: outside).
+    """Run a forward pass; yield each storage that autograd saves once, with the number of its layer (-1: outside).
 
-    Weights are there anyway, and so are not yielded; nor are copies of them in another precision, which don't grow
-    with the tokens. `given` gets the bytes of what each layer that ran was given.
+    Weights are in memory anyway and are not yielded; nor are copies of them in another precision, whose size does not
+    depend on the number of tokens. `given` gets the bytes of the inputs of each layer that ran.
     """
     there = {part.untyped_storage().data_ptr() for part in (*net.parameters(), *net.buffers())}
     shapes = {shape for part in net.parameters() for shape in (part.shape, part.shape[::-1])}  # transposed, too
@@ -166,7 +168,7 @@ def _saved(
         return nothing
 
     net.train()
-    never = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)  # nothing goes backward from here
+    never = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)  # no backward pass follows
     with _watched(net, layers, inside, given, keep), never, autocast():
         run()
     yield from kept.values()
@@ -178,9 +180,9 @@ def _watched(
 ) -> Iterator[None]:
     """Keep the number of the layer that is running in `inside`.
 
-    What all layers are given alike (a mask, the angles of positions) is kept once, outside of them.
-    What an int8 layer is given counts to what its decoder layer is given: bitsandbytes keeps it where checkpointing
-    doesn't see it, so it stays when the layer is computed again.
+    Inputs that all layers have in common (a mask, the angles of positions) count once, outside of the layers.
+    The input of an int8 linear layer counts as input of its decoder layer: bitsandbytes saves it where checkpointing
+    doesn't see it, so it stays in memory when the layer is recomputed.
     """
     seen: dict[int, torch.Tensor] = {}
 
@@ -194,7 +196,7 @@ def _watched(
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             inside[0] = index
             tensors = [x for x in (*inputs, named.get("hidden_states")) if isinstance(x, torch.Tensor)]
-            if torch.is_grad_enabled():  # the head is tried without, on a few tokens
+            if torch.is_grad_enabled():  # the head's self-test runs without gradients
                 for value in (part for name, part in named.items() if name != "hidden_states"):
                     for part in value if isinstance(value, tuple) else (value,):
                         if isinstance(part, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a training is made of, stage by stage: rows, base, memory, length; and all of it joined."""
+"""The parts of a training, one class for each stage (rows, base, memory, length), and `Job`, which joins them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Base:
 
     Attributes:
         loaded: the model, with notes for the start report.
-        origin: written beside each adapter: the base's fingerprint, and the ends of turns.
+        origin: written beside each adapter: the base's fingerprint and the end-of-turn tokens.
         ends: tokens at which an answer ends.
         chat: whether turns of a conversation are trained.
     """
@@ -54,12 +54,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Memory:
-    """What activations cost and what was decided.
+    """Memory of activations, and the plan made from it.
 
     Attributes:
         cost: measured on short rows.
-        layers: that can be computed again.
-        plan: how many are, and the tokens of a micro-batch.
+        layers: that can be checkpointed.
+        plan: how many of them are, and the tokens of a micro-batch.
     """
 
     cost: Cost
@@ -77,7 +77,7 @@ class Length:
 
 @dataclass
 class Job:
-    """Everything one training needs, joined once; `facts` grows into run.json."""
+    """Everything one training needs; `facts` is written to run.json."""
 
     recipe: Recipe
     folder: Path
@@ -91,7 +91,7 @@ class Job:
     packing: Packing
     memory: Memory
     length: Length
-    checkpoint_bytes: int  # of the last one; before that an estimate
+    checkpoint_bytes: int  # of the last checkpoint; before the first one an estimate
 
     @property
     def net(self) -> Any:
@@ -100,16 +100,16 @@ class Job:
 
     @property
     def tokenizer(self) -> Any:
-        """The base's, with the recipe's chat template."""
+        """The base's tokenizer, with the recipe's chat template."""
         return self.data.encoder.tokenizer
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is the first process, which alone writes files."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def micro_batch_size(self) -> int | str:
-        """Rows or packs at once; with a mask every token of a pack meets every other, so that one pack is enough."""
+        """Rows or packs at once; one pack where a mask separates rows, as all pairs of tokens are computed then."""
         chosen = self.recipe.train.micro_batch_size
         return 1 if self.packing.by == "mask" and chosen == "auto" else chosen

@@ -1,7 +1,7 @@
-"""What started the processes of a training: checked, and accelerate made so that none of it changes the training.
+"""Check the environment that a launcher (torchrun, accelerate) leaves, and create accelerate's Accelerator.
 
-accelerate reads its environment, also against what it is told. A launch that asks for another engine, or whose
-processes could not find one another, ends here and not in the middle of the run.
+accelerate reads environment variables, and they override its arguments. So variables that would change the training are
+not passed on; a launch that asks for another engine, or whose processes could not find one another, fails here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism",
 }
-# what accelerate would take from there, what of it changes nothing, and what decides here
+# variables that accelerate would read, those that change nothing, and what decides instead
 _NOT_READ = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "train.batch_size says how many rows a step has"),
     "ACCELERATE_MIXED_PRECISION": (("", "no"), "model.dtype says the precision"),
@@ -35,7 +35,7 @@ _OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def accelerator(recipe: Recipe) -> Accelerator:
-    """Return accelerate's Accelerator for a recipe: device, precision and processes, none of it read from elsewhere.
+    """Return accelerate's Accelerator for a recipe: device, precision and processes, independent of other settings.
 
     Raises:
         SetupError: when the launch asks for an engine that is not used here, or its processes can't meet.
@@ -65,7 +65,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
 
 
 def not_read(environment: Mapping[str, str]) -> list[str]:
-    """Return a line for each variable that would have changed the training by accelerate, and is not used."""
+    """Return a line for each variable that accelerate would have used to change the training, and that is ignored."""
     return [
         f"{name}={value} is not used: {instead}"
         for name, (same, instead) in _NOT_READ.items()
@@ -74,7 +74,7 @@ def not_read(environment: Mapping[str, str]) -> list[str]:
 
 
 def check(environment: Mapping[str, str]) -> None:
-    """Hold what a launcher left in the environment against what a training can be started with.
+    """Check that the variables a launcher set describe a launch that loratune supports.
 
     Raises:
         SetupError: naming every variable that is missing, wrong, or asks for another engine.

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed rows apart, and may share what they have in common: found out by trying it."""
+"""Self-tests before training: does a model keep packed rows separate, and is prefix sharing exact on it?"""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from loratune.models.base_model import Loaded
 from loratune.models.policy import Policy
 from loratune.recipe import Recipe
 
-LENGTH = 48  # tokens of a row of the self-test, where the model looks at all of it
+LENGTH = 48  # tokens of a row of the self-test, for a model without a sliding window
 LOOKED_AT = 48  # first and last tokens of a row whose logits are compared
-# how far logits may lie apart, relative: when the row before changes; packed and alone
+# allowed relative difference of logits: when the preceding row changes; between packed and alone
 TOLERANCES = {"float32": (1e-4, 1e-3), "half": (1e-2, 5e-2)}
-LEAST = 0.02  # part of the tokens of a step that sharing must save, to be worth its index
-KERNELS = 0.2  # how far two kernels' rounding in 16 bit may bring logits apart, relative: 4-6 % over 30 layers
-NOISE = 2  # times as far as a row is by other kernels without packing, it may be in a pack
+LEAST = 0.02  # fraction of the tokens of a step that prefix sharing must save to be worth its overhead
+KERNELS = 0.2  # largest relative difference of logits that two kernels' 16-bit rounding may cause: 4-6 % over 30 layers
+NOISE = 2  # times the difference that other kernels cause without packing: a packed row may differ by so much
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Packing:
     """How the rows of a step are put together.
 
     Attributes:
-        layout: side by side, padded to the longest; or in packs.
-        by: the attention that keeps them apart: `rows` (ours) or `mask` (the model's own, told by positions).
-        why_not: packing was not chosen because of this.
-        why_not_shared: nor sharing because of this.
-        saved: part (0-1) of the tokens of a step that need not be computed as rows share; 0 where they don't.
-        missed: part (0-1) of them that need not be, could rows share as they were to.
-        why_mask: why a mask keeps rows apart where our attention was to; a mask takes every pair of tokens.
+        layout: padded to the longest row, or packed.
+        by: the attention that separates rows: `rows` (ours) or `mask` (the model's own, which sees positions restart).
+        why_not: why rows are not packed.
+        why_not_shared: why common prefixes are not shared.
+        saved: fraction (0-1) of the tokens of a step that prefix sharing saves; 0 without it.
+        missed: fraction (0-1) of them that prefix sharing would save, were it possible.
+        why_mask: why a mask is used instead of our attention; with a mask all pairs of tokens are computed.
     """
 
     layout: Layout
@@ -57,25 +57,25 @@ class Packing:
 
     @property
     def packed(self) -> bool:
-        """Whether rows stand behind one another, sharing or not."""
+        """Whether rows are packed, with prefix sharing or without."""
         return self.layout != "padded"
 
 
 def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
-    """Decide whether rows are packed and share what they have in common; leave the model with the attention for it.
+    """Decide on packing and prefix sharing, and set the model's attention accordingly.
 
-    A self-test decides, not a list of models: see `why_not`. Every process comes to the same answer.
+    A self-test decides, not a list of models: see `why_not`. All processes get the same answer.
 
     Args:
-        recipe: its `data.packing` and `data.prefix_sharing`: on insists, auto does it where it is exact and pays, off
-            never.
+        recipe: its `data.packing` and `data.prefix_sharing`: `on` requires it, `auto` does it where it is exact and
+            worth it, `off` never does.
         loaded: the base model.
         net: the base with what is trained on it.
-        rows: to train on; the self-test is made of their tokens.
+        rows: to train on; the self-test uses their tokens.
         accelerator: precision and the other processes.
 
     Raises:
-        ModelError: when one of them is on and can't be done.
+        ModelError: when one of them is `on` and not possible.
     """
     wish, shared = recipe.data.packing, recipe.data.prefix_sharing
     if wish == "off":
@@ -100,9 +100,9 @@ def _refused(recipe: Recipe, key: str, reason: str) -> ModelError:
 
 
 def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[float, str]:
-    """Return what part of the tokens sharing would save, and why it is not done, whatever the self-test would say.
+    """Return the fraction (0-1) of tokens that prefix sharing would save, and a reason against it or nothing.
 
-    The part is 0 where nobody would want it.
+    The self-test is not considered here. The fraction is 0 where prefix sharing is off or not worth it.
     """
     wish = recipe.data.prefix_sharing
     if wish == "off":
@@ -126,18 +126,18 @@ def why_not(
     net: Any, rows: tuple[Row, Row, Row], alone: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]], rounding: str, layout: Layout = "packed",
 ) -> str:  # fmt: skip
-    """Return why packed rows don't stay apart in a model, or nothing when they do.
+    """Return why a model does not keep packed rows separate, or nothing when it does.
 
-    A row's logits must be those of the row alone, to what another order of summing explains: hardly anything in
-    float32, which says all. In 16 bit it explains more. So there, with the row before it exchanged for another of the
-    same length, they must stay the same as well: kernels and shapes are the same, so hardly a bit may change; and
-    logits that are off by other kernels are told from packing by the row alone in the attention, and by the row beside
-    another in a padded batch, whose products round otherwise, too.
-    Rows that share must not hide what is drawn at random for each of them.
+    A row's logits must be those of the row alone, up to rounding from another order of sums. In float32 that is next to
+    nothing, and this one comparison decides. In 16 bits rounding is larger, so there is a second one: when the
+    preceding row is replaced by another of the same length, the logits must not change. Kernels and shapes are the same
+    then, so hardly a bit may differ. Where logits are off, two runs without packing show whether other kernels are the
+    cause: the row alone in the tested attention, and the row with another one in a padded batch.
+    Prefix sharing is refused where something random is drawn for each row (dropout).
 
     Args:
-        net: the model, with the attention to be tried.
-        rows: two of one length, and the one that stands behind either.
+        net: the model, set to the attention to test.
+        rows: two of the same length, and a third that is packed behind either.
         alone: logits of the last row, by the model's own attention.
         autocast: context of mixed precision.
         rounding: a key of TOLERANCES.
@@ -150,23 +150,23 @@ def why_not(
         if drew and layout == "shared":
             return "it draws something at random for each token (dropout), and for each row apart"
         off = _distance(behind, alone)
-        if rounding == "float32" and float(off.max()) <= leak:  # it makes no difference whether a row stands before
+        if rounding == "float32" and float(off.max()) <= leak:  # a preceding row makes no difference
             return ""
         other, _ = _logits(net, [before, second], autocast, layout)
     except torch.OutOfMemoryError:
         raise
-    except (packed_attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # whatever a model or kernel refuses
+    except (packed_attention.Unfit, TypeError, ValueError, RuntimeError) as error:  # all that models and kernels raise
         if isinstance(error, TypeError) and packed_attention.is_ours(error):
             raise
         return (str(error).splitlines() or [type(error).__name__])[0]
     seen = float(_distance(other, behind).max())
     if not seen <= leak:
         return f"a row's logits change by {seen:.1%} with the row before it"
-    # in 16 bit a few tokens may choose other experts: the middle one of the later tokens tells
+    # in 16 bits a few tokens may be routed to other experts: so the median over the later tokens
     found = float(off.max() if rounding == "float32" else off[-len(off) // 2 :].median())
     if found <= apart:
         return ""
-    if rounding == "half" and found <= KERNELS:  # by the packing, or by other kernels, which round a row as well?
+    if rounding == "half" and found <= KERNELS:  # by packing, or by other kernels, which round a row alone as well?
         by_itself, _ = _logits(net, [second], autocast, layout)
         beside, _ = _logits(net, [first, second], autocast, "padded")
         noise = [_distance(one, alone)[-len(off) // 2 :].median() for one in (by_itself, beside)]
@@ -179,10 +179,10 @@ def why_no_gradient(
     net: Any, rows: tuple[Row, Row, Row], autocast: Callable[[], AbstractContextManager[Any]],
     layout: Layout,
 ) -> str:  # fmt: skip
-    """Return why packed rows give no gradient, or nothing when they do: some kernels lack a backward pass for a width.
+    """Return why the backward pass of packed rows fails, or nothing: some kernels have none for a head size.
 
     Args:
-        net: the model, with the attention to be tried.
+        net: the model, set to the attention to test.
         rows: as for `why_not`.
         autocast: context of mixed precision.
         layout: of the packs.
@@ -201,7 +201,7 @@ def why_no_gradient(
 
 
 def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Accelerator) -> Packing:
-    """Try our attention, then the model's own; return the first that keeps rows apart."""
+    """Try our attention, then the model's own; return the first that keeps rows separate."""
     own = str(loaded.model.config._attn_implementation)
     half = loaded.dtype is not torch.float32 or accelerator.mixed_precision != "no"
     made = _rows(rows, recipe.data.max_length, loaded.model.config)
@@ -211,9 +211,10 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
         layouts: list[Layout] = ["packed"] if unshared else ["shared", "packed"]
         ways += [("rows", packed_attention.NAME, layout) for layout in layouts]
-    if own != "eager" or recipe.data.packing == "on":  # eager computes every pair of tokens: padding costs less
+    if own != "eager" or recipe.data.packing == "on":  # eager attention computes all pairs of tokens: padding is
+    cheaper
         ways.append(("mask", own, "packed"))
-    reasons: dict[str, str] = {}  # why each layout was not chosen, by the first attention that was tried
+    reasons: dict[str, str] = {}  # why each layout was rejected, with the first attention that was tried
     packed_attention.register()
     for by, name, layout in ways:
         loaded.model.set_attn_implementation(name)
@@ -239,9 +240,9 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
 
 
 def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
-    """Return three rows made of the tokens of real ones: two of one length, and one longer than any window.
+    """Return three rows of real tokens: two of the same length, and one longer than any sliding window.
 
-    They begin alike, so that a layout which shares has something to share.
+    They have a common prefix, so that prefix sharing is tested.
     """
     known = config.get_text_config().to_dict()
     windows = [
@@ -265,9 +266,9 @@ def _rows(rows: Rows, max_length: int, config: Any) -> tuple[Row, Row, Row]:
 def _logits(
     net: Any, rows: list[Row], autocast: Callable[[], AbstractContextManager[Any]], layout: Layout
 ) -> tuple[torch.Tensor, bool]:
-    """Return logits of the first and last tokens of the last row but its very last, float32, (tokens, words).
+    """Return logits of the first and last tokens of the last row, without its very last: float32, (tokens, vocabulary).
 
-    They are those of a training, unless it draws something at random (dropout): then those of an evaluation, and True.
+    They are computed in training mode; where that is random (dropout), in evaluation mode, and True is returned, too.
     """
     device = next(net.parameters()).device
     inputs = collate(single(rows), layout).to(device).inputs
@@ -296,7 +297,7 @@ def _randomness(net: Any) -> torch.Tensor:
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return how far logits lie from others at each token, relative to how much these vary over the words."""
+    """Return the difference of logits at each token, relative to their spread over the vocabulary."""
     apart = torch.linalg.vector_norm(one - other, dim=-1)
     spread = torch.linalg.vector_norm(other - other.mean(dim=-1, keepdim=True), dim=-1)
     relative: torch.Tensor = apart / spread.clamp_min(torch.finfo(torch.float32).tiny)

@@ -25,11 +25,11 @@ SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each ti
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """Memory ran out on the way to a gradient: weights and optimizer are as before, random numbers were drawn."""
+    """Out of memory in a forward or backward pass: weights and optimizer are unchanged, random numbers were drawn."""
 
 
 class Objective(Protocol):
-    """What the loop needs of an objective: a sum and what to divide it by; and other sums, divided alike, by name."""
+    """What the loop needs of an objective: a summed loss, its divisor, and other sums with that divisor, by name."""
 
     def count(self, batch: Batch) -> int: ...
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
@@ -41,12 +41,12 @@ class Step:
 
     Attributes:
         number: of the step, from 1.
-        epoch: how many epochs have been seen.
-        loss: sum over what is trained (tokens, pairs) divided by their count, before the step.
-        grad_norm: length of the gradient before clipping.
+        epoch: epochs done so far, with fraction.
+        loss: mean over what is counted (label tokens, pairs), before the step.
+        grad_norm: L2 norm of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows, tokens, trained_tokens: in this step; tokens without padding.
-        computed: tokens that went through the model: padding counts, what rows share counts once.
+        computed: tokens that went through the model: with padding, a shared prefix counted once.
         seconds: from the first micro-batch to the end of the optimizer's step.
         metrics: other means of the objective, by name.
     """
@@ -71,30 +71,31 @@ def steps(
 ) -> Iterator[Step]:  # fmt: skip
     """Train on batches, one optimizer step each, and yield after each step.
 
-    The gradient is that of the summed loss divided once by the count over all micro-batches and all processes, so it
-    does not depend on how a batch is split. Between two steps the caller may `measure` or save.
+    The gradient is that of the summed loss, divided once by the count over all micro-batches and processes, so it does
+    not depend on how a batch is split. Between two steps the caller may `measure` or save.
 
     Args:
         policy: its model is prepared by `accelerator` where there are several processes.
         objective: gives the summed loss and the count of a micro-batch.
-        tuned: what is trained: it may add to a step's loss, and is told when the optimizer has stepped.
+        tuned: what is trained; its `penalty` is added to a step's loss, its `after_step` is called after the
+        optimizer's.
         batches: the samples of each step.
         optimizer: its groups hold `initial_lr`.
         factor: part (0-1) of `initial_lr` at a step, counted from 0.
         accelerator: accelerate's, for gradient synchronisation and fp16 scaling.
-        max_grad_norm: longest gradient; a longer one is scaled down.
+        max_grad_norm: largest L2 norm of the gradient; a larger one is scaled down to it.
         start: number of steps already done.
-        poll: called before each micro-batch; what it raises gives the step up before the optimizer has stepped.
+        poll: called before each micro-batch; what it raises abandons the step before the optimizer has stepped.
 
     Raises:
         OutOfMemory: in a forward or backward pass.
         TrainingError: when loss or gradient are not finite (in float16: in `SKIPPED` steps in a row), or the first step
-            shows that something would never be trained; the optimizer has not stepped then.
+            shows that a parameter would never be trained. The optimizer has not stepped then.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, scaled = accelerator.device, accelerator.scaler is not None
     skipped = 0  # steps in a row
-    policy.net.train()  # once: there are thousands of modules to tell
+    policy.net.train()  # once: it visits thousands of modules
     for number, batch in enumerate(batches, start + 1):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -107,7 +108,7 @@ def steps(
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
         norm_value, loss_value, *means = torch.cat(
             [norm.to(device, torch.float32)[None], torch.stack(list(sums.values())) / max(count, 1)]
-        ).tolist()  # the one sync
+        ).tolist()  # the only synchronisation with the device
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
         skipped = 0 if math.isfinite(norm_value) else skipped + 1
@@ -143,7 +144,7 @@ def _backward(
             accelerator.backward(mean if penalty is None else mean + penalty)
         for name, value in (("loss", loss), *others.items()):
             sums[name] = value.detach() + sums.get(name, 0)
-        # its graph: thousands of small things between the activations' places, which the next ones want
+        # frees the graph: its many small tensors would fragment the memory that the next activations need
         del loss, mean, penalty, value
     if world > 1:
         sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"), strict=True))
@@ -152,7 +153,7 @@ def _backward(
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Tell memory that runs out where nothing is half done from memory that runs out in the optimizer's step."""
+    """Raise `OutOfMemory` for memory that runs out before the optimizer's step, where nothing is half done."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -162,8 +163,9 @@ def _whole() -> Iterator[None]:
 
 
 def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
-    """Return what the loss is divided by, tokens, trained ones, and computed ones, over all processes."""
-    counted = [part for part in micro if objective.count(part)]  # one without keeps this process in step, no more
+    """Return the divisor of the loss, and numbers of tokens, label tokens and computed tokens, over all processes."""
+    counted = [part for part in micro if objective.count(part)]  # an idle process runs padding samples, which count
+    nothing
     sizes = torch.tensor(
         [
             sum(objective.count(part) for part in counted),
@@ -181,19 +183,19 @@ def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[
 def measure(
     policy: Policy, objective: Objective, micro_batches: Iterable[list[Sample]], accelerator: Any, when: str = ""
 ) -> tuple[float, int]:
-    """Return (loss per count, count) over micro-batches without training; the model is left as it was.
+    """Return (mean loss, count) over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
 
     Args:
         policy: its model is prepared by `accelerator` where there are several processes.
         objective: gives the summed loss and the count of a micro-batch.
-        micro_batches: the samples, as they are measured together.
+        micro_batches: the samples of each.
         accelerator: accelerate's, for the device and the other processes.
-        when: what an error begins with.
+        when: beginning of the error message.
 
     Raises:
-        TrainingError: when the loss is not finite; it names the rows of the first micro-batch of that kind.
+        TrainingError: when the loss is not finite; it names the rows of the first such micro-batch.
     """
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -201,7 +203,7 @@ def measure(
     measured: list[tuple[list[Sample], torch.Tensor]] = []
     net, was_training = policy.net, policy.training
     net.eval()
-    alone = policy.alone()  # shares may differ in number: no DDP forward here
+    alone = policy.alone()  # processes may have different numbers of micro-batches: no DDP forward here
     try:
         with torch.no_grad():
             for index, samples in enumerate(micro_batches):
@@ -227,7 +229,7 @@ def measure(
 
 
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
-    """Check on the first step that something is learned, and by everything that is to be trained."""
+    """Check on the first step that every trained parameter gets a gradient."""
     if number == 1 and loss == 0.0:
         raise TrainingError("step 1: the loss is exactly 0: nothing would be learned", "look at rows and base model")
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

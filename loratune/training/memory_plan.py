@@ -1,7 +1,7 @@
-"""How much of what a forward pass keeps is computed a second time instead, and how many tokens go through it at once.
+"""Choose how many layers use gradient checkpointing, and how many tokens a micro-batch has.
 
-The first layers are the ones that are computed again: when the way back reaches them, what the last ones kept is gone
-already. Which layers that are changes no bit of the result: dropout draws the same numbers again.
+The first layers are recomputed: when the backward pass reaches them, the activations of the last ones have been freed
+already. Which layers are recomputed changes no bit of the result: dropout repeats its random numbers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from loratune.recipe import Recipe
 from loratune.training.activation_memory import Cost
 from loratune.training.layout_test import Packing
 
-# tokens of a micro-batch of `auto`, best first: more keep a GPU busy, less than the last are slow
+# tokens of a micro-batch with `auto`, best first: many keep a GPU busy, fewer than the last are slow
 BUDGETS = {"cpu": (4096, 2048, 1024), "cuda": (16384, 8192, 4096, 2048)}
-USABLE = 0.9  # part (0-1) of the free memory that is planned with
-LIGHTER = 0.75  # part (0-1) of a plan's memory that is tried where the plan did not fit
+USABLE = 0.9  # fraction (0-1) of the free memory that a plan may use
+LIGHTER = 0.75  # fraction (0-1) of a plan's memory that the next plan may use after the first ran out of memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is computed again, and how much at once.
+    """How many layers are recomputed, and how many tokens run at once.
 
     Attributes:
-        layers: number of layers that can be computed again.
-        again: how many are, the first ones.
-        tokens: budget of a micro-batch of `auto`.
+        layers: number of layers that can be recomputed.
+        again: how many of them are, counted from the first.
+        tokens: budget of a micro-batch with `auto`.
         largest: tokens of the largest micro-batch the rows can make.
-        needed: bytes it takes at once.
-        free: bytes that were free for it, or None where that can't be known.
-        short: whether that is less than a careful estimate asks for.
-        note: what a person must know, or nothing.
+        needed: bytes it needs at its peak.
+        free: bytes that were free for it, or None where that is unknown.
+        short: whether that is less than a cautious estimate needs.
+        note: for the start report, or nothing.
     """
 
     layers: int
@@ -49,7 +49,7 @@ class Plan:
     note: str = ""
 
     def as_json(self) -> dict[str, int | None]:
-        """Return what run.json and a manifest say."""
+        """Return the entry for run.json and a checkpoint's manifest."""
         known = ("layers", "again", "tokens", "largest", "needed", "free")
         return {name: self.__dict__[name] for name in known}
 
@@ -68,22 +68,22 @@ def choose(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, free: int | None, fixed: int,
     world: int = 1, begun: Mapping[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """Decide how many layers are computed again, and how many tokens a micro-batch of `auto` has.
+    """Decide how many layers are recomputed, and how many tokens a micro-batch with `auto` has.
 
-    As many tokens as are good for the device with everything kept; fewer, as long as that costs no speed to speak of;
-    only then layers are computed again, no more than must be.
+    First choice is the best number of tokens for the device and no layer recomputed; then fewer tokens, down to where
+    that gets slow; only then layers are recomputed, no more than needed.
 
     Args:
-        recipe: its `train` says what is left to choose.
+        recipe: its `train` section limits the choice.
         cost: of the model.
         rows: to train on.
         packing: how they are put together.
         device: `cpu` or `cuda`.
-        free: bytes for this process; None where that can't be known: everything is kept.
-        fixed: bytes that are not there yet and don't grow with the tokens: see `memory_use.fixed_bytes`.
+        free: bytes for this process; None where that is unknown: then no layer is recomputed.
+        fixed: bytes not allocated yet that don't depend on the number of tokens: see `memory_use.fixed_bytes`.
         world: number of processes.
-        begun: what was chosen when the run was begun: the budget stays, as it decides the order of sums; no fewer
-            layers are computed again.
+        begun: the plan of a resumed run: the token budget stays, as it decides the order of sums; no fewer layers are
+            recomputed.
 
     Raises:
         ModelError: when the recipe asks for more layers than there are.
@@ -107,7 +107,7 @@ def lighter(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, plan: Plan,
     world: int = 1, begun: Mapping[str, int] | None = None,
 ) -> Plan | None:  # fmt: skip
-    """Return the next plan that takes clearly less memory than `plan`, which did not fit; None where there is none.
+    """Return the next plan that needs clearly less memory than `plan`, which ran out of it; None if there is none.
 
     The other arguments are those of `choose`.
     """
@@ -120,11 +120,11 @@ def _plans(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, free: int | None, world: int,
     begun: Mapping[str, int] | None,
 ) -> Iterator[Plan]:  # fmt: skip
-    """Yield what a recipe leaves to choose from, best first; the arguments are those of `choose`."""
+    """Yield the plans that a recipe allows, best first; the arguments are those of `choose`."""
     settings, layers = recipe.train, len(cost.layers)
     wish = settings.gradient_checkpointing
     capacity = rows.per_sample * recipe.data.max_length if packing.packed else None
-    alone = packing.by == "mask"  # then one pack is a micro-batch
+    alone = packing.by == "mask"  # then a micro-batch is one pack
     budgets = (begun["tokens"],) if begun else BUDGETS[device]
     if settings.micro_batch_size != "auto":
         budgets = budgets[:1]
@@ -137,26 +137,26 @@ def _plans(
     for budget, again in wishes:
         micro = 1 if alone and settings.micro_batch_size == "auto" else settings.micro_batch_size
         largest = batches.largest(rows.sizes, rows.sample_weights, settings.batch_size, micro, budget, capacity, world)
-        if cost.virtual_tokens:  # the shortest rows are the most of them
+        if cost.virtual_tokens:  # most virtual tokens where rows are shortest
             largest += cost.virtual_tokens * rows.per_sample * -(-largest // int(rows.sizes.min()))
         yield Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
 
 
 def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bool = True) -> Plan:
-    """Have the first layers computed a second time as planned; return the plan with what a person must know.
+    """Turn on gradient checkpointing for the first layers, as planned; return the plan with a note for the user.
 
     A model whose layers can't be switched one by one is switched as a whole, where that was asked for or memory is
-    short. Non-reentrant, so that inputs need no gradient and DDP sees each parameter once.
+    short. Checkpointing is non-reentrant, so that inputs need no gradient and DDP sees each parameter once.
 
     Args:
         model: the base model.
         layers: its layers that can be switched.
         plan: from `choose`.
-        wish: the recipe's.
-        draws: whether a forward pass draws random numbers; else their state need not be kept for each layer.
+        wish: the recipe's `train.gradient_checkpointing`.
+        draws: whether a forward pass draws random numbers; else their state need not be saved for each layer.
 
     Raises:
-        ModelError: when it was asked for and the model has nothing of the kind.
+        ModelError: when it was asked for and the model does not support it.
     """
     whole = not layers and wish != "none" and (wish != "auto" or plan.short)
     if not (plan.again or whole):
@@ -165,7 +165,7 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bo
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws}
         )
-    except ValueError:  # transformers' word for it
+    except ValueError:  # what transformers raises for that
         if wish == "auto":
             return replace(plan, note="this model has no gradient checkpointing: all activations stay in memory")
         hint = "use `none`, and a smaller train.micro_batch_size or data.max_length"

@@ -1,4 +1,4 @@
-"""What a training needs of memory and disk, and what is free: for its plan, its check, and advice when it did not fit.
+"""Memory and disk that a training needs, and what is free: for its plan, its check, and advice when memory ran out.
 
 Weights and optimizer states are known from shapes to a few percent, activations are measured (`activation_memory.py`).
 """
@@ -23,23 +23,24 @@ from loratune.system import limits
 from loratune.training.activation_memory import Cost
 from loratune.training.memory_plan import Plan
 
-_ROOM = 128 * 1024  # bytes of a checkpoint beside its tensors: random states, configuration, manifest
-_SUM = 6  # bytes per weight of a trained head: its gradient in float32, and a part of it in 16 bit
+_ROOM = 128 * 1024  # bytes of a checkpoint apart from its tensors: random states, configuration, manifest
+_SUM = 6  # bytes per weight of a trained head: its gradient in float32, and a chunk's summand in 16 bits
 _NF4 = 0.52  # bytes per weight, scales included
-_WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's own (64 MiB on Hopper), and what lies between tensors
+_WORKSPACE = 128 * 2**20  # bytes on a GPU: cuBLAS's workspace (64 MiB on Hopper), and fragmentation
 
 
 def checkpoint_bytes(recipe: Recipe, net: Any) -> int:
-    """Return about how many bytes a checkpoint takes: what is trained, and the optimizer's state of it."""
+    """Return about how many bytes a checkpoint takes: trained weights and their optimizer state."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     weights: int = sum(parameter.numel() * parameter.itemsize for parameter in trained)
     return weights + _states(recipe, net) + _ROOM
 
 
 def free_memory(where: torch.device, processes: int = 1) -> int | None:
-    """Return the bytes that are free for this process, or None where that can't be known.
+    """Return the bytes that are free for this process, or None where that is unknown.
 
-    On a GPU what torch holds unused is free; on a CPU what the kernel or a cgroup lets us have, shared evenly.
+    On a GPU memory that torch has reserved but not used counts as free. On a CPU it is what the kernel or a cgroup
+    allows, divided by the number of processes.
     """
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
@@ -49,15 +50,15 @@ def free_memory(where: torch.device, processes: int = 1) -> int | None:
 
 
 def least(free: int | None) -> int | None:
-    """Return the smallest free memory of all processes, so that all choose alike."""
+    """Return the smallest free memory of all processes, so that all make the same choice."""
     everybody = [one for one in gather_object([free]) if one is not None]
     return min(everybody) if everybody else None
 
 
 def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
-    """Return the bytes a step needs beside activations that are not there yet, however many tokens it has.
+    """Return the bytes, not allocated yet, that a step needs besides activations, whatever its number of tokens.
 
-    Gradients, optimizer states, a chunk of logits, one layer's weight out of its few bits, and on a GPU working space.
+    They are gradients, optimizer states, a chunk of logits, one layer's dequantized weight, and on a GPU workspace.
     """
     gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
@@ -71,19 +72,20 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
 def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
     """Return how many tokens a micro-batch may have where rows are only scored: `most`, halved until they fit.
 
-    Half the free memory is left to what is not counted. A row that is longer goes alone.
+    Half of the free memory is left for what is not counted. A longer row is a micro-batch of its own.
 
     Args:
         loaded: the model.
         longest: tokens of the longest row.
         most: tokens.
-        plain: whether its logits are never in memory at once; see `linear_cross_entropy.is_plain`.
+        plain: whether its full logits are never in memory; see `linear_cross_entropy.is_plain`.
     """
     free = free_memory(loaded.device)
     config = loaded.model.config.get_text_config().to_dict()
     width, words = int(config.get("hidden_size") or 0), int(config.get("vocab_size") or 0)
     between = int(config.get("intermediate_size") or config.get("n_inner") or 4 * width)
-    # of the layer at work: some copies of the state, what is between, a row of the mask; then logits and a capped copy
+    # of the running layer: a few copies of the hidden state, the intermediate state, a row of the mask; then logits and
+    # a capped copy
     numbers = max(8 * width + 4 * between + longest, 0 if plain else 3 * words)
     while free is not None and most > longest and most * numbers * loaded.dtype.itemsize > free // 2:
         most //= 2
@@ -91,17 +93,17 @@ def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
 
 
 def operations(net: Any, rows: Rows, shown: int) -> float:
-    """Return roughly how many floating point operations a training on `shown` rows takes: 4 a weight and token."""
+    """Return roughly the floating-point operations of a training on `shown` rows: 4 per weight and token."""
     return 4.0 * count_parameters(net)[1] * shown * rows.counts.tokens / max(rows.samples, 1)
 
 
 def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, plan: Plan) -> dict[str, int]:
-    """Return in bytes what is in memory during a step, for run.json and for `advice`.
+    """Return the memory of a step by purpose, in bytes, for run.json and `advice`.
 
     Returns:
-        weights: of the whole model; linear: what of it nf4 would shrink; states: the optimizer's; per_token: of
-        activations, all kept; per_token_checkpointed: all layers computed again; per_token_now: as it is trained;
-        longest: tokens of the longest row; tokens: of the largest micro-batch.
+        weights: of the whole model; linear: the part that nf4 would quantize; states: the optimizer's; per_token:
+        activations with no layer recomputed; per_token_checkpointed: with all layers recomputed; per_token_now: as it
+        is trained; longest: tokens of the longest row; tokens: of the largest micro-batch.
     """
     width = max(loaded.dtype.itemsize, 2)
     return {
@@ -117,11 +119,11 @@ def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, pl
 
 
 def advice(recipe: Recipe, setup: Setup | None) -> str:
-    """Return what would take less memory, cheapest first, with how much less that is about.
+    """Return ways to need less memory, cheapest first, with about how much each saves.
 
     Args:
-        recipe: that did not fit.
-        setup: what is known of its run; None where the base did not even load.
+        recipe: whose training ran out of memory.
+        setup: of the run; None where memory ran out while the base was loaded.
     """
     quantized = (setup.quantization if setup else recipe.model.quantization.type) != "none"
     if setup is None:
@@ -148,7 +150,7 @@ def advice(recipe: Recipe, setup: Setup | None) -> str:
 
 
 def _of_trained_head(loaded: Loaded, net: Any, words: int) -> int:
-    """Return what a head takes more where it is trained: larger chunks, in 16 bit its gradient's sum and summand."""
+    """Return the extra bytes of a trained head: larger chunks of logits, and in 16 bits its float32 gradient."""
     trained = [p.numel() for p in net.get_output_embeddings().parameters() if p.requires_grad]
     half = loaded.device.type == "cuda" or loaded.dtype is not torch.float32
     about = (loaded.device.type, words, loaded.dtype.itemsize)
@@ -162,7 +164,7 @@ def _states(recipe: Recipe, net: Any) -> int:
 
 
 def _available() -> Iterator[int]:
-    """Yield what the kernel says is available, in bytes."""
+    """Yield the available memory that the kernel reports, in bytes."""
     file = Path("/proc/meminfo")
     for line in file.read_text().splitlines() if file.exists() else ():
         if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""How a training goes: its figures, and metrics.jsonl."""
+"""Progress of a training: its figures, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def memory() -> int:
 
 
 class RunReport(Report):
-    """Records how a training goes, and hands it on; tells and writes nothing on processes other than the first.
+    """Record the events of a training and pass them on; on processes other than the first nothing is passed or written.
 
     Args:
-        hear: gets each event; None: lines go to Python's logging.
-        active: whether this process tells and writes.
+        hear: called with each event; None: lines go to Python's logging.
+        active: whether this process passes events on and writes.
         metrics: the file that gets one JSON object per step and per evaluation; None for none.
 
     Attributes:
         train: step and loss of each step, in nats per trained token.
-        evaluation: step and eval loss of each evaluation, the same.
+        evaluation: step and eval loss of each evaluation, in the same unit.
         seconds: spent in steps.
     """
 
@@ -52,7 +52,7 @@ class RunReport(Report):
         self._steps = 0  # of the whole run
 
     def tell(self, event: Event) -> None:
-        """Record an event, then hand it on."""
+        """Record an event, then pass it on."""
         if isinstance(event, Begun):
             self._steps = event.steps
         elif isinstance(event, StepDone):
@@ -65,12 +65,12 @@ class RunReport(Report):
         super().tell(event)
 
     def step(self, step: Step) -> None:
-        """Tell that a step is done."""
+        """Report that a step is done."""
         self.tell(StepDone(steps=self._steps, memory=memory(), **step.__dict__))
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second over all steps, padding, evaluation and saving not counted."""
+        """Tokens per second over all steps, without padding and without the time of evaluation and saving."""
         return self._tokens / max(self.seconds, 1e-9)
 
     def _count(self, number: int, loss: float, seconds: float, tokens: float) -> None:
@@ -88,11 +88,11 @@ class RunReport(Report):
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(self._metrics)))) from None
 
     def go_on_from(self, step: int, evaluated: bool = True) -> None:
-        """Take up the metrics of a run that is resumed after `step`; later ones are cut off.
+        """Continue the metrics of a run that is resumed after `step`; later lines are removed.
 
         Args:
             step: the last one done.
-            evaluated: whether the evaluation after it is done as well.
+            evaluated: whether the evaluation after it is also done.
 
         Raises:
             StorageError: when the file with them can't be read.
@@ -101,7 +101,7 @@ class RunReport(Report):
             return
         if not self._metrics.exists():
             if self.active:
-                self._metrics.unlink(missing_ok=True)  # a link to nowhere
+                self._metrics.unlink(missing_ok=True)  # a dangling link
             return
         last = {"step": step, "eval": step if evaluated else step - 1}
         try:
@@ -120,7 +120,7 @@ class RunReport(Report):
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl, or None for one that a kill or the power has cut."""
+    """Return the object of a line of metrics.jsonl, or None for a line cut off by a kill or a power failure."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):

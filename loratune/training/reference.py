@@ -1,6 +1,6 @@
-"""Numbers that the model of the start gives each sample, such as log p: taken once, before step 1.
+"""Values of the model before step 1 for each sample, such as DPO's reference log p; computed once.
 
-They lie in the run folder, as a resumed run no longer has that model.
+They are kept in the run folder, as a resumed run no longer has that model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from loratune.system import storage
 from loratune.system.run_files import REFERENCE
 from loratune.training.job import Job
 
-BLOCK = 1024  # samples that are looked through for common prefixes at once
+BLOCK = 1024  # samples that are searched for common prefixes at once
 
 
 def take(job: Job, resumed: bool) -> None:
-    """Give the samples of a training, and those held out, the numbers that its objective wants of the start.
+    """Add to the samples, trained and held out, the values that the objective needs of the model before step 1.
 
     Raises:
-        RunFolderError: when a run is resumed, its file with them is gone or of other rows, and the model of the start
-            can't be had again.
+        RunFolderError: when a run is resumed, its file with them is missing or of other rows, and the method can't
+            restore the model before step 1.
     """
     if not job.recipe.objective.values:
         return
@@ -62,7 +62,7 @@ def take(job: Job, resumed: bool) -> None:
 
 
 def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.ndarray]:
-    """Return the numbers of each sample of a set, (samples,) each; every process takes its share of the samples."""
+    """Return the values of each sample of a set, (samples,) each; every process computes its share of the samples."""
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
     layout: Layout = "shared" if job.packing.layout == "shared" else "padded"
     training, done = policy.net.training, 0
@@ -87,7 +87,7 @@ def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.
 
 
 def _parts(rows: Rows, layout: Layout, tokens: int) -> Iterator[tuple[list[int], list[Sample]]]:
-    """Yield all samples in micro-batches, with their numbers; those that begin alike together where they may share."""
+    """Yield all samples in micro-batches, with their indices; with prefix sharing, grouped by common prefix."""
     order = np.argsort(-rows.sizes, kind="stable")
     for begin in range(0, rows.samples, BLOCK):
         chosen = [rows.sample(int(i)) for i in order[begin : begin + BLOCK]]
@@ -98,7 +98,7 @@ def _parts(rows: Rows, layout: Layout, tokens: int) -> Iterator[tuple[list[int],
 
 
 def _key(job: Job) -> str:
-    """Return a hash (hex) of everything that decides these numbers."""
+    """Return a hash (hex) of everything that these values depend on."""
     setup, recipe = job.facts.prepared, job.recipe
     parts = {
         "rows": setup.fingerprints, "dtype": setup.dtype, "quantization": setup.quantization,
@@ -109,7 +109,7 @@ def _key(job: Job) -> str:
 
 
 def _read(file: Path, key: str, sets: dict[str, Rows]) -> dict[str, dict[str, np.ndarray]] | None:
-    """Return the numbers in a run folder, or None where there are none for these rows."""
+    """Return the values in a run folder, or None where there are none for these rows."""
     known = storage.read_json(file)
     if known.get("key") != key:
         return None

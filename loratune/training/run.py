@@ -1,4 +1,4 @@
-"""One training, from a recipe to a run folder: the one place that joins things. Read `train` from top to bottom."""
+"""One training, from a recipe to a run folder; joins all other parts. Read `train` from top to bottom."""
 
 from __future__ import annotations
 
@@ -63,23 +63,23 @@ def train(
     recipe: Recipe, resume: bool = False, overwrite: bool = False, allow_drift: bool = False,
     allow_base_mismatch: bool = False, trust_remote_code: bool = False, on_event: Listener | None = None,
 ) -> Run:  # fmt: skip
-    """Train what the recipe says and fill its run folder.
+    """Train as the recipe describes and fill its run folder.
 
     Args:
         recipe: from `load_recipe`.
         resume: resume from the newest valid checkpoint of the run folder.
         overwrite: start over in a run folder that holds a run.
-        allow_drift: go on although recipe or rows are no longer those the run was begun with; recorded in run.json.
-        allow_base_mismatch: resume on another base than the run was begun on; recorded in run.json.
+        allow_drift: resume although recipe or rows have changed since the run began; recorded in run.json.
+        allow_base_mismatch: resume on another base than the run began with; recorded in run.json.
         trust_remote_code: run code that comes with the base model; recorded in run.json.
-        on_event: called with each event; None: lines go to Python's logging. What it raises ends the run and comes out
-            as it is; what is done by then is saved for `resume`. With several processes the first one calls it.
+        on_event: called with each event; None: lines go to Python's logging. An exception it raises ends the run and is
+            raised here unchanged, after a checkpoint for `resume`. With several processes only the first calls it.
 
     Returns:
         The finished run.
 
     Raises:
-        LoratuneError: any of its kinds; `exit_code` says which.
+        LoratuneError: any of its subclasses, each with its `exit_code`.
     """
     folder = Path(recipe.output)
     with startup.training(), gpu_kernels.for_now():
@@ -113,7 +113,7 @@ def train(
 
 @contextlib.contextmanager
 def _recorded(folder: Path, facts: Facts, report: RunReport) -> Iterator[Callable[[], None]]:
-    """Write at the end of a run into run.json how it ended; nothing before the function that is yielded was called."""
+    """Record in run.json how a run ended; write nothing unless the yielded function has been called."""
     status, begun = "failed", False
 
     def begin() -> None:
@@ -128,13 +128,14 @@ def _recorded(folder: Path, facts: Facts, report: RunReport) -> Iterator[Callabl
         raise
     finally:
         if report.active and begun:
-            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # it has been told already
+            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # the run's own error is
+            reported already
                 storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
 
 
 @contextlib.contextmanager
 def _in_words(recipe: Recipe, facts: Facts, asked: Signals, report: RunReport) -> Iterator[None]:
-    """Raise what ends a training as an error that says what would do.
+    """Turn what ends a training into an error with a remedy.
 
     Raises:
         Interrupted: for a signal before the first step.
@@ -158,13 +159,13 @@ def _in_words(recipe: Recipe, facts: Facts, asked: Signals, report: RunReport) -
 
 @dataclass
 class _Course:
-    """Where a training stands: after its last whole step.
+    """State of a training after its last complete step.
 
     Attributes:
         job: the training.
-        progress: what is done.
-        random: numbers drawn by then.
-        saved: what of it lies on the disk.
+        progress: steps and evaluations done.
+        random: states of the random number generators then.
+        saved: progress of the last checkpoint.
     """
 
     job: Job
@@ -173,16 +174,16 @@ class _Course:
     saved: Progress
 
     def save(self) -> None:
-        """Save a checkpoint and tell it."""
+        """Save a checkpoint and report it."""
         self.saved = session.save(self.job, self.progress, self.random)
         folder = checkpoint.path_of(self.job.folder, self.progress.step)
         self.job.report.tell(Saved(self.progress.step, folder))
 
     @contextlib.contextmanager
     def saved_first(self, asked: Signals) -> Iterator[None]:
-        """Save the last whole step before a signal, or what the listener raised, ends the training.
+        """Save the last complete step before a signal, or an exception of the listener, ends the training.
 
-        What was begun after that step is given up, its random numbers too. Several processes are not saved for an error
+        The step in progress is abandoned, its random numbers too. With several processes nothing is saved for an error
         of the listener: the others wait in the next step.
         """
         try:
@@ -204,7 +205,7 @@ class _Course:
 
 
 def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
-    """Train step by step; evaluate, save and stop where the recipe says. Return where the run ends."""
+    """Train step by step; evaluate, save and stop as the recipe says. Return the progress at the end."""
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
     steps = job.length.steps
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
@@ -213,7 +214,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
         session.in_steps(cadence, job.length.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)
     )
-    # several processes must leave at the same point, and only at the end of a step are they known to meet
+    # several processes must stop at the same point, and only the end of a step is one
     poll = asked.poll if accelerator.num_processes == 1 else signals.never
     asked.training = True
     at = _Course(job, progress, training_state.randomness(), progress)
@@ -245,7 +246,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
 
 
 def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
-    """Return a function that begins the steps of a training, from where it stands and with the plan it has by then."""
+    """Return a function that starts the steps of a training from its current progress and with its current plan."""
     recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.length.steps
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     schedule, warmup = settings.schedule, warmup_steps(settings.warmup, steps)
@@ -267,16 +268,17 @@ def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> C
 
 
 def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: bool) -> Iterator[loop.Step]:
-    """Yield the steps of a training; where memory runs out in the first, begin once more with a lighter plan."""
+    """Yield the steps of a training; where memory runs out in the first, start again with a lighter plan."""
     random, plan, steps = training_state.randomness(), None, begin()
     try:
         yield from itertools.islice(steps, 1)
     except loop.OutOfMemory:
-        if job.accelerator.num_processes == 1:  # several would have to agree, and wait for this one's gradients
+        if job.accelerator.num_processes == 1:  # several would have to agree, and the others wait for this one's
+        gradients
             plan = session.lighter(job, resumed)
         if plan is None:
             raise
-    if plan is not None:  # here, as the error holds on to all that was in memory
+    if plan is not None:  # outside of `except`, as the error keeps references to tensors
         session.take(job, plan)
         training_state.set_random_state(random.as_json())
         steps = begin()
@@ -329,7 +331,7 @@ def _ended(job: Job, run: Run) -> Ended:
 
 
 def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
-    """Measure the eval loss; return whether it is the best so far, and the progress that knows it."""
+    """Measure the eval loss; return whether it is the best so far, and the updated progress."""
     assert job.data.held_out is not None
     began = time.perf_counter()
     parts = batches.in_length_order(job.data.held_out, job.recipe.train.micro_batch_size, job.memory.plan.tokens)

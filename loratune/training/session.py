@@ -1,4 +1,4 @@
-"""A training and its run folder: found, opened, resumed and saved. What is trained, and how, is decided elsewhere."""
+"""The run folder of a training: locked, opened, resumed, saved to. What is trained, and how, is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from loratune.training.memory_plan import Plan
 
 @contextmanager
 def alone(folder: Path, first: bool, report: Report) -> Iterator[None]:
-    """Hold the run folder's lock, before anything is read that takes time; the first process does for all."""
+    """Hold the run folder's lock, taken before anything slow is read; the first process holds it for all."""
     if not first:
         yield
         return
@@ -62,7 +62,7 @@ def start(job: Job, resume: bool) -> Progress:
 
 
 def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool) -> Progress:
-    """Put everything back to where a checkpoint was saved; return where the run stands."""
+    """Restore everything from a checkpoint; return the run's progress."""
     base = fingerprint.compare(found.folder, job.recipe.model, allow_base_mismatch, job.tokenizer)
     for line in base.notes:
         job.report.problem(line)
@@ -87,7 +87,7 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
 
 
 def open_folder(job: Job, progress: Progress, resume: bool) -> None:
-    """Make the run folder this run's: run.json, recipe.yaml, the ledger, and the metrics up to here."""
+    """Write this run's files into the run folder: run.json, recipe.yaml, the ledger, and the metrics so far."""
     if job.first:
         for line in checkpoint.make_run(job.folder, job.facts, resume):
             job.report.problem(line)
@@ -102,7 +102,7 @@ def open_folder(job: Job, progress: Progress, resume: bool) -> None:
 
 
 def lighter(job: Job, resumed: bool) -> Plan | None:
-    """Return a plan for a run whose own did not fit; the micro-batches of a resumed one stay."""
+    """Return a plan for a run that ran out of memory with its own; the micro-batches of a resumed run stay."""
     plan = job.memory.plan
     begun = {"tokens": plan.tokens, "again": plan.again} if resumed else None
     device, world = job.accelerator.device.type, job.accelerator.num_processes
@@ -110,7 +110,7 @@ def lighter(job: Job, resumed: bool) -> Plan | None:
 
 
 def take(job: Job, plan: Plan) -> None:
-    """Go on with a lighter plan where one did not fit: as if nothing had been tried, but for random numbers."""
+    """Use a lighter plan after one ran out of memory: nothing remains of the first try but the random numbers drawn."""
     job.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ def take(job: Job, plan: Plan) -> None:
 
 
 def save(job: Job, progress: Progress, random: Randomness) -> Progress:
-    """Commit a checkpoint; every process gives its random state, the first one writes. Return what lies on the disk."""
+    """Commit a checkpoint; every process gives its random state, the first one writes. Return the saved progress."""
     everybody = gather_object([random.as_json()])
 
     def write(folder: Path) -> None:
@@ -149,13 +149,13 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
 
 
 def write_origin(job: Job, folder: Path) -> None:
-    """Write beside an adapter or model what it stands on, and where its answers end."""
+    """Write beside an adapter or model its base's fingerprint and its end-of-turn tokens."""
     fingerprint.write(folder, job.base.origin)
     end_tokens.write_config(folder, base_files.folder_of(job.recipe.model), job.base.ends)
 
 
 def write_readable(job: Job, folder: Path) -> None:
-    """Write the tokenizer, and what else other programs look for beside the weights."""
+    """Write the tokenizer, and other files that other programs expect beside the weights."""
     base = base_files.folder_of(job.recipe.model)
     if job.recipe.method.output == "model":
         trust = job.facts.start.trust_remote_code
@@ -165,10 +165,10 @@ def write_readable(job: Job, folder: Path) -> None:
 
 
 def check_code(job: Job) -> None:
-    """Check that code of the base's own, which comes along with a whole model, overwrites nothing in the run folder.
+    """Check that the base's own code files, which are copied with a full model, overwrite nothing in the run folder.
 
     Raises:
-        RunFolderError: when a file of its name lies there that no run wrote.
+        RunFolderError: when the folder has a file of such a name that no run wrote.
     """
     if job.first and job.recipe.method.output == "model" and job.facts.start.trust_remote_code:
         checkpoint.check_foreign(job.folder, model_folder.code(base_files.folder_of(job.recipe.model)))
@@ -180,7 +180,7 @@ def check_space(job: Job, resume: bool) -> None:
         return
     settings = job.recipe.train
     saves = -(-job.length.steps // in_steps(settings.save_every, job.length.per_epoch))
-    kept = min(saves, settings.keep) + (1 if job.data.held_out else 0)  # the best one
+    kept = min(saves, settings.keep) + (1 if job.data.held_out else 0)  # the best checkpoint
     final = 2 * job.facts.prepared.adapter_bytes_predicted
     there = storage.size(job.folder / "checkpoints") if resume else 0
     needed = max(job.checkpoint_bytes, (kept + 1) * job.checkpoint_bytes + final - there)
@@ -190,7 +190,7 @@ def check_space(job: Job, resume: bool) -> None:
 
 
 def about(job: Job) -> dict[str, Any]:
-    """Return what a manifest says about the run its files come from."""
+    """Return the part of a manifest that describes the run."""
     setup = job.facts.prepared
     return {
         "recipe": job.recipe.hash(), "settings": job.recipe.model_dump(mode="json"), "drift": job.facts.drift or [],
@@ -207,5 +207,5 @@ def trainable(net: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def in_steps(cadence: int | float, per_epoch: int) -> int:
-    """Return a cadence in steps: an integer is that already, a fraction is a part of an epoch."""
+    """Return an interval in steps: an integer is steps already, a fraction is a part of an epoch."""
     return cadence if isinstance(cadence, int) else max(1, round(cadence * per_epoch))

@@ -1,4 +1,4 @@
-"""From a recipe to a training that can begin, in stages: rows, base, what is trained, layout, memory, steps."""
+"""Set up a training from a recipe, in stages: rows, base, method, layout, memory, steps."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from loratune.training.progress import RunReport
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: Facts, found: Found | None) -> Job:
-    """Set a training up, and tell what is about to happen.
+    """Set up a training, and report what is about to happen.
 
     Args:
         recipe: of the training.
         accelerator: accelerate's.
-        report: that tells it.
-        facts: get what is known now.
-        found: the checkpoint that is resumed from, or None.
+        report: to print to.
+        facts: filled with what is known now.
+        found: the checkpoint to resume from, or None.
 
     Raises:
-        LoratuneError: any of its kinds.
+        LoratuneError: any of its subclasses.
     """
     where, seal = accelerator.device, found.seal if found else {}
     data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
 
 
 def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: RunReport) -> Data:
-    """Read and tokenize the rows; the first process does, the others find them in the cache."""
+    """Read and tokenize the rows on the first process; the others read them from the cache."""
     tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():
         encoder = Encoder(tokenizer)
@@ -77,7 +77,7 @@ def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: Run
 
 
 def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtype: str | None) -> Base:
-    """Load the base and check it against method and rows; `dtype` is that of a run that is resumed."""
+    """Load the base and check it against method and rows; `dtype` is that of a resumed run."""
     full, encoder = recipe.method.trains_base, data.encoder
     loaded = base_model.load(base_model.as_begun(recipe.model, dtype), full, where, trust, encoder.tokenizer)
     over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
@@ -101,7 +101,7 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
 
 
 def apply_method(recipe: Recipe, loaded: Loaded, data: Data, length: Length, where: torch.device) -> Tuned:
-    """Put on the base what is trained."""
+    """Apply the method to the base: add or select the trained parameters."""
     set_seed(recipe.train.seed)
     about = MethodSetup(
         length.steps, data.encoder.tokenizer, lambda: _first_batches(recipe, data.train, where), recipe.model.revision
@@ -110,7 +110,7 @@ def apply_method(recipe: Recipe, loaded: Loaded, data: Data, length: Length, whe
 
 
 def use_kernels(recipe: Recipe, loaded: Loaded, net: Any, begun: list[str] | None) -> list[str]:
-    """Let a GPU use kernels of our own that are right there; return their names. `begun`: those of a resumed run."""
+    """Turn on our kernels that pass their self-test on a GPU; return their names. `begun`: those of a resumed run."""
     used, notes = gpu_self_test.install(net, loaded.dtype, [] if recipe.train.kernels == "off" else begun)
     loaded.notes += notes
     return used
@@ -120,7 +120,7 @@ def plan_memory(
     recipe: Recipe, loaded: Loaded, tuned: Tuned, rows: Rows, packing: Packing, accelerator: Accelerator,
     begun: dict[str, int] | None,
 ) -> Memory:  # fmt: skip
-    """Measure what activations take, and decide how much is computed again; `begun` is the plan of a resumed run."""
+    """Measure activations, and decide how many layers are recomputed; `begun` is the plan of a resumed run."""
     where, processes = accelerator.device, accelerator.num_processes
     cost, layers = activation_memory.measure(recipe, tuned.policy(), rows, packing, accelerator)
     free = memory_use.least(memory_use.free_memory(where, processes))
@@ -131,7 +131,7 @@ def plan_memory(
 
 
 def length_of(recipe: Recipe, rows: Rows) -> Length:
-    """Return how many steps an epoch and the whole run have."""
+    """Return the number of steps of an epoch and of the run."""
     per_epoch = -(-batches.samples_per_epoch(rows.sample_weights) // recipe.train.batch_size)
     return Length(per_epoch, recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch))
 
@@ -140,9 +140,9 @@ def use_compiler(
     recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, length: Length, report: RunReport, begun: bool | None,
     fused: bool,
 ) -> bool:  # fmt: skip
-    """Let torch's compiler join small operations where that pays and no kernel of ours has `fused` them already.
+    """Let torch's compiler fuse small operations where that is faster and none of our kernels has `fused` them already.
 
-    What a resumed run did is `begun`.
+    `begun` is what a resumed run did.
     """
     operations = memory_use.operations(net, rows, length.steps * recipe.train.batch_size)
     if not torch_compile.is_wanted(recipe.train.compile, loaded.device.type, operations, begun, fused):
@@ -184,7 +184,7 @@ def _setup(
 
 
 def _first_batches(recipe: Recipe, rows: Rows, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield micro-batches of the first 16 steps, for a start that looks at the data."""
+    """Yield micro-batches of the first 16 steps, for an initialization that depends on the data."""
     settings = recipe.train
     for batch in batches.batches(
         rows, settings.batch_size, settings.micro_batch_size, settings.seed, 16, 0, batches.AUTO_TOKENS[device.type]

@@ -1,8 +1,8 @@
-"""What a signal does to a training: leave at once while nothing is trained yet, and after a checkpoint later on.
+"""Signals: a training stops at once before its first step, and later after a checkpoint.
 
-SIGINT is Ctrl-C, SIGTERM and SIGUSR1 are a scheduler's words (Slurm: `--signal=USR1@120`), SIGHUP is a terminal or a
-connection that was closed; under nohup it is ignored, as that asks for. The exit code is 130 for SIGINT, 129 for SIGHUP
-and 143 for the other two, so that a job script has one code to look for.
+SIGINT is Ctrl-C. SIGTERM and SIGUSR1 come from a scheduler (Slurm: `--signal=USR1@120`). SIGHUP means that a terminal
+or connection was closed; under nohup it is ignored, as intended. The exit code is 130 for SIGINT, 129 for SIGHUP and
+143 for the other two, so that a job script has one code to check.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from loratune.errors import Interrupted
 
 LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CODES = {signal.SIGINT: 130, signal.SIGHUP: 129}
-# a launcher passes on what the terminal has sent to every process already: that is one signal, not two
+# a launcher forwards what the terminal has sent to every process already: that counts as one signal, not two
 SAME = 1.0  # seconds
-# what is raised inside a weak reference's callback or a `__del__` never gets out of it: the signal is sent once more
-AGAIN = 0.01  # seconds, by which such a callback is over
+# an exception raised in a weak reference's callback or a `__del__` is lost: the signal is sent once more
+AGAIN = 0.01  # seconds after which such a callback has ended
 
 
 def _handled() -> tuple[signal.Signals, ...]:
-    """Return the signals to listen to: all but a SIGHUP that this process was started to ignore."""
+    """Return the signals to handle: all, but SIGHUP only if this process was not started to ignore it."""
     return tuple(n for n in LISTENED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
 
 def exit_code(number: int) -> int:
-    """Return the exit code of a run that a signal ended."""
+    """Return the exit code of a run ended by a signal."""
     return CODES.get(signal.Signals(number), 143)
 
 
 class Leave(KeyboardInterrupt):
-    """A signal came while nothing was trained yet; no `except Exception` on the way may hold it up."""
+    """A signal came before training began. Not an `Exception`, so that no `except Exception` catches it."""
 
 
 class Asked(Exception):
-    """A signal came between two micro-batches: what is at hand is to be given up."""
+    """A signal came between two micro-batches: the step in progress is abandoned."""
 
 
 class Signals:
-    """What has been asked of this process.
+    """The signal that this process has received.
 
     Attributes:
         number: the first signal that came, or 0.
-        training: whether one is only noted, for the loop to find; before that it leaves at once.
+        training: whether a signal is only noted, for the loop to see; before that it raises `Leave` at once.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Signals:
             raise Asked
 
     def note(self, number: int, frame: Any) -> None:
-        """Take up a signal: the handler. A second one ends the process wherever it is."""
+        """Handle a signal. A second one ends the process wherever it is."""
         if self.number:
             if time.monotonic() - self._when > SAME:
                 signal.signal(number, signal.SIG_DFL)
@@ -74,14 +74,14 @@ class Signals:
             raise Leave
 
     def again(self) -> None:
-        """Send the signal once more, the `Leave` of which was lost."""
+        """Send a signal again whose `Leave` was lost."""
         number, self.number = self.number, 0
         threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
 
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Listen to signals; outside of the main thread, where Python lets nobody listen, none ever comes."""
+    """Handle signals; outside of the main thread, where Python allows no handlers, none arrives."""
     asked = Signals()
     before: dict[int, Any] = {}
     hook = sys.unraisablehook
@@ -106,7 +106,7 @@ def listening() -> Iterator[Signals]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Let a signal end the process on the spot: for imports, in the middle of which an exception may get lost."""
+    """Let a signal end the process immediately: for imports, during which an exception may get lost."""
 
     def leave(number: int, frame: Any) -> None:
         sys.stderr.write("interrupted\n")
@@ -122,7 +122,7 @@ def at_once() -> Iterator[None]:
 
 
 def interrupted(number: int, step: int) -> Interrupted:
-    """Return the error that ends a run after a signal; `step` is the last one done and saved."""
+    """Return the error that ends a run after a signal; `step` is the last one saved."""
     name = signal.Signals(number).name
     if not step:
         return Interrupted(f"{name}: stopped before the first step: nothing to save", exit_code(number))
@@ -132,11 +132,11 @@ def interrupted(number: int, step: int) -> Interrupted:
 
 
 def never() -> None:
-    """Poll nothing."""
+    """Do nothing: the `poll` of a loop that must not be interrupted within a step."""
 
 
 def at_any(accelerator: Any, asked: Signals) -> int:
-    """Return the signal that came to any of the processes, or 0: all must stop at the same step."""
+    """Return the signal that any of the processes received, or 0: all must stop at the same step."""
     import torch
 
     number = asked.number

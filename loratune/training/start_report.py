@@ -1,4 +1,4 @@
-"""What a run tells a person before its first step, and what it writes down about itself."""
+"""The start report, printed before the first step, and what run.json records about a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
 
 
 def start(recipe: Recipe, accelerator: Accelerator, trust: bool) -> Start:
-    """Return what run.json says of a run before anything is loaded."""
+    """Return what run.json records of a run before anything is loaded."""
     versions = {"loratune": VERSION, "python": platform.python_version()}
     for name in VERSIONS:
         try:
@@ -52,7 +52,7 @@ def start(recipe: Recipe, accelerator: Accelerator, trust: bool) -> Start:
 
 
 def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
-    """Return a sha256 (hex) of what is trained on and measured with: what the rows say, their lengths and weights."""
+    """Return a sha256 (hex) of training and held-out rows: their contents, lengths and weights."""
 
     def of(rows: Rows) -> str:
         digest = hashlib.sha256()
@@ -64,7 +64,7 @@ def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
 
 
 def sources(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return path, bytes and time of every local data file, to name one that has changed."""
+    """Return path, bytes and modification time of every local data file, to name one that has changed."""
     named = [
         *((one.path, "train") for one in recipe.data.train),
         *((one.path, "eval") for one in recipe.data.eval or ()),
@@ -78,12 +78,12 @@ def sources(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def counts(rows: Rows) -> dict[str, Any]:
-    """Return what run.json says of a set of rows."""
+    """Return what run.json records of a set of rows."""
     return {**rows.counts.as_json(), "rows": len(rows), "formats": rows.formats, "unread": rows.unread}
 
 
 def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> dict[str, Any]:
-    """Return how the rows of a step are put together, for run.json and the start report."""
+    """Return how rows are packed or padded, for run.json and the start report."""
     if not packing.packed:
         return {"packed": False, "why_not": packing.why_not}
     if packing.layout == "shared":
@@ -98,7 +98,7 @@ def batching(recipe: Recipe, packing: Packing, rows: Rows, processes: int) -> di
 
 
 def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
-    """Yield what a person must know about the training rows beside their number."""
+    """Yield lines for the start report about the training rows, besides their number."""
     counts = rows.counts
     if recipe.data.format.type == "auto":
         yield "read as " + ", ".join(f"{name} ({number:,})" for name, number in rows.formats.items())
@@ -164,7 +164,7 @@ def tell_start(
     report: Report, recipe: Recipe, loaded: base_model.Loaded, net: Any, rows: Rows, held_out: Rows | None, steps: int,
     on_disk: int, plan: Plan, batching: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Print what is about to happen: model, rows, what is trained, and what was chosen for the user."""
+    """Print what is about to happen: model, rows, what is trained, and automatic choices."""
     report.field(
         "base",
         f"{recipe.model.base}: {name_of(loaded.dtype)}"
@@ -190,5 +190,5 @@ def tell_start(
 
 
 def product(recipe: Recipe) -> str:
-    """Return the word for what a run leaves behind."""
+    """Return the word for a run's output."""
     return recipe.method.output
