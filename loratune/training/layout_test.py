@@ -211,8 +211,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     if recipe.model.attention in ("auto", "sdpa") and (half or loaded.device.type == "cpu"):
         layouts: list[Layout] = ["packed"] if unshared else ["shared", "packed"]
         ways += [("rows", packed_attention.NAME, layout) for layout in layouts]
-    if own != "eager" or recipe.data.packing == "on":  # eager attention computes all pairs of tokens: padding is
-    cheaper
+    if own != "eager" or recipe.data.packing == "on":  # eager computes all pairs of tokens: padding is cheaper
         ways.append(("mask", own, "packed"))
     reasons: dict[str, str] = {}  # why each layout was rejected, with the first attention that was tried
     packed_attention.register()

@@ -164,8 +164,7 @@ def _whole() -> Iterator[None]:
 
 def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
     """Return the divisor of the loss, and numbers of tokens, label tokens and computed tokens, over all processes."""
-    counted = [part for part in micro if objective.count(part)]  # an idle process runs padding samples, which count
-    nothing
+    counted = [part for part in micro if objective.count(part)]  # padding samples of an idle process have none
     sizes = torch.tensor(
         [
             sum(objective.count(part) for part in counted),

@@ -128,8 +128,7 @@ def _recorded(folder: Path, facts: Facts, report: RunReport) -> Iterator[Callabl
         raise
     finally:
         if report.active and begun:
-            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # the run's own error is
-            reported already
+            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # the first error is raised already
                 storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
 
 
@@ -273,8 +272,7 @@ def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: boo
     try:
         yield from itertools.islice(steps, 1)
     except loop.OutOfMemory:
-        if job.accelerator.num_processes == 1:  # several would have to agree, and the others wait for this one's
-        gradients
+        if job.accelerator.num_processes == 1:  # several would have to agree: the others wait for gradients
             plan = session.lighter(job, resumed)
         if plan is None:
             raise
