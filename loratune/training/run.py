@@ -128,7 +128,7 @@ def _recorded(folder: Path, facts: Facts, report: RunReport) -> Iterator[Callabl
         raise
     finally:
         if report.active and begun:
-            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # the first error is raised already
+            with contextlib.suppress(*([] if status == "complete" else [StorageError])):  # that is raised already
                 storage.write_json(folder / "run.json", {**facts.as_json(), "status": status})
 
 
