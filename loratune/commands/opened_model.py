@@ -188,7 +188,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                 config = PeftConfig.from_pretrained(str(folder))
                 own = config.peft_type == "LORA" and not lora_linear.misfits(net)
                 if own:
-                    config._register_custom_module(lora_linear.MODULES)
+                    lora_linear.replace_layers(config)
                 net = PeftModel.from_pretrained(net, str(folder), adapter_name=name, config=config)
                 if own:
                     lora_linear.join(net)

@@ -232,7 +232,13 @@ class FewPasses(_Ours, lora.Linear):  # type: ignore[misc]
 
 
 MODULES: dict[Any, Any] = {torch.nn.Linear: FewPasses}
-"""What PEFT is to put over which layer, for `LoraConfig._register_custom_module`."""
+"""Which class goes over which layer."""
+
+
+def replace_layers(config: Any) -> None:
+    """Have PEFT put these classes over linear layers, not its own; the only way there is in PEFT 0.17 and later."""
+    config._register_custom_module(MODULES)
+
 
 if is_bnb_4bit_available():
     from bitsandbytes.nn import Linear4bit

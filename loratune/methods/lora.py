@@ -129,7 +129,7 @@ class Lora(MethodSection):
         config = self._config(model)
         few_passes = self._slower(model) is None
         if few_passes:
-            config._register_custom_module(lora_linear.MODULES)
+            lora_linear.replace_layers(config)
         peft_model: PeftModel = get_peft_model(model, config, revision=setup.revision)
         _in_float32(peft_model)
         if self.init == "eva":

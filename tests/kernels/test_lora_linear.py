@@ -45,7 +45,7 @@ def both(dtype: torch.dtype, bias: bool, kind: str | None = None, **changes: Any
             net.is_loaded_in_4bit = True  # or PEFT takes it for a plain one
         config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"], **changes)
         if ours:
-            config._register_custom_module(lora_linear.MODULES)
+            lora_linear.replace_layers(config)
         net = get_peft_model(net, config)
         layer = net.base_model.model[0]
         with torch.no_grad():
@@ -185,7 +185,7 @@ def test_layers_together_are_each_alone(given: str) -> None:
         torch.manual_seed(0)
         config = LoraConfig(r=8, lora_alpha=24, target_modules="all-linear", rank_pattern={"k_proj": 4})
         if ours:
-            config._register_custom_module(lora_linear.MODULES)
+            lora_linear.replace_layers(config)
         net = get_peft_model(Heads().requires_grad_(False), config).train()
         torch.manual_seed(1)
         for name, parameter in net.named_parameters():

@@ -192,7 +192,7 @@ def test_a_state_that_is_edited_in_place_is_another_state(what: str) -> None:
     plain = _Edited(what).requires_grad_(False)
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
     theirs = inject_adapter_in_model(config, copy.deepcopy(plain))
-    config._register_custom_module(lora_linear.MODULES)
+    lora_linear.replace_layers(config)
     ours = inject_adapter_in_model(config, copy.deepcopy(plain))
     ours.load_state_dict(theirs.state_dict())
     lora_linear.join(ours)
