@@ -1,16 +1,16 @@
 """Attention within each row of a pack on a CPU, by matrix products over tiles of many rows at once.
 
-torch's flash kernel takes rows one by one, and where it goes backward in bfloat16 it falls back to slow products; those
-of whole tiles are several times faster, if there are enough of them in one call. So rows of about the same length are
-laid side by side, padded to whole tiles, and the n-th tiles of all of them go through one product with all the keys
-before them. Scores and softmax are float32, as in that kernel. In bfloat16 the probabilities of short rows are kept for
-the way back, in the precision of the values, which they are multiplied with; others are computed again, so that what is
-kept grows with the tokens alone.
+torch's flash kernel takes rows one by one, and its backward pass in bfloat16 uses slow matrix products. Products of
+whole tiles are several times faster if one call has enough of them. So rows of similar length are laid side by side,
+padded to whole tiles, and the n-th tiles of all of them are multiplied with all keys up to there in one call. Scores
+and softmax are float32, as in torch's kernel. In bfloat16 the probabilities of short rows are saved for the backward
+pass, in the precision of the values; those of longer rows are recomputed, so that saved memory is linear in the number
+of tokens.
 
-Long rows do go through the kernel (cpu_long_rows.py): their scores outgrow the cache, and each tile is another product.
+Long rows use torch's kernel (cpu_long_rows.py): their scores outgrow the cache, and each tile is a product of its own.
 
-What rows have in common may stand in the pack once. Then keys and values are read from there for each row, as if they
-stood in all of them, while only its own tokens ask; the gradients that come back add up in float32.
+With prefix sharing a common prefix is in the pack only once. Keys and values are then gathered from it for each row,
+while queries are a row's own tokens only; gradients of shared tokens are summed in float32.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from loratune.kernels.cpu_long_rows import LongRow
 from loratune.kernels.cpu_tiling import Tiling, tilings
 
-LONG = 768  # tokens of a row that torch's kernel takes at least as fast
-KEPT = 256  # tokens of the longest rows whose probabilities are kept in bfloat16
+LONG = 768  # tokens of a row from which torch's kernel is at least as fast
+KEPT = 256  # tokens of the longest rows whose probabilities are saved in bfloat16
 
 
 def attend(
@@ -40,10 +40,10 @@ def attend(
         query: (1, heads, tokens, width).
         key: (1, heads or fewer, tokens, width).
         value: (1, as many, tokens, width of a value).
-        own: how many tokens of the pack are each row's own; those of the second stand behind those of the first.
+        own: number of tokens in the pack that are each row's own, in the order of the rows.
         scale: of the scores.
-        places: where all tokens of each row stand in the pack, int64, (sum of lengths,); None: its own are all.
-        lengths: of the rows in tokens, where `places` are given.
+        places: indices in the pack of all tokens of each row, int64, (sum of lengths,); None: rows share none.
+        lengths: of the rows in tokens, given with `places`.
     """
     rows = _Pack(tuple(own), tuple(lengths or own), b"" if places is None else places.numpy().tobytes())
     out: torch.Tensor = _Rows.apply(query, key, value, rows, scale)  # type: ignore[no-untyped-call]
@@ -51,10 +51,10 @@ def attend(
 
 
 def scores_kept(own: list[int], lengths: list[int]) -> int:
-    """Return how many probabilities of a head `attend` keeps in bfloat16: (rows, heads, group, queries, keys) tensors.
+    """Return how many probabilities per head `attend` saves in bfloat16: (rows, heads, group, queries, keys) tensors.
 
     Args:
-        own: how many tokens of the pack are each row's own.
+        own: number of tokens in the pack that are each row's own.
         lengths: of the rows in tokens.
     """
     short = [row for row, length in enumerate(lengths) if length <= LONG]
@@ -62,20 +62,20 @@ def scores_kept(own: list[int], lengths: list[int]) -> int:
 
 
 def _are_kept(tiling: Tiling, dtype: torch.dtype) -> bool:
-    """Return whether probabilities are kept until the way back: products in float32 make them as fast again."""
+    """Return whether probabilities are saved for the backward pass; in float32 recomputing them is as fast."""
     return dtype is torch.bfloat16 and tiling.keys <= KEPT
 
 
 @dataclass(frozen=True)
 class _Pack:
-    """How rows stand in a pack, as a key: own tokens of each, all tokens of each, and where those stand (int64)."""
+    """Layout of the rows of a pack, hashable: own tokens of each, all tokens of each, and their indices (int64)."""
 
     own: tuple[int, ...]
     lengths: tuple[int, ...]
     places: bytes
 
     def rows(self) -> list[tuple[slice, int, torch.Tensor]]:
-        """Return for each row where its own tokens stand, how many others it begins with, and where all stand."""
+        """Return for each row the slice of its own tokens, the length of its shared prefix, and all indices."""
         if self.places:
             places = torch.frombuffer(bytearray(self.places), dtype=torch.int64)
         else:
@@ -89,15 +89,15 @@ class _Pack:
 
 @dataclass(frozen=True)
 class _Lined:
-    """Heads of tokens of several rows, laid out anew: one gather brings them there, and one takes them back.
+    """A padded layout of the heads of several rows' tokens: one gather fills it, and one brings results back.
 
     Attributes:
-        fill: which head of which token of the pack, counted through, stands in each place; the first where there should
-            be none, int64, (places,).
-        none: places where there should be none, int64.
-        heads: those that stand in a place, int64, (placed,); several times, if a token stands in several rows.
+        fill: index (token x heads + head) in the pack of what is at each place; 0 where a place is padding; int64,
+            (places,).
+        none: places that are padding, int64.
+        heads: indices that are at a place, int64, (placed,); repeated if several rows share a token.
         slots: their places, int64, (placed,).
-        order: the places of all heads of the pack, int64; None where some have none.
+        order: the place of each head of the pack, int64; None where some have none.
     """
 
     fill: torch.Tensor
@@ -108,7 +108,7 @@ class _Lined:
 
     @classmethod
     def of(cls, tokens: torch.Tensor, heads: torch.Tensor, pack: int) -> _Lined:
-        """Lay out tokens (-1: none) and heads, whose shapes broadcast to the layout, of so many tokens of a pack."""
+        """Lay out tokens (-1: padding) and heads, whose shapes broadcast to the layout, of a pack of `pack` tokens."""
         counted = torch.where(tokens < 0, -1, tokens * heads.numel() + heads).flatten()
         slots = (counted >= 0).nonzero().flatten()
         found = counted[slots]
@@ -118,11 +118,11 @@ class _Lined:
 
     def padded(self, part: torch.Tensor) -> torch.Tensor:
         """Return (1, heads, tokens, width) as (places, width)."""
-        table = part[0].transpose(0, 1).reshape(-1, part.shape[-1])  # most models have it in memory that way round
+        table = part[0].transpose(0, 1).reshape(-1, part.shape[-1])  # most models have it in memory in this order
         return table.index_select(0, self.fill)
 
     def write(self, padded: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-        """Write what `padded` gives to where it comes from, `out` of (tokens, heads, width), or add it there."""
+        """Write values in the padded layout back to `out`, (tokens, heads, width), or add them to it."""
         made, into = padded.to(out.dtype).view(-1, out.shape[-1]), out.view(-1, out.shape[-1])
         if add:
             into.index_add_(0, self.heads, made.index_select(0, self.slots))
@@ -134,13 +134,13 @@ class _Lined:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of about the same length, longest first.
+    """Rows of similar length, longest first.
 
     Attributes:
-        asking: the own tokens of the rows, padded to whole tiles.
-        seen: all tokens of the rows, padded to where the last tile ends.
+        asking: the own tokens of the rows (queries), padded to whole tiles.
+        seen: all tokens of the rows (keys), padded to the end of the last tile.
         tiling: how they are cut into tiles.
-        rows: how many rows have an n-th tile, for each n; the padded ones have as many as the longest.
+        rows: for each n, how many rows have an n-th tile.
     """
 
     asking: _Lined
@@ -149,15 +149,15 @@ class _Group:
     rows: tuple[int, ...]
 
     def steps(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (number of a tile, rows that have it, keys its tokens see at most)."""
+        """Yield (number of a tile, rows that have it, most keys that its tokens attend to)."""
         for number, rows in enumerate(self.rows):
             yield number, rows, self.tiling.first + (number + 1) * self.tiling.tile
 
     def queries(self, part: torch.Tensor, heads: int, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
         """Return (1, query heads, tokens, width) as (tiles, rows, heads, query heads of a head x tile, width).
 
-        Where no token stands something does, unless it is to be `empty`: it sees and gives nothing anyone asks for, but
-        what comes back to it would go on to the keys.
+        Padding holds arbitrary values, which nobody reads; it is zero if `empty`, as gradients there would flow to the
+        keys.
         """
         padded = self.asking.padded(part)
         if empty:
@@ -169,11 +169,11 @@ class _Group:
         return self.seen.padded(part).view(self.rows[0] * part.shape[1], -1, part.shape[-1]).to(dtype)
 
 
-@lru_cache(maxsize=2)  # all layers of a micro-batch ask for the same
+@lru_cache(maxsize=2)  # the same for all layers of a micro-batch
 def _parts(pack: _Pack, longest: int, heads: int, group: int) -> tuple[list[LongRow], list[_Group]]:
-    """Return the rows longer than `longest`, and the others in groups, such that padding takes little.
+    """Return the rows longer than `longest`, and the others in groups that need little padding.
 
-    There are `heads` of keys, and a `group` of query heads to each.
+    `heads` is the number of key heads, `group` that of query heads for each.
     """
     rows, tokens = pack.rows(), sum(pack.own)
     long = [LongRow(own, None if not common else of[:common]) for own, common, of in rows if len(of) > longest]
@@ -200,17 +200,17 @@ def _parts(pack: _Pack, longest: int, heads: int, group: int) -> tuple[list[Long
 
 @lru_cache(maxsize=16)
 def _later(tile: int) -> torch.Tensor:
-    """Return what is added to the scores of a tile with its own tokens: none sees a later one, (tile, tile)."""
+    """Return the causal mask within a tile, added to its scores: -inf for later tokens, (tile, tile)."""
     return torch.full((tile, tile), float("-inf")).triu(1)
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, tile: int) -> torch.Tensor:
-    """Return softmax of the causal scores of queries that stand under the last keys, float32, (b, group x tile, keys).
+    """Return softmax of causal scores, where the queries are the last of the keys: float32, (b, group x tile, keys).
 
     Args:
         q: float32, (b, group x tile, width).
         k: scaled, float32, (b, keys, width).
-        tile: how many queries of a head there are.
+        tile: queries per head.
     """
     scores = torch.bmm(q, k.transpose(1, 2))
     scores.view(len(k), -1, tile, k.shape[1])[..., -tile:].add_(_later(tile))

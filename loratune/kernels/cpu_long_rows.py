@@ -1,4 +1,4 @@
-"""Attention of one long row of a pack through torch's flash kernel on a CPU, forward and backward."""
+"""Attention of one long row of a pack with torch's flash kernel on a CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives also the logarithm of the scores' sums
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the logsumexp of the scores, too
 KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class LongRow:
-    """A row that goes through torch's kernel: twice, where it begins with tokens of others.
+    """A row that uses torch's kernel: twice, if it has a shared prefix.
 
-    Two attentions of the same queries are one over the keys of both, if each is weighed by its part of the sum under
-    the softmax; backward, the kernel wants nothing but that sum and what came out.
+    Two attentions of the same queries combine to one over the keys of both, each weighted by its part of the softmax's
+    denominator. For the backward pass the kernel needs only that denominator and the output.
 
     Attributes:
-        own: where its own tokens stand in the pack.
-        common: where those before them stand, int64, (tokens,); None where there are none.
+        own: its own tokens in the pack.
+        common: indices of its shared prefix, int64, (tokens,); None where there is none.
     """
 
     own: slice
@@ -29,7 +29,7 @@ class LongRow:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (1, heads, own tokens, width) and the logarithms of the softmax's sums, (1, heads, own tokens)."""
+        """Return (1, heads, own tokens, width) and the logsumexp of the scores, (1, heads, own tokens)."""
         q = query[:, :, self.own]
         out, norm = KERNEL(q, key[:, :, self.own], value[:, :, self.own], 0.0, True, scale=scale)
         if self.common is None:
@@ -44,16 +44,16 @@ class LongRow:
         self, gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
         norm: torch.Tensor, scale: float, into: tuple[torch.Tensor, torch.Tensor, torch.Tensor], add: bool,
     ) -> None:  # fmt: skip
-        """Write the gradients of the row's queries, keys and values `into` those of all, (tokens, heads, width) each.
+        """Write the row's gradients of queries, keys and values into the pack's, (tokens, heads, width) each.
 
-        Those of keys and values are added there, if so asked.
+        Those of keys and values are added if `add` is set.
         """
         of_query, of_key, of_value = into
         q, g, made = query[:, :, self.own], gradient[:, :, self.own], out[None, self.own].transpose(1, 2)
         heads = key.shape[1]
 
         def through(where: Any, causal: bool) -> list[torch.Tensor]:
-            # each head of queries with keys of its own: the kernel adds up those of a shared one in bfloat16
+            # keys are repeated for each query head: the kernel would sum the gradients of a shared one in bfloat16
             k, v = (p[:, :, where].repeat_interleave(query.shape[1] // heads, dim=1) for p in (key, value))
             of_q, of_k, of_v = KERNEL_BACKWARD(g, q, k, v, made, norm, 0.0, causal, scale=scale)
             return [

@@ -1,4 +1,4 @@
-"""How rows are laid beside one another for attention by tiles, such that little is computed that no one asks for."""
+"""Group rows and choose tile sizes for attention by tiles, such that few unused scores are computed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-STEP = 16  # tiles and what stands before the first are multiples of it: processors take so many numbers at once
-LARGEST = 128  # tokens of a tile: large ones compute more of what no token sees
-TILES = 6  # of a row at most, else they are larger
-TOGETHER = 12  # of all groups, if they can be joined: oneDNN makes seven products ready for each, and keeps few
+STEP = 16  # tiles, and the tokens before the first, are multiples of it, for the vector instructions of processors
+LARGEST = 128  # tokens of a tile: larger ones compute more scores that the causal mask discards
+TILES = 6  # most tiles of a row; where a row would have more, tiles are larger
+TOGETHER = 12  # tiles of all groups, if groups can be merged: oneDNN prepares seven products for each, and caches few
 
-# What else takes time, in scores of all heads of a row that could be computed instead; measured for 9 heads
+# Other costs in units of one score for all heads of a row; measured for 9 heads
 _OF_A_GROUP, _OF_A_TILE = 8192, 8192  # calls
 _OF_A_PLACE = 32  # copies
 
@@ -21,12 +21,12 @@ class Tiling:
     """Rows of which the n-th tiles are computed together.
 
     Attributes:
-        rows: their numbers, longest first.
-        first: where the first tile begins, in tokens of a row: no row has any of its own before.
+        rows: their indices, longest first.
+        first: token of a row at which the first tile begins; before it all tokens are shared.
         tile: tokens of a tile.
-        tiles: how many the longest has.
-        scores: of a head that are computed for all rows.
-        cost: time it takes, in scores.
+        tiles: number of tiles of the longest row.
+        scores: computed per head, for all rows.
+        cost: time, in scores.
     """
 
     rows: tuple[int, ...]
@@ -38,17 +38,17 @@ class Tiling:
 
     @property
     def keys(self) -> int:
-        """How many keys the last tile sees."""
+        """Number of keys that the last tile attends to."""
         return self.first + self.tiles * self.tile
 
 
 def tilings(lengths: Sequence[int], own: Sequence[int], rows: list[int]) -> list[Tiling]:
-    """Put rows into groups: those that have about as much in common with others, and are about as long.
+    """Group rows with shared prefixes of similar length, and similar lengths.
 
     Args:
         lengths: of all rows in tokens.
-        own: how many of these, the last, are the row's own: the others only are seen by them.
-        rows: the numbers of those to be put into groups.
+        own: how many of these, the last ones, are the row's own; the others are a shared prefix, and only keys.
+        rows: indices of the rows to group.
     """
     by: dict[tuple[int, int], list[int]] = {}
     for row in rows:
@@ -59,7 +59,7 @@ def tilings(lengths: Sequence[int], own: Sequence[int], rows: list[int]) -> list
 
     found = [of(by[key]) for key in sorted(by)]
     both = [of(one.rows + other.rows) for one, other in pairwise(found)]
-    while both:  # neighbours that take less time together
+    while both:  # merge neighbours while that saves time
         gains = [one.cost + other.cost - pair.cost for (one, other), pair in zip(pairwise(found), both, strict=True)]
         at = max(range(len(both)), key=gains.__getitem__)
         if gains[at] <= 0 and sum(group.tiles for group in found) <= TOGETHER:

@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU, forward and backward, as functions of the last dimension: by torch, its compiler or Triton.
 
-Compiled, or as kernels of our own on a GPU, each is one pass over its tensors instead of up to seven. A number of
-tokens is no reason to compile again.
+Compiled, or as our own kernels on a GPU, each is one pass over its tensors instead of up to seven. A new number of
+tokens does not cause a recompilation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-CLOSE = {"torch.float32": 1e-5, "torch.float16": 2**-9, "torch.bfloat16": 2**-6}  # others from plain, relative
+CLOSE = {"torch.float32": 1e-5, "torch.float16": 2**-9, "torch.bfloat16": 2**-6}  # relative difference from plain ones
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What stands between the matrix products of a layer.
+    """The elementwise operations between the matrix products of a layer.
 
     Attributes:
         norm: x, weight, epsilon -> w x / sqrt(mean(x^2) + e), and 1 / sqrt(...), float32, (..., 1).
@@ -62,13 +62,13 @@ PLAIN = Operations(_norm, _norm_back, _gate, _gate_back)
 
 @cache
 def compiled() -> Operations:
-    """Return the operations as torch's compiler makes them; each is compiled when it is first called."""
+    """Return the operations compiled by torch; each is compiled at its first call."""
     return Operations(_compiled(_norm), _compiled(_norm_back), _compiled(_gate), _compiled(_gate_back))
 
 
 @cache
 def in_triton() -> Operations:
-    """Return the operations as kernels of our own, which need a GPU and `triton`.
+    """Return the operations as our own kernels, which need a GPU and `triton`.
 
     Raises:
         ImportError: where `triton` is not installed.
@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[], Operations]] = {"plain": lambda: PLAIN, "compiled":
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    made = torch.compile(function, dynamic=False)  # but for the tokens, which are marked below
+    made = torch.compile(function, dynamic=False)  # except for the tokens, which are marked below
 
     def call(*given: Any) -> Any:
         lead = given[0].shape[:-1]
@@ -101,10 +101,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def differs(kind: str, width: int, dtype: Any, device: Any, way: str = "compiled") -> str | None:
-    """Return which operation of a kind, `norm` or `gate`, gives other numbers one way than the plain one, or None.
+    """Return which operation of a kind, `norm` or `gate`, differs from the plain one, or None.
 
     Raises:
-        Exception: of many kinds, when torch or Triton can't compile here.
+        Exception: of many classes, when torch or Triton can't compile here.
     """
     one, other = PLAIN, WAYS[way]()
     random = torch.Generator(device="cpu").manual_seed(0)
@@ -120,6 +120,6 @@ def differs(kind: str, width: int, dtype: Any, device: Any, way: str = "compiled
             wanted, got = (getattr(which, name)(*given) for which in (one, other))
             pairs = zip(wanted, got, strict=True) if isinstance(wanted, tuple) else [(wanted, got)]
             near = [(a - b).float().norm() <= CLOSE[str(dtype)] * a.float().norm() for a, b in pairs]
-            if not all(near):  # nor where one is not a number
+            if not all(near):  # false for NaN, too
                 return name
     return None

@@ -1,4 +1,4 @@
-"""Which of the ways that only a GPU has are in use: those that a training tried on it and found right; none before."""
+"""Which GPU kernels are in use: those that passed the self-test of a training; none before that."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _undo: list[Callable[[], None]] = []
 
 
 def use(name: str, device: torch.device, undo: Callable[[], None] | None = None) -> None:
-    """Let whatever asks for a kernel on a device use it from now on; `undo` is called when nothing is used any more."""
+    """Turn on a kernel on a device; `undo` is called when all are turned off."""
     _used.add((name, device))
     if undo is not None:
         _undo.append(undo)
 
 
 def stop() -> None:
-    """Let nothing be used any more."""
+    """Turn off all kernels."""
     _used.clear()
     while _undo:
         _undo.pop()()
 
 
 def drop(name: str, device: torch.device) -> None:
-    """Let a kernel no longer be used on a device."""
+    """Turn off a kernel on a device."""
     _used.discard((name, device))
 
 
 @contextmanager
 def for_now() -> Iterator[None]:
-    """Stop at the end of a training, so that a process is left as it was found."""
+    """Turn off all kernels at the end of a training, so that the process is left as it was."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Kernels for a GPU, tried on it before a training uses them; what gives other numbers is left out, and told."""
+"""Self-test of our GPU kernels before a training uses them; one that gives other numbers is left out, with a note."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.nn.functional import cross_entropy
 from loratune.kernels import elementwise, gpu_kernels, norm_swiglu, packed_attention, rotary
 from loratune.kernels.layer_kinds import is_of_bitsandbytes
 
-KIND = "cuda"  # of devices that have kernels
-HOPPER = (9, 0)  # from there on cuDNN's attention is faster than flash attention
+KIND = "cuda"  # type of devices that have kernels
+HOPPER = (9, 0)  # compute capability from which cuDNN's attention is faster than flash attention
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A kernel on a device.
+    """The self-test of a kernel on a device.
 
     Attributes:
         name: of the kernel.
         run: returns why it can't be used, or None; may raise whatever Triton's compiler and the driver raise.
-        use: lets it be used.
+        use: turns it on.
     """
 
     name: str
@@ -35,12 +35,12 @@ class _Trial:
 
 
 def install(net: Any, dtype: torch.dtype, begun: Collection[str] | None = None) -> tuple[list[str], list[str]]:
-    """Let a model use the kernels that are right on its devices.
+    """Turn on the kernels that pass their self-test on a model's devices.
 
     Args:
         net: the model, with its adapter, before it is wrapped.
         dtype: of its states.
-        begun: names of the kernels that a resumed run was begun with: no others then, as the last digits differ.
+        begun: names of the kernels that a resumed run began with: no others are used, as the last digits would differ.
 
     Returns:
         Names of the kernels in use, sorted, and notes on those that are not.
@@ -65,7 +65,7 @@ def install(net: Any, dtype: torch.dtype, begun: Collection[str] | None = None) 
 
 
 def _why_not(trial: _Trial) -> str | None:
-    """Return why a kernel can't be used, in a line, or None."""
+    """Return why a kernel can't be used, in one line, or None."""
     try:
         with torch.no_grad():
             return trial.run()
@@ -102,7 +102,7 @@ def _elementwise(kind: str, width: int, dtype: torch.dtype, device: torch.device
 
 
 def _nf4(layers: list[Any]) -> str | None:
-    """Try one layer's weight of each kind of quantization there is: bit for bit what bitsandbytes gives."""
+    """Try one layer of each kind of quantization in use: the weight must equal bitsandbytes' bit for bit."""
     from bitsandbytes.functional import dequantize_4bit
 
     from loratune.kernels import lora_linear
@@ -120,7 +120,7 @@ def _nf4(layers: list[Any]) -> str | None:
 
 
 def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Try a few rows against float64, in the precision of the states and in that of autocast."""
+    """Try a few rows against float64, in the precision of the hidden states and in that of autocast."""
     from loratune.kernels import triton_kernels
 
     random = torch.Generator(device="cpu").manual_seed(0)
@@ -143,7 +143,7 @@ def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str 
 
 
 def _heads(net: Any) -> tuple[int, int, int]:
-    """Return how many heads queries and keys of a model have, and their width."""
+    """Return the numbers of query and key heads of a model, and their width."""
     config = net.config.get_text_config().to_dict()
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -151,7 +151,7 @@ def _heads(net: Any) -> tuple[int, int, int]:
 
 
 def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Try the kernel against the model's own function, forward and back, in the layout of a product."""
+    """Try the kernel against the model's own function, forward and backward, in the memory layout of a product."""
     heads, of_keys, width = _heads(net)
     random = torch.Generator(device="cpu").manual_seed(0)
     shapes = [(2, 9, heads, width), (2, 9, of_keys, width)]
@@ -172,7 +172,7 @@ def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device
 
 
 def _even(net: Any, device: torch.device) -> str | None:
-    """Try attention of rows of one length against that of rows of any, with as many heads as the model's."""
+    """Try attention of rows of one length against that of rows of any length, with the model's numbers of heads."""
     heads, of_keys, width = _heads(net)
     for rows, length in ((1, 256), (2, 255), (3, 1023), (1, 4095)):
         random = torch.Generator(device=device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""The loss of a head without its logits: linear and cross entropy in one, the gradient taken on the way."""
+"""Fused linear layer and cross entropy: the loss of a head without full logits, gradient included."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn.functional import cross_entropy, linear
 
 from loratune.kernels import gpu_kernels
 
-ROWS = {"cpu": 128, "cuda": 1024}  # tokens whose logits are in memory at once, at most
-TRAINED = {"cpu": 512, "cuda": 1024}  # the same where the head is trained: each part adds a product of its whole size
-WIDE = {"cpu": 128, "cuda": 256}  # tokens of which a float32 copy of the logits is in memory at once, at most
-_LOOKED_AT = 8  # tokens by which it is found out whether a head is plain
+ROWS = {"cpu": 128, "cuda": 1024}  # most tokens whose logits are in memory at once
+TRAINED = {"cpu": 512, "cuda": 1024}  # the same for a trained head: each chunk adds a product of its size
+WIDE = {"cpu": 128, "cuda": 256}  # most tokens of whose logits a float32 copy is in memory at once
+_LOOKED_AT = 8  # tokens of the test whether a head is plain
 
-_plain: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by layer: the precision it computes in, None: not plain
+_plain: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by layer: the precision it computes in; None: not plain
 
 
 def layer_of(model: Any) -> Any:
-    """Return the layer that gives a model's logits: its head, or the copy of it that PEFT trains in its place."""
+    """Return the layer that computes a model's logits: its head, or the copy of it that PEFT trains instead."""
     head = model.get_output_embeddings()
     if type(head).__name__ != "ModulesToSaveWrapper":
         return head
@@ -30,12 +30,12 @@ def layer_of(model: Any) -> Any:
 
 
 def rows_at_once(weight: torch.Tensor) -> int:
-    """Return how many tokens' logits are in memory at once, at most."""
+    """Return the most tokens whose logits are in memory at once."""
     return (TRAINED if weight.requires_grad else ROWS)[weight.device.type]
 
 
 def chunk_bytes(kind: str, words: int, itemsize: int, trained: bool) -> int:
-    """Return the bytes of the logits that are in memory at once: of a chunk, and of some in float32 where it is not.
+    """Return the bytes of logits in memory at once: of a chunk, and of a partial float32 copy where it is not float32.
 
     Args:
         kind: of the device, `cpu` or `cuda`.
@@ -53,24 +53,24 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """Return the sum of the cross entropies of a linear layer, in nats, float32, shape ().
 
-    The gradient of a sum with respect to the logits is softmax - target: it is known as soon as they are, so what
-    comes of it for hidden states and weight is taken there and then, chunk by chunk. No tensor of (tokens, vocabulary).
+    The gradient with respect to the logits is softmax - target: it is known in the forward pass. So the gradients of
+    hidden states and weight are computed there, chunk by chunk, and no tensor of (tokens, vocabulary) exists.
 
     Args:
-        hidden: what the head gets, (tokens, width).
+        hidden: input of the head, (tokens, width).
         weight: of the head, (vocabulary, width).
         bias: of the head, (vocabulary,), or None.
         targets: (tokens,).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
     """
-    if not torch.is_grad_enabled():  # a function of autograd's can't tell
+    if not torch.is_grad_enabled():  # inside of an autograd function this is not known
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     total: torch.Tensor = Head.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
     return total
 
 
 def cross_entropy_of_logits(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Return the sum of cross entropies, in nats, float32, shape (); float32 copies are made of few logits at once.
+    """Return the sum of cross entropies of given logits, in nats, float32, shape (), with small float32 copies.
 
     Args:
         logits: (tokens, vocabulary), in any precision.
@@ -84,10 +84,10 @@ def cross_entropy_of_logits(logits: torch.Tensor, targets: torch.Tensor, smoothi
 def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (tokens,) each.
 
-    Chunk by chunk, so that few logits are in memory in float32, and where there is a layer few at all.
+    Computed in chunks, so that few float32 logits are in memory; with a layer, few logits at all.
 
     Args:
-        states: what the layer gets, (tokens, width); without a layer: logits, (tokens, vocabulary).
+        states: input of the layer, (tokens, width); without a layer: logits, (tokens, vocabulary).
         layer: a plain linear head (see `is_plain`), or None.
         targets: (tokens,).
     """
@@ -101,12 +101,12 @@ def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> 
 
 
 def is_fusible(model: Any, ids: torch.Tensor) -> bool:
-    """Return whether `summed_cross_entropy` gives a model's loss: its head is plain.
+    """Return whether `summed_cross_entropy` can compute a model's loss: its head is plain.
 
-    In float16 only of an evaluation: a gradient must be scaled before it is rounded.
+    In float16 only in an evaluation: a gradient must be scaled before it is rounded.
 
     Args:
-        model: without the wrapper of several processes.
+        model: without a DDP wrapper.
         ids: tokens to try it with, (rows, tokens).
     """
     layer = layer_of(model)
@@ -115,7 +115,7 @@ def is_fusible(model: Any, ids: torch.Tensor) -> bool:
 
 
 def is_plain(model: Any, ids: torch.Tensor) -> bool:
-    """Return whether a model's logits are what a linear head gives, and nothing else; see `is_fusible`."""
+    """Return whether a model's logits are the unchanged output of a linear head; see `is_fusible`."""
     layer = layer_of(model)
     half = (torch.bfloat16, torch.float16)
     if type(layer) is not torch.nn.Linear or layer.weight.dtype not in (torch.float32, *half):
@@ -126,27 +126,26 @@ def is_plain(model: Any, ids: torch.Tensor) -> bool:
 
 
 def _precision(layer: Any) -> torch.dtype:
-    """Return the precision a linear layer computes in here and now: its own, or that of autocast."""
+    """Return the precision a linear layer computes in now: its own, or that of autocast."""
     kind = layer.weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
 
 
 def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
-    """Return the precision of a head whose logits a model gives away as they are, one for each token; None otherwise.
+    """Return the precision of a head if the model returns its output unchanged for each token, else None.
 
-    Tried once for each head, with logits put in the place of the head's own: from a hundred thousandth to ten thousand
-    in size, so that a cap shows at the large ones and whatever is added at the small ones. The model's own may lie
-    where either is lost in rounding.
+    Tested once for each head, with made-up logits in place of the head's output. They range from 1e-5 to 1e4 in size,
+    so that a cap shows on large ones and an addition on small ones. With real logits either could be lost in rounding.
     """
     seen: list[torch.dtype | None] = []
-    shapes: list[torch.Size] = []  # more than one for each token, where virtual ones stand before them
+    shapes: list[torch.Size] = []  # longer than the tokens where virtual tokens precede them
     words = head.out_features
     given = torch.logspace(-5, 4, words, device=head.weight.device, dtype=torch.float32)
     given[::2] *= -1
 
     def instead(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         precision = _precision(head)
-        cast = torch.is_autocast_enabled(head.weight.device.type)  # then whatever it is given
+        cast = torch.is_autocast_enabled(head.weight.device.type)  # then the input is cast, whatever it is
         known = output.dtype == precision and (cast or inputs[0].dtype == precision)
         known = known and output.dim() == 3 and output.shape[0] == len(ids) and output.shape[1] >= ids.shape[1]
         seen.append(precision if known else None)
@@ -156,7 +155,7 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
     hook = head.register_forward_hook(instead)
     devices = [head.weight.device] if head.weight.is_cuda else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):  # a resumed run tries as well, and must draw the same
+        with torch.no_grad(), torch.random.fork_rng(devices):  # the test must not change the random numbers of the run
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
@@ -167,13 +166,13 @@ def _is_all(model: Any, head: Any, ids: torch.Tensor) -> torch.dtype | None:
 
 
 def at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return the states of (rows, tokens, width) at positions counted through all rows, (positions, width)."""
+    """Return hidden states, (rows, tokens, width), at flat positions (row x tokens + token): (positions, width)."""
     return hidden.flatten(0, -2).index_select(0, positions)
 
 
 @contextmanager
 def caught(layer: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Catch a plain head's input at `positions` (see `at`), and let it run for one of them only.
+    """Capture a plain head's input at `positions` (see `at`), and let the head run for one of them only.
 
     Yields a list that will hold the input in the precision the head computes in, (positions, width).
     """
@@ -194,7 +193,7 @@ def _scores_to_gradient(scores: torch.Tensor, ones: torch.Tensor, target: torch.
     """Turn exponentials of logits into softmax - target in place, (rows, vocabulary) in float32.
 
     Args:
-        scores: exponentials of logits, each row less some number.
+        scores: exponentials of logits, shifted by a number for each row.
         ones: their sums, (rows, 1).
         target: (rows, 1).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
@@ -206,10 +205,10 @@ def _scores_to_gradient(scores: torch.Tensor, ones: torch.Tensor, target: torch.
 
 
 class _Softmax:
-    """Cross entropy of logits that become their gradient in place, float32 copies of few rows at a time."""
+    """Cross entropy of logits, which are replaced by their gradient, with float32 copies of a few rows at a time."""
 
     def __init__(self, logits: torch.Tensor, smoothing: float, gradient: bool, of_bias: torch.Tensor | None):
-        """Take a tensor of (rows, vocabulary) for the largest chunk, and what the bias's gradient is added to."""
+        """Take logits of the largest chunk, (rows, vocabulary), and the tensor to add the bias's gradient to."""
         self.smoothing, self.gradient, self.of_bias = smoothing, gradient, of_bias
         self.fused = gpu_kernels.uses("cross_entropy", logits.device) and of_bias is None
         rows = len(logits) if logits.device.type == "cpu" else min(len(logits), WIDE[logits.device.type])
@@ -254,10 +253,10 @@ class Head(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         of_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
         parts = -(-len(hidden) // rows_at_once(weight))
-        rows = -(-len(hidden) // max(parts, 1))  # of about the same size: a small rest is slow
+        rows = -(-len(hidden) // max(parts, 1))  # chunks of similar size: a small last one is slow
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # under autocast
-        # once for all parts: memory that is new has to be found page by page
+        # allocated once for all chunks: new memory costs a page fault for each page
         made = hidden.new_empty(rows, len(weight))
         softmax = _Softmax(made, smoothing, any(ctx.needs_input_grad), of_bias)
         for begin in range(0, len(hidden), max(rows, 1)):
@@ -283,13 +282,13 @@ class Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        if gradient is not None:  # in float32: one over the count, rounded to bfloat16, would scale all alike
+        if gradient is not None:  # in float32: 1 / count rounded to bfloat16 would scale all gradients by its error
             gradient = (gradient.float() * outer[0]).to(gradient.dtype)
         summed = [
             None if one is None else one.mul_(outer[0]).to(dtype)
             for one, dtype in zip(ctx.summed, ctx.dtypes, strict=True)
         ]
-        ctx.summed = None  # scaled in place, as large as the head: once only
+        ctx.summed = None  # scaled in place, as it is as large as the head: only once
         return gradient, *summed, None, None
 
 

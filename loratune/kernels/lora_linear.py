@@ -1,7 +1,7 @@
-"""LoRA's layer in few passes: PEFT's module with another forward, for plain LoRA over a frozen layer, also in 4 bits.
+"""Fused LoRA layer: PEFT's module with another forward, for plain LoRA on a frozen layer, 4-bit ones included.
 
-Layers that are given the same state (query, key and value; gate and up) are computed together: what is small is then
-read and added up once for all of them.
+Layers with the same input (query, key and value; gate and up) are computed together, so that their small products are
+one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.nn.functional import linear
 from loratune.kernels import gpu_kernels, norm_swiglu
 from loratune.kernels.layer_kinds import is_of_bitsandbytes, precision
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers that share what they are given
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of layers with the same input
 
 
 def fits(layer: Any) -> bool:
-    """Return whether a layer is one whose product this module computes itself: linear or in 4 bits, not float16."""
+    """Return whether this module can compute a layer's product: a plain or 4-bit linear layer, not in float16."""
     plain = type(layer) is torch.nn.Linear
     return (plain or _in_4_bits(layer)) and precision(layer) in (torch.float32, torch.bfloat16)
 
 
 def misfits(model: Any) -> list[str]:
-    """Return what linear layers of a model are of for which nothing here can stand: float16, or the name of a class."""
+    """Return why linear layers of a model are not supported here: float16, or the names of their classes."""
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and not fits(module))
     return sorted({"float16" if type(m).__name__ == "Linear" else type(m).__name__ for m in linear})
 
@@ -37,10 +37,10 @@ def _in_4_bits(layer: Any) -> bool:
 
 
 def dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Return a weight out of its 4 bits, (out, in), in the precision it had before.
+    """Return a dequantized 4-bit weight, (out, in), in its original precision.
 
     Args:
-        packed: what bitsandbytes keeps, (out * in / 2, 1).
+        packed: bitsandbytes' storage of it, (out * in / 2, 1).
         state: its `QuantState`.
     """
     if gpu_kernels.uses("nf4", packed.device) and is_nf4(packed, state):
@@ -52,7 +52,7 @@ def dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def is_nf4(packed: torch.Tensor, state: Any) -> bool:
-    """Return whether `in_one_launch` can read a weight: nf4 in bytes that lie one after the other."""
+    """Return whether `in_one_launch` can read a weight: nf4 in contiguous bytes."""
     plain = packed.dtype is torch.uint8 and packed.dim() == 2 and packed.shape[1] == 1 and packed.is_contiguous()
     return (
         plain and state.quant_type == "nf4" and state.absmax.dtype is (torch.uint8 if state.nested else torch.float32)
@@ -60,7 +60,7 @@ def is_nf4(packed: torch.Tensor, state: Any) -> bool:
 
 
 def in_one_launch(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Return a weight out of nf4 by a kernel of our own that reads both levels of scales; see `dequantized`."""
+    """Return a weight dequantized from nf4 by our own kernel, both levels of scales in one; see `dequantized`."""
     from loratune.kernels import triton_kernels
 
     nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize) if state.nested else None
@@ -68,7 +68,7 @@ def in_one_launch(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def join(model: Any) -> None:
-    """Tell the layers of a model which others are given the same state; if they are not, each is computed alone."""
+    """Set for each layer of a model which others have the same input; where they don't, each is computed alone."""
     kinds = tuple(MODULES.values())
     for parent in model.modules():
         for names in TOGETHER:
@@ -81,7 +81,7 @@ def join(model: Any) -> None:
 class LowRank(torch.autograd.Function):
     """x W^T + b + s x A^T B^T with W and b frozen, for some layers; in the precision of x, A and B may be wider.
 
-    The small products of all layers with x, and with its gradient, are one: their A stand below one another.
+    The small products of all layers with x, and with its gradient, are one product of their stacked A.
     """
 
     @staticmethod
@@ -89,10 +89,10 @@ class LowRank(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, scales: list[float],
         weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """Take what gives the weight of each layer, and bias, A and B of each; return what each layer gives."""
+        """Take a function that returns the weight of each layer, and bias, A and B of each; return their outputs."""
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
         biases, a, b = (given[part::3] for part in range(3))
-        downs = [part.to(x.dtype) for part in a]  # (r, in) each, kept as such: copies of weights, known by their size
+        downs = [part.to(x.dtype) for part in a]  # (r, in) each, saved apart: copies of weights, known by their shape
         ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
         inners = torch.split_with_sizes(
             rows @ _stacked(downs).t(), [part.shape[1] for part in ups], dim=1
@@ -108,7 +108,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         number = len(outer)
-        saved = ctx.saved_tensors  # once: a checkpointed layer is computed again by it
+        saved = ctx.saved_tensors  # once: for a checkpointed layer this triggers the recomputation
         ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
         kept = saved[3 * number :]
         found: list[torch.Tensor | None] = [None] * (3 * number)
@@ -118,7 +118,7 @@ class LowRank(torch.autograd.Function):
             for g, up, inner in zip(gradients, ups, inners, strict=True)
         ]
         through = torch.cat(throughs, dim=1) if number > 1 else throughs[0]  # (tokens, all r)
-        # the small product first where adding to it costs nothing
+        # the small product first where the large one can add to it at no cost
         small_first = ctx.needs_input_grad[0] and _adds_for_free(through)
         of_x = through @ _stacked(downs) if small_first else None
         if any(ctx.needs_input_grad[5::3]):
@@ -127,25 +127,25 @@ class LowRank(torch.autograd.Function):
         for index, g in enumerate(gradients):
             if g is None:
                 continue
-            if ctx.needs_input_grad[6 + 3 * index]:  # this way round: the other is slower on a CPU
+            if ctx.needs_input_grad[6 + 3 * index]:  # in this order: the other is slower on a CPU
                 of_b = (inners[index].t() @ g).t().to(ctx.masters[1])
                 found[3 * index + 2] = of_b.mul_(ctx.scales[index])
             if ctx.needs_input_grad[0]:
                 weight = ctx.weights[index]()
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
-                del weight  # one that was in 4 bits, before the next is made
+                del weight  # frees a dequantized one before the next
         if of_x is not None:
             of_x = (of_x if small_first else of_x.addmm_(through, _stacked(downs))).view(ctx.shape)
         return of_x, None, None, None, *found
 
 
 def _stacked(downs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return A of all layers below one another, (all r, in)."""
+    """Return the stacked A of all layers, (all r, in)."""
     return torch.cat(list(downs)) if len(downs) > 1 else downs[0]
 
 
 def _adds_for_free(x: torch.Tensor) -> bool:
-    """Return whether a large product hides under its arithmetic that it adds to what is there: on a GPU."""
+    """Return whether a large product can add to an existing tensor at no cost: on a GPU."""
     return x.is_cuda
 
 
@@ -154,7 +154,7 @@ def _product(
 ) -> torch.Tensor:
     """Return x W^T + b + i B^T, (tokens, out).
 
-    The small product comes first where adding to it costs nothing.
+    The small product comes first where the large one can add to it at no cost.
     """
     if not _adds_for_free(rows):
         return linear(rows, weight, bias).addmm_(inner, up.t())
@@ -163,13 +163,13 @@ def _product(
 
 
 class _Ours(torch.nn.Module):
-    """What stands before a LoRA layer of PEFT's; whatever is not plain LoRA goes PEFT's way.
+    """Overrides the forward of PEFT's LoRA layer; whatever is not plain LoRA is left to PEFT's.
 
-    So does an evaluation in float32, and with it what a merge is held against. In bfloat16 it is the training's
-    forward pass: PEFT's would make a float32 copy of each layer's input.
+    So is an evaluation in float32, and with it the reference of a merge. In bfloat16 an evaluation uses the training's
+    forward: PEFT's would make a float32 copy of each layer's input.
     """
 
-    together: tuple[Any, ...] = ()  # itself and others, which are given the same
+    together: tuple[Any, ...] = ()  # itself and others with the same input
     base_layer: Any
     scaling: Any
     active_adapters: Any
@@ -182,7 +182,7 @@ class _Ours(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         version = norm_swiglu.version(x)
-        made: dict[Any, torch.Tensor] = getattr(x, "_made", {}).get(version, {})  # edited since: another state
+        made: dict[Any, torch.Tensor] = getattr(x, "_made", {}).get(version, {})  # none if x was modified since
         if self in made:
             return made.pop(self)
         if args or kwargs or not self._plain(x):
@@ -213,7 +213,7 @@ class _Ours(torch.nn.Module):
     def _plain(self, x: torch.Tensor) -> bool:
         base, names = self.base_layer, self.active_adapters
         return (
-            (self.training or x.dtype is torch.bfloat16)  # in float32 an evaluation is PEFT's to the bit
+            (self.training or x.dtype is torch.bfloat16)  # in float32 an evaluation equals PEFT's bit for bit
             and not (self.disable_adapters or self.merged)
             and len(names) == 1
             and names[0] in self.lora_A
@@ -228,7 +228,7 @@ class _Ours(torch.nn.Module):
 
 
 class FewPasses(_Ours, lora.Linear):  # type: ignore[misc]
-    """Over a linear layer."""
+    """LoRA on a linear layer."""
 
 
 MODULES: dict[Any, Any] = {torch.nn.Linear: FewPasses}
@@ -244,6 +244,6 @@ if is_bnb_4bit_available():
     from bitsandbytes.nn import Linear4bit
 
     class FewPasses4bit(_Ours, lora.Linear4bit):  # type: ignore[misc]
-        """Over a linear layer whose weights are kept in 4 bits."""
+        """LoRA on a 4-bit linear layer."""
 
-    MODULES = {Linear4bit: FewPasses4bit, **MODULES}  # the first that fits, and one is a kind of the other
+    MODULES = {Linear4bit: FewPasses4bit, **MODULES}  # the first match counts, and one is a subclass of the other

@@ -1,10 +1,10 @@
-"""Norms and SwiGLU that keep little until the way back: what they gave is computed again from what is there anyway.
+"""RMSNorm and SwiGLU that save little for the backward pass: their outputs are recomputed from tensors saved anyway.
 
-An RMSNorm keeps what it was given, a SwiGLU its gate and its input; the copies in float32, the normed and the gated
-states in between are most of what a decoder layer keeps otherwise. Whatever takes such a state and needs it on its own
-way back finds in it how to do without (`Again`), and keeps nothing.
+An RMSNorm saves its input; a SwiGLU its gate and its input. Otherwise float32 copies and the normed and gated states
+are most of what a decoder layer saves. A layer that takes such a state as input, and would save it for its own backward
+pass, finds on it how to recompute what it needs (`Again`), and saves nothing.
 
-Which modules that may stand for is tried, not looked up: the same numbers must come out, to the bit.
+Which modules can be replaced is tested, not looked up by name: the outputs must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from loratune.kernels.layer_kinds import precision
 
 @dataclass(frozen=True)
 class Again:
-    """How to do without a state x of shape (..., width) on the way back.
+    """How to do without a saved state x of shape (..., width) in the backward pass.
 
     Attributes:
-        product: gives l^T x for l of shape (tokens, r) and `kept`, (r, width).
-        kept: tensors it needs, which others keep as well.
-        versions: of the state and of `kept`, as they were when it was made: one that was edited in place since is
-            another state.
+        product: returns l^T x, (r, width), for l of shape (tokens, r) and `kept`.
+        kept: tensors it needs, which are saved anyway.
+        versions: version counters of the state and of `kept` then: an in-place change since makes this invalid.
     """
 
     product: Callable[..., torch.Tensor]
@@ -38,7 +37,7 @@ class Again:
 
 
 def of(x: torch.Tensor) -> Again:
-    """Return how to do without a state; one that nothing is known of, or no longer, is kept itself."""
+    """Return how to do without a state; for one without a valid entry, the state itself is kept."""
     found: Again | None = getattr(x, "_again", None)
     if found is None or found.versions != _versions(x, *found.kept):
         return Again(_product, (x.detach(),))
@@ -46,7 +45,7 @@ def of(x: torch.Tensor) -> Again:
 
 
 def version(x: torch.Tensor) -> int:
-    """Return how often a tensor was edited in place; one made under `inference_mode` is not counted, and never is."""
+    """Return how often a tensor was modified in place; 0 for one made under `inference_mode`, which has no counter."""
     return 0 if x.is_inference() else x._version
 
 
@@ -55,17 +54,17 @@ def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 
 def _remember(out: torch.Tensor, product: Callable[..., torch.Tensor], *kept: torch.Tensor) -> None:
-    """Leave on a state how to do without it."""
+    """Attach to a state how to do without it."""
     out._again = Again(product, kept, _versions(out, *kept))  # type: ignore[attr-defined]
 
 
 def install(model: Any, again: bool) -> None:
-    """Let the norms and SwiGLUs of a model keep little while they train; in an evaluation they stay what they are.
+    """Let the norms and SwiGLUs of a model save little in training; in an evaluation they are unchanged.
 
     Args:
         model: its norms are frozen.
-        again: whether what they give also tells how to do without it. Not where something holds on to it: that would
-            hold on to what it was made of, too.
+        again: whether an `Again` is attached to their outputs. Not where something keeps a reference to an output: that
+            would keep its inputs alive, too.
     """
     tried: dict[Any, bool] = {}
     for module in model.modules():
@@ -76,19 +75,19 @@ def install(model: Any, again: bool) -> None:
         if key not in tried:
             tried[key] = _agree(module, forward)
         if tried[key]:
-            module.forward = MethodType(forward, module)  # a method, so that a copy of the module gets one of its own
+            module.forward = MethodType(forward, module)  # a bound method, so that a copy of the module gets its own
 
 
 def found(model: Any) -> set[tuple[str, int, Any]]:
-    """Return which operations those need that `install` found: `norm` or `gate`, with width and device of each."""
+    """Return the operations of the modules that `install` found: `norm` or `gate`, with width and device of each."""
     return {_need(module) for module in model.modules() if _installed(module)}
 
 
 def switch(model: Any, way: str, needs: set[tuple[str, int, Any]]) -> None:
-    """Let the norms and SwiGLUs of a model with these needs (see `found`) go another way from now on.
+    """Set how the norms and SwiGLUs of a model with these needs (see `found`) compute: plain, compiled or in Triton.
 
     Args:
-        model: given to `install` before.
+        model: after `install`.
         way: one of `elementwise.WAYS`.
         needs: of those that change.
     """
@@ -111,7 +110,7 @@ def _need(module: Any) -> tuple[str, int, Any]:
 
 
 class Norm(torch.autograd.Function):
-    """The normed state, and what it was scaled with; its weight is frozen."""
+    """RMSNorm with a frozen weight; returns the normed state and its scale."""
 
     @staticmethod
     def forward(
@@ -130,7 +129,7 @@ class Norm(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """The gated state; both of what it is made of are kept by whoever made them."""
+    """SwiGLU's gate; both inputs are saved by the layers that computed them."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, operations: elementwise.Operations) -> torch.Tensor:
@@ -145,7 +144,7 @@ class Gate(torch.autograd.Function):
 
 
 def _way(module: Any, again: bool) -> Callable[..., torch.Tensor] | None:
-    """Return the other forward of a module that looks like an RMSNorm or a SwiGLU, or None."""
+    """Return the new forward of a module that looks like an RMSNorm or a SwiGLU, or None."""
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if all(isinstance(getattr(module, part, None), torch.nn.Module) for part in parts):
         return partial(_gated, again=again) if "silu" in type(module.act_fn).__name__.lower() else None
@@ -186,9 +185,9 @@ def _gated(module: Any, x: torch.Tensor, *others: Any, again: bool, way: str = "
 
 
 def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
-    """Return whether another forward gives the same as a module's own, to the bit, for states small and large.
+    """Return whether another forward equals a module's own, bit for bit, for small and large inputs.
 
-    Its gradient may differ by what rounds otherwise.
+    Its gradient may differ by rounding.
     """
     is_norm = hasattr(module, "weight")
     width = module.weight.shape[0] if is_norm else module.gate_proj.in_features
@@ -196,7 +195,7 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
     waves = torch.linspace(-9, 9, 4 * width, device=next(module.parameters()).device).sin().view(4, width)
     states = waves * torch.tensor([[1e-3], [1.0], [30.0], [1e3]], device=waves.device)
     parts = [(part, part.training) for part in module.modules()]
-    module.eval()  # what is inside draws no random numbers then, and goes one way whoever asks
+    module.eval()  # without dropout, both are deterministic
     module.training = True
     try:
         own = type(module).forward
@@ -205,7 +204,7 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
                 return False
         mine, others = (_gradient(way, module, states[1:3].to(dtype)) for way in (forward, own))
         return bool((mine - others).norm() <= (1e-4 if dtype is torch.float32 else 5e-2) * others.norm())
-    except (TypeError, ValueError, RuntimeError):  # it wants more than a state, or other ones
+    except (TypeError, ValueError, RuntimeError):  # the module takes other inputs than one state
         return False
     finally:
         for part, was in parts:
@@ -213,7 +212,7 @@ def _agree(module: Any, forward: Callable[..., torch.Tensor]) -> bool:
 
 
 def _gradient(forward: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a weighted sum of what comes out, in float32, of the shape of x."""
+    """Return the gradient of a weighted sum of the output, float32, of the shape of x."""
     with torch.enable_grad():
         given = x.clone().requires_grad_()
         out = forward(module, given)
@@ -227,7 +226,7 @@ def _product(left: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _product_of_normed(left: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return l^T x for the normed x without it: scales of tokens go to the left, of the width behind the sum."""
+    """Return l^T n for n = norm(x), without n: l is scaled by each token's scale, the result by the norm's weight."""
     return _product((left * scale.view(-1, 1)).to(left.dtype), x).float() * weight
 
 

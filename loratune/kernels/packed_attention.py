@@ -1,4 +1,4 @@
-"""Attention that keeps the rows of a pack apart, put in through transformers' own interface."""
+"""Attention within each row of a pack, registered through transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.kernels import cpu_attention, gpu_kernels
 
-NAME = "loratune_rows"  # of this attention among transformers'
+NAME = "loratune_rows"  # of this attention in transformers' registry
 
-# what models hand on to their attention though it changes no score
+# arguments that models pass to their attention and that change no score
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions",
     "output_hidden_states", "output_router_logits", "num_items_in_batch", "return_dict",
@@ -24,11 +24,11 @@ _HARMLESS = {
 
 
 class Unfit(Exception):
-    """A model's attention wants something that this one can't give row by row; the text says what."""
+    """A model's attention needs something that this one doesn't support; the message names it."""
 
 
 def is_ours(error: BaseException) -> bool:
-    """Return whether an error was raised in or below this attention: a TypeError there is a wrong call of ours."""
+    """Return whether an error was raised in or below this attention: a TypeError there is our own mistake."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == __file__:
@@ -38,7 +38,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def register() -> None:
-    """Make this attention known to transformers under NAME, beside its own."""
+    """Register this attention with transformers under NAME."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
 
@@ -50,29 +50,29 @@ def attend(
     max_length_q: int | None = None, cu_seq_lens_k: torch.Tensor | None = None, max_length_k: int | None = None,
     key_places: torch.Tensor | None = None, **others: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attend within each row of a pack; where nothing is packed this is transformers' sdpa.
+    """Attend within each row of a pack; without packing this is transformers' sdpa.
 
-    On a GPU all rows go through one kernel: torch's variable-length attention, or where they are of one length and have
-    nothing in common cuDNN's, if a training found it right (`gpu_kernels`). On a CPU through products over tiles or the
-    kernel behind sdpa; with dropout or a window each row through its own scaled_dot_product_attention.
+    On a GPU one kernel computes all rows: torch's variable-length attention, or cuDNN's where all rows have one length
+    and share nothing and it has passed the self-test (`gpu_kernels`). On a CPU rows are computed by products over tiles
+    or by the kernel behind sdpa; with dropout or a sliding window each row has its own scaled_dot_product_attention.
 
     Args:
-        module: the layer that calls.
+        module: the calling layer.
         query: (batch, heads, tokens, width); a pack has batch 1.
         key: (batch, heads or fewer, tokens, width).
         value: as `key`.
-        attention_mask: of transformers; None for a pack, unless it had to be written out.
-        dropout: part (0-1) of the scores left out.
+        attention_mask: of transformers; None for a pack, unless it had to be materialized.
+        dropout: fraction (0-1) of the probabilities set to zero.
         scaling: of the scores; None for 1 / sqrt(width).
         is_causal: as for sdpa.
-        sliding_window: how many tokens a token sees, itself included; None for all before it.
-        cu_seq_lens_q: where the own tokens of each row of the pack begin, and the last end, int32, (rows + 1,).
+        sliding_window: how many tokens a token attends to, itself included; None for all before it.
+        cu_seq_lens_q: start of each row's own tokens in the pack, and the end of the last, int32, (rows + 1,).
         max_length_q: most own tokens of a row.
-        cu_seq_lens_k: where each row begins in `key_places`, and the last ends, int32, (rows + 1,).
+        cu_seq_lens_k: start of each row in `key_places`, and the end of the last, int32, (rows + 1,).
         max_length_k: length of the longest row in tokens.
-        key_places: where all tokens of each row stand in the pack, int64, (tokens of all rows,): there first those that
-            it has in common with rows before it, then its own; None for rows that have none in common.
-        others: whatever else the model hands to its attention.
+        key_places: indices in the pack of all tokens of each row, int64, (tokens of all rows,): first its shared
+            prefix, then its own tokens; None where rows share nothing.
+        others: other arguments that the model passes to its attention.
 
     Returns:
         (batch, tokens, heads, width), and None for the weights.
@@ -81,7 +81,7 @@ def attend(
         Unfit: when something in `others` would change the scores of a pack.
     """
     sdpa = AttentionInterface()["sdpa"]
-    if cu_seq_lens_q is None or attention_mask is not None:  # a mask that was written out keeps the rows apart itself
+    if cu_seq_lens_q is None or attention_mask is not None:  # a materialized mask separates the rows itself
         return sdpa(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
@@ -109,10 +109,10 @@ def mask(
     *, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, allow_is_causal_skip: bool = True,
     use_vmap: bool = False, **others: Any,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Return no mask for a pack, whose rows `attend` keeps apart by their lengths; else the mask of sdpa.
+    """Return None for a pack, whose rows `attend` separates by their lengths; else the mask of sdpa.
 
-    transformers sees from the restarting positions that rows are packed: it then forbids to leave the mask to
-    `is_causal`. A pattern of the model's own (`use_vmap`) is always written out.
+    transformers detects packed rows by their restarting positions, and then does not allow `is_causal` instead of a
+    mask. A model's own mask pattern (`use_vmap`) is always materialized.
     """
     packed = attention_mask is None and not allow_is_causal_skip and not use_vmap and q_length == kv_length > 1
     if packed:
@@ -128,18 +128,18 @@ def on_gpu(
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float | None, window: int | None,
     starts: tuple[torch.Tensor, torch.Tensor | None], longest: tuple[int, int | None], places: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend within the rows of a pack by one kernel; return (1, tokens, heads, width of a value).
+    """Attend within the rows of a pack with one kernel; return (1, tokens, heads, width of a value).
 
     Args:
         parts: query, key and value, as `attend` gets them.
         scaling: of the scores.
-        window: how many tokens a token sees.
-        starts: where the own tokens of each row begin, and where each row begins in `places`; None as the latter.
-        longest: own tokens and tokens of the longest row; None as the latter.
-        places: where the tokens of each row stand, or None.
+        window: how many tokens a token attends to, or None for all.
+        starts: of each row's own tokens, and of each row in `places` (None without `places`).
+        longest: most own tokens of a row, and most tokens (None without `places`).
+        places: indices of the tokens of each row, or None.
     """
     tokens = parts[0].shape[2]
-    if places is not None and len(places) == tokens:  # rows have nothing in common: their own tokens, in order
+    if places is not None and len(places) == tokens:  # rows share nothing: their own tokens, in order
         places = None
     (own, whole), (most, of_whole) = starts, longest
     if places is not None and whole is not None and of_whole is not None:
@@ -149,7 +149,7 @@ def on_gpu(
             return even(*parts, scaling, most)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # right at the lengths that were tried, and no plan for this one
+        except RuntimeError as error:  # cuDNN has no plan for this length, though it had for those of the self-test
             told = next(iter(str(error).strip().splitlines()), "no reason given")
             warnings.warn(f"cuDNN's attention is no longer used: {told}", stacklevel=2)
             gpu_kernels.drop("even_rows", parts[0].device)
@@ -160,17 +160,17 @@ def varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None,
     starts: tuple[torch.Tensor, torch.Tensor], longest: tuple[int, int], places: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend through torch's kernel for rows of different lengths; return (1, tokens, heads, width of a value).
+    """Attend with torch's variable-length kernel; return (1, tokens, heads, width of a value).
 
-    Where a row has more keys than queries, the last of both stand under one another.
+    Where a row has more keys than queries, the last of both are aligned.
     """
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    wider = query.shape[-1] - value.shape[-1]  # latent attention has narrower values than keys, the kernel has not
+    wider = query.shape[-1] - value.shape[-1]  # the kernel does not support latent attention's narrower values
     value = torch.nn.functional.pad(value, (0, wider)) if wider else value
     q, k, v = (part.squeeze(0).transpose(0, 1).to(half) for part in (query, key, value))  # (tokens, heads, width)
     if places is not None:
         k, v = (_Gathered.apply(part, places) for part in (k, v))  # type: ignore[no-untyped-call]
-    # the operator below torch's `varlen_attn`, whose arguments are others in each release; it knows fewer key heads
+    # the operator below torch's `varlen_attn`, whose arguments change between releases; it supports fewer key heads
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, *starts, *longest, 0.0, window is None, False, scale=scaling,
         window_size_left=-1 if window is None else window - 1, window_size_right=0,
@@ -179,10 +179,10 @@ def varlen(
 
 
 def _is_even(query: torch.Tensor, value: torch.Tensor, rows: int, longest: int, window: int | None) -> bool:
-    """Return whether the rows of a pack may go through `even`: of one length, and one that comes again.
+    """Return whether `even` is used for a pack: rows of one length, and a length likely to recur.
 
-    cuDNN plans for each shape anew, which takes longer than it saves. What is cut to a length or split comes again:
-    multiples of 256, and one less, as the last token of a row is only foretold.
+    cuDNN makes a plan for each new shape, which takes longer than one call saves. Lengths that rows are cut or split to
+    recur: multiples of 256, and one less, as the last token of a row is only predicted.
     """
     return (
         gpu_kernels.uses("even_rows", query.device)
@@ -196,7 +196,7 @@ def _is_even(query: torch.Tensor, value: torch.Tensor, rows: int, longest: int, 
 def even(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, length: int
 ) -> torch.Tensor:
-    """Attend in rows of one length through sdpa, cuDNN's kernel first; return (1, tokens, heads, width)."""
+    """Attend in rows of one length with sdpa, cuDNN's kernel first; return (1, tokens, heads, width)."""
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     # (rows, heads, length, width): views
     q, k, v = (p.view(p.shape[1], -1, length, p.shape[3]).transpose(0, 1).to(half) for p in (query, key, value))
@@ -209,9 +209,9 @@ def _one_by_one(
     sdpa: Callable[..., Any], parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], own: list[int],
     lengths: list[int], places: torch.Tensor | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend in each row of a pack through a kernel of its own; return (1, tokens, heads, width of a value)."""
+    """Attend in each row of a pack with a call of its own; return (1, tokens, heads, width of a value)."""
     of_rows = (part if places is None else part.index_select(2, places) for part in parts)
-    rows = (torch.split_with_sizes(part, lengths, dim=2) for part in of_rows)  # each slice would get a full gradient
+    rows = (torch.split_with_sizes(part, lengths, dim=2) for part in of_rows)  # a slice would allocate a full gradient
     out = []
     for q, k, v, asks in zip(*rows, own, strict=True):
         seen = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
@@ -220,7 +220,7 @@ def _one_by_one(
 
 
 class _Gathered(torch.autograd.Function):
-    """`part[places]`, (places, heads, width); the gradients of one token are added up in float32, then rounded."""
+    """`part[places]`, (places, heads, width); gradients of a shared token are summed in float32, then rounded."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -237,6 +237,6 @@ class _Gathered(torch.autograd.Function):
 
 
 def _band(tokens: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return what each token of a row sees through a window, (1, 1, tokens, tokens)."""
+    """Return the mask of a sliding window, (1, 1, tokens, tokens)."""
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     return seen.triu(1 - window)[None, None]

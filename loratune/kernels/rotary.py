@@ -1,7 +1,7 @@
-"""Rotary positions by a kernel of our own, put in the place of the function that a model's attention calls.
+"""Rotary position embeddings by our own kernel, in place of the function that a model's attention calls.
 
-transformers' models have it as `apply_rotary_pos_emb` in the module of their attention. Which of them rotate halves, as
-most do, is tried: those that do something else keep theirs.
+In transformers that function is `apply_rotary_pos_emb` in the module of the attention. Whether it rotates halves, as
+most do, is tested; models that do something else keep theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAME = "apply_rotary_pos_emb"
 
 
 class Rotary(torch.autograd.Function):
-    """Queries and keys, (batch, heads, tokens, width), each pair of halves turned by its angle."""
+    """Rotate the halves of queries and keys, (batch, heads, tokens, width), by the angles of their positions."""
 
     @staticmethod
     def forward(
@@ -39,19 +39,19 @@ class Rotary(torch.autograd.Function):
 
 
 def homes(net: Any) -> list[ModuleType]:
-    """Return the modules of transformers whose function turns halves, of those that the layers of a model come from."""
+    """Return those modules of a model's layers whose function rotates halves."""
     found = {name: sys.modules[name] for name in sorted({type(m).__module__ for m in net.modules()} & set(sys.modules))}
     return [home for home in found.values() if _turns_halves(own(home))]
 
 
 def own(home: ModuleType) -> Any:
-    """Return a module's own function, whatever stands before it now; None where it has none."""
+    """Return a module's original function, also where it is replaced now; None where it has none."""
     there = vars(home).get(_NAME)
     return getattr(there, "own", there)
 
 
 def use(home: ModuleType, device: torch.device) -> None:
-    """Let a module's attention use the kernel on a device until `gpu_kernels.stop`, and its own elsewhere."""
+    """Let a module's attention use the kernel on a device until `gpu_kernels.stop`, and its own function elsewhere."""
     before = own(home)
 
     @wraps(before)
@@ -68,7 +68,7 @@ def use(home: ModuleType, device: torch.device) -> None:
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Return whether the kernel can turn (batch, heads, tokens, width) by angles of (batch or 1, tokens, width)."""
+    """Return whether the kernel supports (batch, heads, tokens, width) with angles of (batch or 1, tokens, width)."""
     width = q.shape[-1]
     return (
         q.dim() == k.dim() == 4
@@ -93,5 +93,5 @@ def _turns_halves(function: Any) -> bool:
         found = function(q, k, cos, sin)
         wanted = [x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None] for x in (q, k)]
         return all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-    except Exception:  # it wants something else
+    except Exception:  # it takes other arguments
         return False

@@ -1,4 +1,4 @@
-"""torch's compiler: imported when something compiled is called and not before, and used where that pays."""
+"""torch's compiler: imported only when something compiled is called, and used where it saves time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from loratune.errors import SetupError
 from loratune.kernels import elementwise, norm_swiglu
 
-LONG = 1e17  # floating point operations of a training on a GPU that is worth compiling for: ten minutes, roughly
+LONG = 1e17  # floating-point operations of a training on a GPU from which compiling saves time: roughly ten minutes
 
 
 @contextmanager
 def later() -> Iterator[None]:
-    """Put off what `torch.compile` does with functions until they are called.
+    """Delay what `torch.compile` does with functions until they are called.
 
-    bitsandbytes compiles some as it is imported, and PEFT imports it wherever it is installed: more than a second of a
-    start, for functions that a training may never call.
+    bitsandbytes compiles some when it is imported, and PEFT imports it wherever it is installed. That takes more than a
+    second of the start, for functions that a training may never call.
     """
     compile_now = torch.compile
     torch.compile = partial(_later, compile_now)
@@ -47,14 +47,14 @@ def _later(compile_now: Callable[..., Any], function: Any = None, **settings: An
 
 
 def is_wanted(wish: str, device: str, operations: float, begun: bool | None = None, done: bool = False) -> bool:
-    """Return whether a training compiles what it can.
+    """Return whether a training compiles its elementwise operations.
 
     Args:
         wish: the recipe's `train.compile`.
-        device: `cpu` or `cuda`. On a CPU it gains nothing: never `auto`.
-        operations: floating point operations of the whole training, roughly.
-        begun: whether the run was begun so; `auto` keeps to that, as the last digits differ.
-        done: whether kernels of our own do already what would be compiled.
+        device: `cpu` or `cuda`. On a CPU it gains nothing, so `auto` never compiles there.
+        operations: approximate floating-point operations of the whole training.
+        begun: whether a resumed run began compiled; `auto` keeps to that, as the last digits differ.
+        done: whether our own kernels replace already what would be compiled.
     """
     if wish != "auto":
         return wish == "on"
@@ -62,19 +62,19 @@ def is_wanted(wish: str, device: str, operations: float, begun: bool | None = No
 
 
 def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]) -> tuple[bool, str]:
-    """Compile what stands between the matrix products of a model, and try it against what is not compiled.
+    """Compile the operations between a model's matrix products, and compare them with the plain ones.
 
     Args:
         net: the model, with its adapter.
         dtype: of its states.
         wish: the recipe's `train.compile`.
-        tell: called with a line before what takes long.
+        tell: called with a line before something slow.
 
     Returns:
-        Whether it is compiled now, and what a person must know of that.
+        Whether they are compiled now, and a note for the user.
 
     Raises:
-        SetupError: when it was asked for and torch can't compile here, or compiles wrongly.
+        SetupError: when it was asked for and torch can't compile here, or the results differ.
     """
     needed = norm_swiglu.found(net)
     if not needed:
@@ -85,7 +85,7 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
         try:
             other = elementwise.differs(kind, width, dtype, device)
             wrong = f"`{other}` gives other numbers" if other else None
-        except Exception as error:  # the compiler's, and those of all it calls
+        except Exception as error:  # of the compiler and all that it calls
             wrong = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         if wrong:
             break

@@ -1,7 +1,7 @@
-"""Kernels in Triton for what stands between the products of a step, each with the function that calls it.
+"""Triton kernels for the operations between matrix products, each with the function that calls it.
 
-Importing this imports `triton`, which comes with torch for CUDA only: so it is imported in functions alone. All
-arithmetic is in float32, whatever is read and written; rows are counted in 64 bits. The figures are bytes read and
+Importing this module imports `triton`, which comes with torch for CUDA only; so it is imported inside functions. All
+arithmetic is in float32, whatever the dtype of the tensors; row offsets are 64-bit. The figures are bytes read and
 written for n numbers of 2 bytes.
 """
 
@@ -31,7 +31,7 @@ def _norm(
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + epsilon)
     tl.store(scale_ptr + row, scale, mask=row < rows)
-    normed = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded here by transformers, too
+    normed = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)  # transformers rounds here, too
     out = (normed * weight[None, :]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=inside)
 
@@ -61,7 +61,7 @@ def _gate(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.co
     inside = column < width
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    opened = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded by torch, too
+    opened = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)  # torch rounds here, too
     tl.store(out_ptr + row * width + column, (opened * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,7 +141,7 @@ def _turn(
     x_ptr, out_ptr, cos_ptr, sin_ptr, heads, half, head_stride,
     BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Turn the heads of one token; pointers stand at its first number."""
+    """Rotate the heads of one token; pointers point to its first number."""
     column = tl.arange(0, HALF)
     head = tl.arange(0, HEADS).to(tl.int64)[:, None]
     here = column < half
@@ -231,15 +231,15 @@ def gate_back(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0, gradient: bool = True
 ) -> torch.Tensor:
-    """Return the cross entropy of each row in nats, float32, (rows,); logits become its gradient in their place.
+    """Return the cross entropy of each row in nats, float32, (rows,); logits are replaced by their gradient.
 
-    4 n bytes read and 2 n written; without the gradient 2 n read, and the logits stay as they are.
+    4 n bytes read and 2 n written; without the gradient 2 n read, and the logits are unchanged.
 
     Args:
-        logits: (rows, vocabulary), numbers of a row side by side.
+        logits: (rows, vocabulary), each row contiguous.
         targets: int64, (rows,).
         smoothing: part (0-1) of each target spread over the whole vocabulary.
-        gradient: whether logits become softmax - target.
+        gradient: whether logits are replaced by softmax - target.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     words = logits.shape[1]
@@ -256,7 +256,7 @@ def cross_entropy(
 def rotary(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return queries and keys turned by their angles, or the gradients of what was: 2 n bytes read, 2 n written.
+    """Return queries and keys rotated by their angles, or the gradients of that: 2 n bytes read, 2 n written.
 
     Args:
         query: (batch, heads, tokens, width), or its gradient.
@@ -266,7 +266,8 @@ def rotary(
         back: whether gradients are given.
 
     Returns:
-        Two of the shapes of query and key; in memory the heads of a token stand side by side, as a product gives them.
+        Two tensors of the shapes of query and key; in memory the heads of a token are contiguous, as in a product's
+        output.
     """
     query, key = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key))
     batch, heads, tokens, width = query.shape
@@ -287,23 +288,23 @@ def nf4(
     packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, size: int, shape: torch.Size, dtype: torch.dtype,
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return weights out of 4 bits, of a shape: 0.53 bytes read and 2 written for each, scales of scales included.
+    """Return dequantized 4-bit weights: 0.53 bytes read and 2 written for each, scales of scales included.
 
     Args:
         packed: two weights a byte, the first in the high bits, uint8.
-        absmax: scale of each block: float32, or where nested its place in a table, uint8.
+        absmax: scale of each block: float32, or if nested its index in a table, uint8.
         code: the 16 numbers, float32.
         size: weights of a block.
         shape: of the weights.
         dtype: of the weights.
-        nested: the table of scales, float32, (256,); what each group of scales is multiplied by, float32; what is
-            added to all, float32, (); scales of a group.
+        nested: the table of scales, float32, (256,); the factor of each group of scales, float32; the offset of all,
+            float32, (); the number of scales in a group.
     """
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = triton.cdiv(out.numel(), size)
     table, coarse, offset, group = nested or (absmax, absmax, absmax, 1)
     if blocks:
-        with _on(out):  # without fused products and sums: bitsandbytes rounds in between
+        with _on(out):  # no fused multiply-add: bitsandbytes rounds in between
             _nf4[(triton.cdiv(blocks, _BLOCKS),)](
                 packed, absmax, table, coarse, offset, code, out, blocks, out.numel(), NESTED=nested is not None,
                 SIZE=size, SIZE_OF_SCALE=group, BLOCKS=_BLOCKS, num_warps=4, enable_fp_fusion=False,
@@ -312,13 +313,13 @@ def nf4(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as (rows, width) with the numbers of a row side by side, copied only where that must be."""
+    """Return a tensor as (rows, width) with contiguous rows, copied only if necessary."""
     rows = x.detach().reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _tiles(rows: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid and the constants of a norm: a program holds whole rows, several where they are narrow."""
+    """Return the grid and the constants of a norm: a program takes whole rows, several if they are narrow."""
     block = triton.next_power_of_2(rows.shape[1])
     at_once = max(1, _TILE // block)
     warps = min(16, max(1, at_once * block // 512))
@@ -330,5 +331,5 @@ def _grid(rows: torch.Tensor) -> tuple[int, int]:
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Return what makes the device of a tensor the current one, as Triton takes that."""
+    """Return a context in which the device of a tensor is the current one, which Triton launches on."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
