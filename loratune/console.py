@@ -12,8 +12,7 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -45,6 +44,61 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+class View:
+    """Lines at the end of a terminal that are drawn over and over.
+
+    Where the terminal has become narrower than a line meanwhile, it has wrapped it: lines are erased by the rows that
+    they take now, so that a resize leaves no pieces behind. A terminal that cuts lines off instead loses a few above.
+
+    Args:
+        console: to draw on.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._shown: RenderableType | None = None
+        self._widths: list[int] = []  # columns of each line that is there
+
+    def draw(self, shown: RenderableType) -> None:
+        """Show something in the place of what is there."""
+        with self._console.capture() as captured:
+            self._console.print(shown, soft_wrap=False, overflow="crop", crop=True)
+        text = captured.get().rstrip("\n")
+        self._write(self._erasing() + text)
+        self._shown = shown
+        self._widths = [Text.from_ansi(line).cell_len for line in text.split("\n")]
+
+    def print(self, line: str, style: str | None = None) -> None:
+        """Print a line above what is shown."""
+        shown = self._shown
+        self.erase()
+        self._console.print(line, markup=False, style=style)
+        if shown is not None:
+            self.draw(shown)
+
+    def erase(self) -> None:
+        """Take what is shown away."""
+        self._write(self._erasing())
+        self._shown, self._widths = None, []
+
+    def end(self) -> None:
+        """Leave what is shown where it is, and go on below it."""
+        if self._widths:
+            self._write("\n")
+        self._shown, self._widths = None, []
+
+    def _erasing(self) -> str:
+        """Return what moves the cursor to the first row of what is there and clears from there on."""
+        if not self._widths:
+            return ""
+        rows = sum(max(1, -(-width // max(self._console.width, 1))) for width in self._widths)
+        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "") + "\x1b[J"
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
 class Terminal:
     """Prints what happens during a call: the listener of the command line, to be closed by `with`.
 
@@ -58,7 +112,8 @@ class Terminal:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not os.environ.get("CI")
         self._bar: Progress | None = None  # of what is counted, or of the steps
-        self._view: Live | None = None
+        self._view = View(self.console)
+        self._training = False
         self._told = 0.0  # seconds into what is counted: the last line about it
         self._begun = Begun(0, 0, 1)
         self._evaluations: list[tuple[int, float]] = []
@@ -98,7 +153,7 @@ class Terminal:
                 pass
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self.console.print(redact(line), markup=False, style=style)
+        self._view.print(redact(line), style)
 
     def _tell(self, told: Told) -> None:
         """Print a line; on a terminal a labelled one is wrapped at words and aligned behind its label.
@@ -134,46 +189,46 @@ class Terminal:
             self._close()
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            columns = (TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[line]}"))
+            self._bar = Progress(*columns, console=self.console)
             self._bar.add_task(done.what, total=None, line="")
-            self._bar.start()
         total = None if done.share is None else 1.0
         self._bar.update(self._bar.task_ids[0], total=total, completed=done.share or 0, line=_speed(done))
+        self._view.draw(self._bar.get_renderable())
 
     def _begin(self, begun: Begun) -> None:
         self._begun, self._evaluations = begun, list(begun.evaluations)
         if not self.live:
             return
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(),
+            TextColumn("training"), BarColumn(16), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
         )  # fmt: skip
         self._bar.add_task("steps", total=begun.steps, completed=begun.number)
-        self._view = Live(self._bar, console=self.console, refresh_per_second=4)
-        self._view.start()
+        self._training = True
+        self._view.draw(self._bar.get_renderable())
 
     def _step(self, step: StepDone) -> None:
         self._steps, self._seconds, self._last = self._steps + 1, self._seconds + step.seconds, step
-        if self._view is not None:
+        if self._training:
             self._show()
         elif step.number % self._begun.every == 0 or step.number == step.steps:
             self._print(self._line(step))
 
     def _show(self) -> None:
         """Bring the live view up to the last step and evaluation."""
-        if self._bar is not None and self._view is not None and self._last is not None:
+        if self._bar is not None and self._training and self._last is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._last.number)
-            self._view.update(Group(self._table(self._last), self._bar))
+            self._view.draw(Group(self._table(self._last), self._bar.get_renderable()))
 
     def _close(self) -> None:
-        """End what is shown live."""
-        if self._view is not None:
-            self._view.stop()
-        elif self._bar is not None:
-            self._bar.stop()
-        self._view = self._bar = None
+        """End what is shown live: what was counted goes, the last step stays."""
+        if self._training:
+            self._view.end()
+        else:
+            self._view.erase()
+        self._training, self._bar = False, None
 
     def _line(self, step: StepDone) -> str:
         left = self._seconds / self._steps * (step.steps - step.number)
@@ -184,23 +239,29 @@ class Terminal:
         )
 
     def _table(self, step: StepDone) -> Table:
-        """Return what the live view shows of a step: nothing in it is the same throughout a run."""
-        rows = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        """Return what the live view shows of a step: nothing in it is the same throughout a run.
+
+        Two figures a line, and one below `NARROW` columns: lines that are this short are wrapped by few terminals.
+        """
         finite = [(loss, number) for number, loss in self._evaluations if math.isfinite(loss)]
-        latest = f"{self._evaluations[-1][1]:.4f}" if self._evaluations else "not yet"
-        best = f"{min(finite)[0]:.4f}, step {min(finite)[1]:.0f}" if finite else "not yet"
-        rows.add_row(
-            "loss", Text(f"{step.loss:.4f}", style="bold"), "eval loss", Text(latest, style="bold"), "best", best
-        )
-        rows.add_row("lr", f"{step.lr:.2e}", "grad norm", f"{step.grad_norm:.2f}", "epoch", f"{step.epoch:.2f}")
-        rows.add_row(
-            "tokens/s", f"{step.tokens / step.seconds:,.0f}",
-            "label tokens/s", f"{step.trained_tokens / step.seconds:,.0f}", "step time", f"{step.seconds:.2f} s",
-        )  # fmt: skip
-        cells = [cell for name, value in step.metrics.items() for cell in (name, f"{value:.3f}")]
-        for begin in range(0, len(cells), 6):
-            rows.add_row(*cells[begin : begin + 6])
-        rows.add_row("memory", size(step.memory))
+        figures: dict[str, str | Text] = {
+            "loss": Text(f"{step.loss:.4f}", style="bold"),
+            "eval loss": Text(f"{self._evaluations[-1][1]:.4f}" if self._evaluations else "not yet", style="bold"),
+            "epoch": f"{step.epoch:.2f}",
+            "best": f"{min(finite)[0]:.4f}, step {min(finite)[1]:.0f}" if finite else "not yet",
+            "lr": f"{step.lr:.2e}",
+            "grad norm": f"{step.grad_norm:.2f}",
+            "tokens/s": f"{step.tokens / step.seconds:,.0f}",
+            "label tokens/s": f"{step.trained_tokens / step.seconds:,.0f}",
+            "step time": f"{step.seconds:.2f} s",
+            "memory": size(step.memory),
+            **{name: f"{value:.3f}" for name, value in step.metrics.items()},
+        }
+        rows = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        cells: list[str | Text] = [cell for figure in figures.items() for cell in figure]
+        each = 4 if self.console.width >= NARROW else 2
+        for begin in range(0, len(cells), each):
+            rows.add_row(*cells[begin : begin + each])
         return rows
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -65,15 +64,15 @@ def test_the_end_is_told() -> None:
 def test_the_view_shows_speed_and_the_best_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI")
     seen = " ".join(" ".join(printed(Begun(6, 20, 1), STEP, width=100, terminal=True)).split())
-    assert "loss 1.2500 eval loss not yet best not yet lr 2.00e-04 grad norm 0.75 epoch 0.50" in seen
+    assert "loss 1.2500 eval loss not yet epoch 0.50 best not yet lr 2.00e-04 grad norm 0.75" in seen
     assert "tokens/s 800 label tokens/s 200 step time 0.50 s memory 3.0 MB" in seen
     before = ((2, 2.5), (4, 2.25))
     evaluated = Evaluated(6, math.nan, 10, False, 1.0)
     seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), evaluated, STEP, width=100, terminal=True)).split())
-    assert "eval loss nan best 2.2500, step 4" in seen
+    assert "eval loss nan epoch 0.50 best 2.2500, step 4" in seen
     last = Evaluated(20, 1.75, 10, True, 1.0)
     seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), STEP, last, width=100, terminal=True)).split())
-    assert "eval loss 1.7500 best 1.7500, step 20" in seen, "also after the last step"
+    assert "eval loss 1.7500 epoch 0.50 best 1.7500, step 20" in seen, "also after the last step"
 
 
 def test_a_log_has_a_line_about_long_work_now_and_then() -> None:
@@ -88,22 +87,34 @@ def test_a_log_has_a_line_about_long_work_now_and_then() -> None:
     ]
 
 
-def test_a_bar_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(threads: int) -> bool:
-        until = time.monotonic() + 5
-        while threading.active_count() > threads and time.monotonic() < until:
-            time.sleep(0.01)
-        return threading.active_count() == threads
-
+def test_what_is_counted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI")
-    before = threading.active_count()
-    with Terminal(Console(file=io.StringIO(), width=80, force_terminal=True)) as shown:
+    threads, out = threading.active_count(), io.StringIO()
+    with Terminal(Console(file=out, width=80, force_terminal=True)) as shown:
         shown(Counted("reading rows", 10, 0.5, 1.0))
-        assert threading.active_count() > before
+        assert threading.active_count() == threads
+        assert "reading rows" in out.getvalue()
         shown(Counted("reading rows", 10, 0.5, 1.0, over=True))
-        assert ended(before)
-        shown(Begun(0, 20, 1))
-    assert ended(before)
+        assert out.getvalue().endswith("\r\x1b[J"), "the line is cleared"
+
+
+@pytest.mark.parametrize(("width", "rows"), [(80, 6), (70, 6), (59, 6), (20, 18)])
+def test_a_resize_leaves_no_pieces(monkeypatch: pytest.MonkeyPatch, width: int, rows: int) -> None:
+    """What is there is erased by the rows it takes by then; no line is so long that a usual window wraps it."""
+    monkeypatch.delenv("CI")
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
+    shown = Terminal(console)
+    shown(Begun(0, 20, 1))
+    shown(STEP)
+    assert max(shown._view._widths) < 60
+    assert len(shown._view._widths) == 6
+    console.width = width
+    before = len(out.getvalue())
+    shown(Told("a line above"))
+    assert out.getvalue()[before:].startswith(f"\r\x1b[{rows - 1}A\x1b[J")
+    assert "a line above" in out.getvalue()[before:]
+    assert "lr" in out.getvalue()[before:].partition("a line above")[2], "and the view is drawn again below it"
 
 
 def test_an_answer_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
