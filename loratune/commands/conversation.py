@@ -99,9 +99,11 @@ class Conversation:
         asked = {"role": "user", "content": text}
         ids = self._ids([*self._head(self.system), *self.turns, asked], text)
         net, pieces = self.loaded.model, []
-        limit = generate.positions(net)
+        limit = generate.room(net)
         if limit is not None and len(ids) >= limit:
-            told = f"{len(ids):,} tokens leave no room: the model was made for {limit:,} positions"
+            told = f"{len(ids):,} tokens leave no room: the model was made for {generate.positions(net):,} positions"
+            if before := generate.virtual_tokens(net):
+                told += f", and {before:,} virtual tokens take some"
             raise UsageError(told, "/reset forgets what was said, or say it shorter")
         most = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(ids))
         self.room = most if most < self.max_new_tokens else None

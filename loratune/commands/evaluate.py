@@ -27,7 +27,6 @@ from loratune.errors import DataError, RecipeError, UsageError, shorten
 from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
-from loratune.methods.prompt import virtual_tokens
 from loratune.models import base_model, generate
 from loratune.models.policy import Policy
 from loratune.objectives import metrics
@@ -347,7 +346,7 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_mo
             with loaded.model.disable_adapter():
                 yield "base", loaded
         loaded.model.eval()
-        yield "adapter", replace(loaded, notes=[], virtual_tokens=virtual_tokens(loaded.model))
+        yield "adapter", replace(loaded, notes=[], virtual_tokens=generate.virtual_tokens(loaded.model))
         return
     if what.original is not None and what.original.base != what.base.base:
         original = _ready(base_model.load(what.original, trust=what.trust))
@@ -367,9 +366,10 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
     Raises:
         DataError: when a row can't be run through the model.
     """
-    if told := model_limits.check(loaded.model, rows, "leave them out, or shorten them"):
+    before = generate.virtual_tokens(loaded.model)  # of the adapter, though the base is measured first
+    if told := model_limits.check(loaded.model, rows, "leave them out, or shorten them", before):
         tell.problem(told)
-    limit = generate.positions(loaded.model)
+    limit = generate.room(loaded.model)
     if limit is None:
         return questions
     left = {index: question for index, question in questions.items() if len(question[0]) < limit}

@@ -11,13 +11,14 @@ from loratune.errors import DataError, Place, Problem
 from loratune.models import generate
 
 
-def check(net: Any, rows: Rows, remedy: str) -> str | None:
+def check(net: Any, rows: Rows, remedy: str, before: int = 0) -> str | None:
     """Check that rows can be run through a model; return what is to be told of those longer than its positions.
 
     Args:
         net: the model.
         rows: to train on or to evaluate on.
         remedy: what can be done about a row that is too long.
+        before: virtual tokens before each row, which take positions.
 
     Raises:
         DataError: when a token has no row in the embedding, or a row is longer than a table of positions.
@@ -27,13 +28,19 @@ def check(net: Any, rows: Rows, remedy: str) -> str | None:
         told = f"token {int(rows[first].ids.max()):,} is none of the {known:,} the model has an embedding for"
         hint = "the tokenizer is larger than the model: does it belong to another one?"
         raise DataError(Problem(told, Place(str(rows.place(first))), hint))
-    limit = generate.positions(net)
-    if limit is None:
+    whole = generate.positions(net)
+    if whole is None:
         return None
+    limit = max(0, whole - before)
     long = np.flatnonzero(rows.lengths > limit)
     if not len(long):
         return None
     told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
+    if before:
+        told = (
+            f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions that {before:,} virtual tokens "
+            f"leave of the {whole:,} the model was made for"
+        )
     if generate.has_learned_positions(net):
         first = int(long[0])
         told = f"{told}; this one has {int(rows.lengths[first]):,} tokens"

@@ -34,6 +34,11 @@ class Prompt(MethodSection):
         "sentence (default: tokens drawn from the vocabulary)",
     )
 
+    @property
+    def before_rows(self) -> int:
+        """Virtual tokens that stand before each row in the model's output."""
+        return self.virtual_tokens
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         return f"prompt tuning, {self.virtual_tokens} virtual tokens"
@@ -68,11 +73,15 @@ class Prompt(MethodSection):
         """Return the tokens whose embeddings the virtual ones start from, int64, (virtual_tokens,)."""
         import torch
 
+        known = model.get_input_embeddings().weight.shape[0]
         if self.init_text is None:
-            return torch.randint(len(tokenizer), (self.virtual_tokens,))
-        ids = tokenizer(self.init_text, add_special_tokens=False).input_ids
+            return torch.randint(min(len(tokenizer), known), (self.virtual_tokens,))
+        ids = tokenizer(self.init_text, add_special_tokens=False).input_ids[: self.virtual_tokens]
         if not ids:
             raise ModelError("`method.init_text` has no tokens", "write a sentence, or leave it out")
+        if max(ids) >= known:
+            told = f"`method.init_text` has token {max(ids):,}, which is none of the {known:,} the model has an embedding for"
+            raise ModelError(told, "write other words")
         return torch.tensor(ids).repeat(-(-self.virtual_tokens // len(ids)))[: self.virtual_tokens]
 
 
@@ -82,12 +91,3 @@ class BeforeRows(Adapter):
     def __init__(self, net: Any, virtual_tokens: int):
         super().__init__(net, off_is_start=False)
         self.virtual_tokens = virtual_tokens
-
-
-def virtual_tokens(net: Any) -> int:
-    """Return how many virtual tokens a model puts before each row."""
-    from peft import PeftModel
-
-    if not isinstance(net, PeftModel) or not net.active_peft_config.is_prompt_learning:
-        return 0
-    return int(net.active_peft_config.num_virtual_tokens)

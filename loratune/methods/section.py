@@ -29,6 +29,11 @@ class MethodSection(Section):
     trains_base: ClassVar[bool] = False
     padded_only: ClassVar[bool] = False
 
+    @property
+    def before_rows(self) -> int:
+        """Virtual tokens that stand before each row in the model's output."""
+        return 0
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         raise NotImplementedError

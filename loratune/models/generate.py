@@ -17,9 +17,25 @@ def positions(net: Any) -> int | None:
     return int(found) if found else None
 
 
+def room(net: Any) -> int | None:
+    """Return how many positions are left for a row where virtual tokens stand before it, or None; see `positions`."""
+    limit = positions(net)
+    return None if limit is None else max(0, limit - virtual_tokens(net))
+
+
+def virtual_tokens(net: Any) -> int:
+    """Return how many virtual tokens a model puts before each row."""
+    from peft import PeftModel
+
+    if not isinstance(net, PeftModel) or not net.active_peft_config.is_prompt_learning:
+        return 0
+    return int(net.active_peft_config.num_virtual_tokens)
+
+
 def has_learned_positions(net: Any) -> bool:
     """Return whether a model looks its positions up in a table, so that it can't be run past their end."""
     limit, words = positions(net), net.get_input_embeddings()
+    net = net.get_base_model() if virtual_tokens(net) else net  # their vectors lie in a table, too
     # some tables have a few rows before the first position
     return limit is not None and any(
         isinstance(module, torch.nn.Embedding) and module is not words and 0 <= module.num_embeddings - limit <= 4
@@ -36,8 +52,8 @@ def answers(
     Args:
         net: the model.
         tokenizer: its tokenizer.
-        prompts: token ids, with special tokens and generation prompt in them; none empty, each shorter than the
-            model's positions. One that leaves fewer than `max_new_tokens` of them is answered alone, with what is left.
+        prompts: token ids, with special tokens and generation prompt in them; none empty, each shorter than `room`.
+            One that leaves fewer than `max_new_tokens` positions is answered alone, with what is left.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts at once, padded on the left; sorted by length.
         temperature: 0 is greedy.
@@ -47,11 +63,11 @@ def answers(
     Returns:
         The answers in the order of the prompts, without special tokens.
     """
-    limit = positions(net)
-    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    limit = room(net)
+    most = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    whole = [i for i in order if room[i] == max_new_tokens]
-    batches = [[i] for i in order if room[i] < max_new_tokens]
+    whole = [i for i in order if most[i] == max_new_tokens]
+    batches = [[i] for i in order if most[i] < max_new_tokens]
     batches += [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
     out = [""] * len(prompts)
     done = 0
@@ -62,7 +78,7 @@ def answers(
         for row, index in enumerate(chosen):
             input_ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
-        written = _generate(net, tokenizer, input_ids, mask, room[chosen[0]], temperature, ends)
+        written = _generate(net, tokenizer, input_ids, mask, most[chosen[0]], temperature, ends)
         for row, index in enumerate(chosen):
             out[index] = tokenizer.decode(written[row, longest:], skip_special_tokens=True).strip()
         done += len(chosen)

@@ -84,11 +84,10 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
         raise ModelError(refused)
     targets.check_expressions(dict(recipe.method), [name for name, _ in loaded.model.named_modules()])
-    remedy = f"data.max_length: {generate.positions(loaded.model)}, and data.on_long says what happens to longer rows"
-    sets = [rows for rows in (data.train, data.held_out) if rows is not None]
-    reached = [model_limits.check(loaded.model, rows, remedy) for rows in sets]
-    loaded.notes += dict.fromkeys(note for note in reached if note)
     loaded.notes += base_model.precision_notes(recipe.model.dtype, loaded.dtype, where, full)
+    sets, before = [rows for rows in (data.train, data.held_out) if rows is not None], recipe.method.before_rows
+    reached = [model_limits.check(loaded.model, rows, _remedy(loaded.model, before), before) for rows in sets]
+    loaded.notes += dict.fromkeys(note for note in reached if note)
     trained = turn_ends.of_rows(data.train, encoder)
     loaded.notes += end_tokens.notes(trained, end_tokens.of_model(loaded.model, encoder.tokenizer), encoder.tokenizer)
     chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion"}
@@ -98,6 +97,15 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
         "turn_ends": end_tokens.named(trained, encoder.tokenizer),
     }
     return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
+
+
+def _remedy(net: Any, before: int) -> str:
+    """Return what can be done about rows that are longer than a model's positions after so many virtual tokens."""
+    left = (generate.positions(net) or 0) - before
+    remedy = f"data.max_length: {left}, and data.on_long says what happens to longer rows"
+    if not before:
+        return remedy
+    return f"fewer `method.virtual_tokens`, or {remedy}" if left > 1 else "fewer `method.virtual_tokens`"
 
 
 def apply_method(recipe: Recipe, loaded: Loaded, data: Data, length: Length, where: torch.device) -> Tuned:

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 import loratune
 from loratune.data import collate
 from loratune.data.sample import single
-from loratune.errors import UsageError
+from loratune.errors import DataError, ModelError, UsageError
 from loratune.methods import Prompt
 from loratune.methods.tuned import Setup
 from loratune.models.policy import Policy
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
+from tests.models.test_generate import POSITIONS, gpt2
 from tests.objectives.test_sft import ROWS
 from tests.oracle.test_resume import _exactly, _stop_after
 
@@ -124,3 +125,49 @@ def test_eval_loss_is_that_of_the_training(fit: Fit) -> None:
     done = fit(method=METHOD, data={"eval": "eval.jsonl"})
     found = loratune.evaluate(done.folder, generate=False).scores["adapter"]["loss"].value
     assert found == pytest.approx(done.events("eval")[-1]["loss"], rel=1e-4)
+
+
+def _learned(folder: Path, virtual: int, lengths: tuple[int, ...]) -> Path:
+    """Write a base with a table of positions, rows of some lengths, and a recipe of a soft prompt; return it."""
+    tokens = tiny.tokenizer()
+    gpt2(tokens).save_pretrained(folder / "base")
+    tokens.save_pretrained(folder / "base")
+    known = tiny.write_recipe(
+        folder, folder / "base", method=METHOD | {"virtual_tokens": virtual}, data={"format": "completion"}
+    )
+    tiny.write_jsonl(folder / "train.jsonl", [{"prompt": "a" * size, "completion": " b"} for size in lengths])
+    return known
+
+
+@pytest.mark.parametrize(("virtual", "remedy"), [(40, f"or data.max_length: {POSITIONS - 40}"), (70, "fewer `method.")])
+def test_virtual_tokens_take_positions_of_a_table(tmp_path: Path, virtual: int, remedy: str) -> None:
+    recipe = _learned(tmp_path, virtual, (8, 30))
+    with pytest.raises(DataError, match=rf"{max(0, POSITIONS - virtual)} positions that {virtual} virtual") as caught:
+        loratune.train(loratune.load_recipe(recipe))
+    assert remedy in str(caught.value)
+
+
+def test_answers_end_with_the_positions_that_virtual_tokens_leave(tmp_path: Path) -> None:
+    run = loratune.train(loratune.load_recipe(_learned(tmp_path, 40, (8, 9))))
+    lines: list[str] = []
+    loratune.chat(run.folder, "a", on_event=lambda e: lines.append(e.text) if isinstance(e, loratune.Told) else None)
+    assert any(line.startswith("answers end after") for line in lines)
+    with pytest.raises(UsageError, match="64 positions, and 40 virtual tokens take some"):
+        loratune.chat(run.folder, "a" * 23)
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a" * size, "completion": " b"} for size in (4, 15)])
+    found = loratune.evaluate(run.folder, data=str(rows), max_new_tokens=50)
+    assert found.generated == 2
+    long = tiny.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 25, "completion": " b"}])
+    with pytest.raises(DataError, match="longer than the 24 positions that 40 virtual tokens leave of the 64"):
+        loratune.evaluate(run.folder, data=str(long))
+
+
+def test_a_tokenizer_larger_than_the_embedding(fit: Fit, tmp_path: Path) -> None:
+    """Vectors start from tokens the model has; a text of others is an error."""
+    tokens = tiny.tokenizer()
+    net = tiny.model(tokens)
+    tokens.add_tokens(["beyond"] + [f"more{i}" for i in range(2000)])
+    torch.manual_seed(0)
+    Prompt(virtual_tokens=8).apply(net, Setup(1, tokens))
+    with pytest.raises(ModelError, match=r"`method.init_text` has token \d+, which is none of the"):
+        Prompt(virtual_tokens=8, init_text="beyond").apply(net, Setup(1, tokens))
