@@ -70,6 +70,11 @@ class AdaLora(MethodSection):
         if self.target_r > self.init_r:
             told = f"`method.target_r` {self.target_r} is larger than `method.init_r` {self.init_r}: ranks only fall"
             yield Complaint(told, ("method", "target_r"))
+        if self.target_r == self.init_r:
+            told = f"`method.target_r` is `method.init_r`, {self.init_r}: no rank would fall"
+            yield Complaint(
+                told, ("method", "target_r"), f"a larger `init_r`, or method: {{type: lora, r: {self.init_r}}}"
+            )
         if self.tinit + self.tfinal >= 1:
             told = "`method.tinit` and `method.tfinal` leave no steps in which ranks could fall"
             yield Complaint(told, ("method", "tfinal"), "let them sum to less than 1")
@@ -123,7 +128,21 @@ class FallingRanks(Adapter):
 
     def after_step(self, step: int) -> None:
         """Update how much each weight matters, by its gradient, and take away the ranks that matter least."""
-        self.net.base_model.update_and_allocate(step)
+        model, allocator, settled = self.net.base_model, self._allocator, self._config.total_step - self._config.tfinal
+        if step == settled or (step > settled and not self._is_at_target()):
+            # PEFT settles by what earlier steps told: there are none in a run of one step, nor may they be known where
+            # a finished run goes on; and a resumed run that was made shorter never meets its step
+            if not allocator.ipt:
+                allocator.update_ipt(model.model)
+            self._config.rank_pattern = allocator.mask_to_budget(model.model, allocator.target_bgt)
+            allocator.reset_ipt()
+        else:
+            model.update_and_allocate(step)
+
+    def _is_at_target(self) -> bool:
+        """Return whether so few rows are left as there shall be at the end."""
+        kept = self._config.rank_pattern
+        return bool(kept) and sum(map(sum, kept.values())) <= self._allocator.target_bgt
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

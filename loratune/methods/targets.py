@@ -151,7 +151,9 @@ def notes(method: Method, model: Any) -> list[str]:
     if routers and method.router == "trained":
         told.append(f"the routers ({routers}) are trained in full and saved with the adapter")
     elif routers and method.target_modules == "all-linear":
-        told.append(f"the routers ({routers}) are frozen (`method.router: trained` trains them)")
+        # AdaLoRA has no such key
+        how = " (`method.router: trained` trains them)" if "router" in vars(method) else ""
+        told.append(f"the routers ({routers}) are frozen{how}")
     if method.target_modules == "all-linear" and method.layers_to_transform is None:
         told += _without(model)
     return told + _tied(model)

@@ -143,6 +143,38 @@ def test_a_resumed_run_is_the_straight_one(fit: Fit, stop: int) -> None:
     assert _exactly(fit("stopped", resume=True, **SECTIONS)) == _exactly(straight)
 
 
+def _left(folder: Path) -> list[int]:
+    """Return the ranks that an adapter's layers have."""
+    state = load_file(folder / "adapter_model.safetensors")
+    return [t.shape[0] for name, t in state.items() if name.endswith("lora_E")]
+
+
+@pytest.mark.parametrize(("steps", "tfinal"), [(1, 0.3), (2, 0.5), (3, 0.9), (10, 0.9)])
+def test_ranks_are_settled_in_a_run_of_few_steps(fit: Fit, steps: int, tfinal: float) -> None:
+    """Also where the first step is the one that settles them, before which PEFT has seen no gradient."""
+    method = METHOD | {"tinit": 0.0, "tfinal": tfinal}
+    done = fit(method=method, train={"epochs": steps / 3 - 0.1})
+    assert len(done.events()) == steps
+    assert sum(_left(done.folder)) == 2 * len(_left(done.folder))
+
+
+@pytest.mark.parametrize("epochs", [4, 5, 6])
+def test_a_finished_run_goes_on(fit: Fit, epochs: int) -> None:
+    """Its ranks were settled, and gradients forgotten; wherever the longer run settles, they are at the target."""
+    fit("a", method=METHOD, train={"epochs": 3})
+    done = fit("a", method=METHOD, train={"epochs": epochs}, resume=True)
+    assert sum(_left(done.folder)) == 2 * len(_left(done.folder))
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_made_shorter_than_where_ranks_settle(fit: Fit, stop: int) -> None:
+    """It never meets the step at which they would have been settled."""
+    with _stop_after(stop):
+        fit("a", method=METHOD, train={"epochs": 5, "save_every": 1})
+    done = fit("a", method=METHOD, train={"epochs": 2, "save_every": 1}, resume=True, allow_drift=True)
+    assert sum(_left(done.folder)) == 2 * len(_left(done.folder))
+
+
 def test_over_nf4_evaluated_and_merged(fit: Fit, tmp_path: Path) -> None:
     done = fit(**SECTIONS, model={"quantization": "nf4"}, data={"eval": "eval.jsonl"})
     found = loratune.evaluate(done.folder, generate=False)
@@ -165,6 +197,7 @@ def test_a_checkpoint_is_an_adapter(fit: Fit, base: Path) -> None:
     ("change", "said"),
     [
         ({"target_r": 9}, "`method.target_r` 9 is larger than `method.init_r` 6"),
+        ({"target_r": 6}, "`method.target_r` is `method.init_r`, 6: no rank would fall"),
         ({"tinit": 0.7, "tfinal": 0.3}, "leave no steps in which ranks could fall"),
     ],
 )

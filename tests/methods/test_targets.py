@@ -109,6 +109,15 @@ def test_experts_are_reached_and_their_router_is_not(
     torch.testing.assert_close(net(ids).logits, trained.net.eval()(ids).logits, rtol=0, atol=1e-6)
 
 
+def test_a_frozen_router_has_no_remedy_that_the_method_lacks(
+    fit: Fit, bases: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("a", rows=8, model={"base": str(bases("qwen3_moe"))}, method={"type": "adalora", "init_r": 4, "target_r": 2})
+    told = capsys.readouterr().err
+    assert "the routers (`mlp.gate`) are frozen" in told
+    assert "method.router" not in told
+
+
 @pytest.mark.parametrize(
     ("kind", "routers"), [("mixtral", ["mlp.gate"]), ("qwen2_moe", ["mlp.gate", "mlp.shared_expert_gate"])]
 )
