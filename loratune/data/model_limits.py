@@ -38,8 +38,8 @@ def check(net: Any, rows: Rows, remedy: str, before: int = 0) -> str | None:
     told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
     if before:
         told = (
-            f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions that {before:,} virtual tokens "
-            f"leave of the {whole:,} the model was made for"
+            f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions that {before:,} virtual "
+            f"tokens leave of the {whole:,} the model was made for"
         )
     if generate.has_learned_positions(net):
         first = int(long[0])

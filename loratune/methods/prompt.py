@@ -80,7 +80,7 @@ class Prompt(MethodSection):
         if not ids:
             raise ModelError("`method.init_text` has no tokens", "write a sentence, or leave it out")
         if max(ids) >= known:
-            told = f"`method.init_text` has token {max(ids):,}, which is none of the {known:,} the model has an embedding for"
+            told = f"`method.init_text` has token {max(ids):,}, none of the {known:,} the model has an embedding for"
             raise ModelError(told, "write other words")
         return torch.tensor(ids).repeat(-(-self.virtual_tokens // len(ids)))[: self.virtual_tokens]
 

@@ -169,5 +169,5 @@ def test_a_tokenizer_larger_than_the_embedding(fit: Fit, tmp_path: Path) -> None
     tokens.add_tokens(["beyond"] + [f"more{i}" for i in range(2000)])
     torch.manual_seed(0)
     Prompt(virtual_tokens=8).apply(net, Setup(1, tokens))
-    with pytest.raises(ModelError, match=r"`method.init_text` has token \d+, which is none of the"):
+    with pytest.raises(ModelError, match=r"`method.init_text` has token \d+, none of the"):
         Prompt(virtual_tokens=8, init_text="beyond").apply(net, Setup(1, tokens))
