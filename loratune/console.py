@@ -140,7 +140,7 @@ class Terminal:
             case Evaluated():
                 self._evaluations.append((event.number, event.loss))
                 best = " (best so far)" if event.best else ""
-                self._print(f"step {event.number}: eval loss {event.loss:.4f}{best}")
+                self._print(f"step {event.number}: eval loss {event.loss:.4f}  {_metrics(event)}".rstrip() + best)
                 self._show()
             case Answered():
                 _write(event.text)
@@ -265,7 +265,7 @@ class Terminal:
         return rows
 
 
-def _metrics(step: StepDone) -> str:
+def _metrics(step: StepDone | Evaluated) -> str:
     """Return the other means of an objective that say how well it does."""
     return "".join(f"{name} {step.metrics[name]:.2f}  " for name in ("accuracy", "margin") if name in step.metrics)
 

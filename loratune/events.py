@@ -119,6 +119,7 @@ class Evaluated:
         trained_tokens: it is the mean of (`dpo`: pairs).
         best: whether it is the lowest so far.
         seconds: it took.
+        metrics: other means of the objective, by name, as in `StepDone`.
     """
 
     number: int
@@ -126,6 +127,7 @@ class Evaluated:
     trained_tokens: int
     best: bool
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

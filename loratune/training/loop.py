@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 
 from loratune.data.batches import Batch as Samples
 from loratune.data.collate import collate
@@ -181,8 +182,8 @@ def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[
 
 def measure(
     policy: Policy, objective: Objective, micro_batches: Iterable[list[Sample]], accelerator: Any, when: str = ""
-) -> tuple[float, int]:
-    """Return (mean loss, count) over micro-batches without training; the model is left as it was.
+) -> tuple[float, int, dict[str, float]]:
+    """Return mean loss, count and other means over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
 
@@ -200,6 +201,7 @@ def measure(
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, count
     measured: list[tuple[list[Sample], torch.Tensor]] = []
+    others: dict[str, torch.Tensor] = {}
     net, was_training = policy.net, policy.training
     net.eval()
     alone = policy.alone()  # processes may have different numbers of micro-batches: no DDP forward here
@@ -208,15 +210,18 @@ def measure(
             for index, samples in enumerate(micro_batches):
                 if index % world == rank:
                     part = collate(samples, virtual_tokens=policy.virtual_tokens)
-                    total, _ = objective.total(alone, part.to(device))
+                    total, found = objective.total(alone, part.to(device))
                     measured.append((samples, total))
+                    others = {name: value.double() + others.get(name, 0) for name, value in found.items()}
                     sums += torch.stack(
                         [total.double(), torch.tensor(float(objective.count(part)), dtype=torch.float64, device=device)]
                     )
     finally:
         net.train(was_training)
+    known = [{name: float(value) for name, value in others.items()}]
     if world > 1:
         sums = accelerator.reduce(sums, reduction="sum")
+        known = gather_object(known)  # a process without micro-batches knows none of the names
     total_loss, count = sums.tolist()
     if not math.isfinite(total_loss):
         bad = next((samples for samples, total in measured if not bool(total.isfinite())), [])
@@ -224,7 +229,9 @@ def measure(
             f"{when}the eval loss is {total_loss}" + (f". Rows: {_places(bad)}" if bad else ""),
             "look at these rows; lower optimizer.lr, or set model.dtype: float32",
         )
-    return total_loss / max(count, 1), int(count)
+    names = dict.fromkeys(name for one in known for name in one)
+    means = {name: sum(one.get(name, 0.0) for one in known) / max(count, 1) for name in names}
+    return total_loss / max(count, 1), int(count), means
 
 
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:

@@ -61,7 +61,8 @@ class RunReport(Report):
             self._write({"kind": "step", **known, **event.metrics})
         elif isinstance(event, Evaluated):
             self.evaluation.append((event.number, event.loss))
-            self._write({"kind": "eval", **{key: value for key, value in event.__dict__.items() if key != "best"}})
+            known = {key: value for key, value in event.__dict__.items() if key not in ("best", "metrics")}
+            self._write({"kind": "eval", **known, **event.metrics})
         super().tell(event)
 
     def step(self, step: Step) -> None:

@@ -334,11 +334,11 @@ def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], N
     began = time.perf_counter()
     parts = batches.in_length_order(job.data.held_out, job.recipe.train.micro_batch_size, job.memory.plan.tokens)
     when = f"step {progress.step}: "
-    loss, count = loop.measure(policy, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
+    loss, count, means = loop.measure(policy, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
     early = job.recipe.train.early_stopping
     progress = progress.evaluated(loss, early.min_delta if early else 0.0)
     better = progress.best_step == progress.step
-    job.report.tell(Evaluated(progress.step, loss, count, better, time.perf_counter() - began))
+    job.report.tell(Evaluated(progress.step, loss, count, better, time.perf_counter() - began, means))
     return better, progress
 
 

@@ -243,6 +243,6 @@ def test_an_eval_loss_is_that_of_the_training_step(fit: Fit, dtype: str) -> None
     """The same rows, measured and trained on: to the bit in bfloat16, to rounding in float32."""
     done = fit(model={"dtype": dtype}, data={"packing": "off"}, optimizer={"lr": 1e-2})
     rows = [Row(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 0, Place("made", 1)) for n in (40, 37, 12)]
-    measured, count = loop.measure(Policy(done.net), done.recipe.objective, [single(rows)], Accelerator(cpu=True))
+    measured, count, _ = loop.measure(Policy(done.net), done.recipe.objective, [single(rows)], Accelerator(cpu=True))
     total = tiny.total(done.recipe.objective, done.net.train(), tiny.batch(rows))
     assert measured == pytest.approx(total.item() / count, rel=0 if dtype == "bfloat16" else 1e-6, abs=0)

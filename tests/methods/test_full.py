@@ -35,7 +35,7 @@ def test_the_best_step_of_a_mixture_is_saved(
     kind: str,
 ) -> None:
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     done = fit(model={"base": str(bases(kind))}, **SECTIONS)
     assert done.facts()["saved_step"] == 2
     final, best, last = (

@@ -124,6 +124,7 @@ def test_before_step_1_the_loss_is_log_2(fit: Fit, tmp_path: Path) -> None:
     assert done.column("loss") == pytest.approx([math.log(2)] * 2, abs=1e-5)
     assert done.events("eval")[-1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert done.events("eval")[-1]["trained_tokens"] == 7
+    assert done.events("eval")[-1]["margin"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt", "adalora"])
@@ -131,6 +132,7 @@ def test_every_method_learns_to_prefer(fit: Fit, tmp_path: Path, method: str) ->
     done = pairs.fitted(fit, tmp_path)(method=method, train={"epochs": 5})
     assert done.column("loss")[-1] < math.log(2) - 0.02
     assert done.column("accuracy")[-1] > 0.7
+    assert done.events("eval")[-1]["accuracy"] > 0.7
     assert done.events("eval")[-1]["loss"] < math.log(2)
 
 

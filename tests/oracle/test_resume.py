@@ -269,7 +269,7 @@ def test_a_half_line_of_metrics_is_cut_off(fit: Fit, tmp_path: Path):
 
 def test_rotation_keeps_the_newest_and_the_best(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     losses = iter([3.0, 2.0, 1.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     done = fit(**{**SECTIONS, "train": {**SECTIONS["train"], "eval_every": 1, "save_every": 1, "keep": 2}})
     kept = sorted(folder.name for folder in (done.folder / "checkpoints").iterdir())
     assert kept == ["step-000003", "step-000008", "step-000009"]
@@ -292,7 +292,7 @@ def test_early_stopping_stops_and_keeps_the_best(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     losses = iter([3.0, 2.0, 1.9, 1.8, 0.0])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     done = fit(**EARLY)
     assert done.run.steps == len(done.events()) == 4
     assert done.facts()["status"] == "complete"
@@ -305,7 +305,7 @@ def test_early_stopping_stops_and_keeps_the_best(
 
 def test_a_run_that_stopped_early_does_not_go_on_when_it_is_resumed(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     losses = iter([3.0, 2.0, 1.9, 1.8])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     done = fit(**EARLY)
     before = _exactly(done)
     again = fit(resume=True, **EARLY)
@@ -315,7 +315,7 @@ def test_a_run_that_stopped_early_does_not_go_on_when_it_is_resumed(fit: Fit, mo
 def test_patience_is_remembered_over_a_resume(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     sections = {**EARLY, "train": {**EARLY["train"], "save_every": 1}}
     losses = iter([3.0, 2.0, 1.9])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     with _stop_after(4):
         fit(**sections)
     losses = iter([1.95])  # one more evaluation that is no reason to go on, and no other
@@ -333,7 +333,7 @@ def test_the_best_step_has_the_lowest_loss_whatever_patience_asks_for(
     sections = {**SECTIONS, "train": {**SECTIONS["train"], "eval_every": 1, "save_every": 1, "keep": 2}}
     sections["train"]["early_stopping"] = {"patience": 9, "min_delta": 0.3}
     losses = iter([5.9, 5.8, 5.7, 5.65, 5.62, 5.61, 5.75, 5.8, 5.9])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     if stopped:
         with _stop_after(stopped):
             fit(**sections)

@@ -92,7 +92,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_base(fit: Fit):
 
 def test_the_final_weights_are_those_of_the_best_evaluation(fit: Fit, monkeypatch: pytest.MonkeyPatch):
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10))
+    monkeypatch.setattr("loratune.training.loop.measure", lambda *_: (next(losses), 10, {}))
     done = fit(train={"eval_every": 1, "save_every": 1, "keep": 9}, **HELD_OUT)
     final = load_file(done.folder / "adapter_model.safetensors")
     of_step = {n: load_file(checkpoint.path_of(done.folder, n) / "adapter_model.safetensors") for n in (1, 2, 3)}
