@@ -1,1 +1,1 @@
-"""A base model and its tokenizer: found, checked, loaded, fingerprinted, asked for answers."""
+"""A base model and its tokenizer: finding, checking, loading, fingerprinting, generating answers."""

@@ -1,9 +1,9 @@
-"""Render a chat template a few times under limits: run by `template_check.check` as a program of its own.
+"""Render a chat template a few times under limits: run by `template_check.check` as a separate program.
 
-Reads `{"template": ..., "tokens": {...}}` from stdin and writes a line `ready`, then `{"refused": null}` or why the
-template is refused. It knows jinja2 and nothing of loratune: a child that imported torch would take seconds and have
-more to lose. What a template can do here is what it can do in transformers: the same sandbox, extensions and globals,
-only stricter, as an escape is an error at once instead of an empty text.
+It reads `{"template": ..., "tokens": {...}}` from stdin and writes a line `ready`, then `{"refused": null}` or why the
+template is refused. It imports jinja2 and nothing of loratune: a child that imported torch would take seconds to start
+and have more to lose. Sandbox, extensions and globals are those of transformers, but stricter: an attempt to leave the
+sandbox is an error instead of an empty text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 CPU_SECONDS = 5
 MEMORY = 512 << 20  # bytes of address space
-LONGEST = 1_000_000  # characters of a render, and a thousandth of that for a message of `raise_exception`
+LONGEST = 1_000_000  # characters of a render; a thousandth of it for a message of `raise_exception`
 DUNDER = re.compile(r"(^|\.)__\w+__($|\.)")
 
 
 def main() -> None:
     """Answer one request."""
     request = json.loads(sys.stdin.read())
-    import jinja2.sandbox  # before the limits, which are meant for the template
+    import jinja2.sandbox  # before the limits are set, which are meant for the template
 
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -42,7 +42,7 @@ def main() -> None:
     except jinja2.exceptions.SecurityError as error:
         refused = f"reaches for what a template has no business with: {error}"
     except jinja2.TemplateSyntaxError:
-        refused = None  # it never renders: each row says why
+        refused = None  # it never renders: each row reports why
     sys.stdout.write(json.dumps({"refused": refused and refused[:300]}))
 
 
@@ -70,7 +70,7 @@ def _render_all(source: str, tokens: dict[str, str]) -> str | None:
                         return f"writes more than {LONGEST:,} characters for a few words"
             except (MemoryError, RecursionError, OverflowError, jinja2.exceptions.SecurityError):
                 raise
-            except Exception as error:  # it refuses this conversation, or has a fault: rows say so where they meet it
+            except Exception as error:  # it refuses this conversation, or has a fault: rows report it if they meet it
                 if len(str(error)) > LONGEST // 1000:
                     return "writes more into an error than a person can read"
     return None
@@ -95,7 +95,7 @@ def _conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | 
 
 
 def _environment() -> Any:
-    """Return what transformers compiles templates in; see `_compile_jinja_template` there."""
+    """Return the jinja2 environment in which transformers compiles templates; see `_compile_jinja_template` there."""
     import jinja2.ext
     import jinja2.meta
     import jinja2.sandbox

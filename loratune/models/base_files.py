@@ -1,4 +1,4 @@
-"""Where a base model comes from: a hub id, a folder or a .gguf file; and what is checked before its files are used."""
+"""The files of a base model, from a hub id, a folder or a .gguf file, and the checks before they are used."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from loratune.models import config_files, rope_scaling, safety
 from loratune.models.section import Model
 from loratune.system import files
 
-_DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by name, inode, size and time of the last change
+_DIGESTS: dict[tuple[Path, int, int, int], str] = {}  # by path, inode, size and modification time
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9](?:[\w.-]{0,94}\w)?", re.ASCII)
-_TELLING = ("run.json", "adapter_config.json", "config.json")  # what a run, adapter or model folder has
-_PATIENCE = 5.0  # seconds for the first answer of the hub
-_FORM = 2  # of the folders made from .gguf files: what an earlier version wrote is made again
+_TELLING = ("run.json", "adapter_config.json", "config.json")  # files that identify a run, adapter or model folder
+_PATIENCE = 5.0  # seconds to wait for the first answer of the hub
+_FORM = 2  # version of the folders made from .gguf files: older ones are converted again
 
 
 def local_folder(section: Model) -> str:
-    """Return the folder or hub id to load from; a .gguf file is turned into a folder of the cache first."""
+    """Return the folder or hub id to load from; a .gguf file is first converted to a folder in the cache."""
     return str(from_gguf(Path(section.base))) if section.base.endswith(".gguf") else section.base
 
 
@@ -51,8 +51,8 @@ def folder_of(section: Model) -> Path:
 def from_gguf(file: Path) -> Path:
     """Dequantize a .gguf file to a safetensors folder in the cache, once; return the folder.
 
-    The weights are written in bfloat16. The folder's name has the sha256 of the file, so that another file of the same
-    name is never taken for it.
+    The weights are written in bfloat16. The folder's name contains the sha256 of the file, so that another file of the
+    same name is never confused with it.
 
     Raises:
         SetupError: when the package `gguf` is missing.
@@ -72,9 +72,9 @@ def from_gguf(file: Path) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
-        if "GgufConfig" in dir(transformers):  # newer releases keep the blocks packed unless told otherwise
+        if "GgufConfig" in dir(transformers):  # newer releases keep the blocks packed by default
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar can't be switched off
+        with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar, which can't be turned off
             model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), **arguments)
         if "quantization_config" in model.config:
             del model.config.quantization_config
@@ -102,7 +102,7 @@ def _opened(file: Path) -> io.BufferedReader:
 
 
 def _digest(file: Path, stream: io.BufferedReader) -> str:
-    """Return the sha256 (hex) of a file; it is read once while it stays the same, as each checkpoint asks for it."""
+    """Return the sha256 (hex) of a file, read only once while it is unchanged, as each checkpoint needs it."""
     about = os.fstat(stream.fileno())
     key = (file, about.st_ino, about.st_size, about.st_mtime_ns)
     if key not in _DIGESTS:
@@ -111,18 +111,18 @@ def _digest(file: Path, stream: io.BufferedReader) -> str:
 
 
 def cache() -> Path:
-    """Return the folder for what can be made again: $LORATUNE_CACHE, else loratune under the user's cache folder."""
+    """Return the cache folder: $LORATUNE_CACHE, else loratune in the user's cache folder."""
     if os.environ.get("LORATUNE_CACHE"):
         return Path(os.environ["LORATUNE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune"
 
 
 def check(section: Model, folder: str, trust: bool) -> None:
-    """Check the files of a model before transformers sees them; those of a hub model are fetched first.
+    """Check the files of a model before transformers reads them; those of a hub model are downloaded first.
 
     Raises:
-        ModelError: when they can't be had.
-        SafetyError: when they would run code or lead out of their folder.
+        ModelError: when they can't be found or downloaded.
+        SafetyError: when they would run code or refer to files outside of their folder.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -144,7 +144,7 @@ def check(section: Model, folder: str, trust: bool) -> None:
 
 
 def check_subject(name: str, hub: bool = True) -> None:
-    """Refuse a run, adapter or model that is not there; asked before torch is loaded, so that the answer comes at once.
+    """Refuse a run, adapter or model that does not exist; checked before torch is imported, so that it is fast.
 
     Args:
         name: as it was given.
@@ -161,10 +161,10 @@ def check_subject(name: str, hub: bool = True) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is no folder and can't be a hub id either, before anything is asked of the hub.
+    """Refuse a name that is neither a folder nor a possible hub id, before the hub is asked.
 
     Raises:
-        ModelError: with the name of a folder nearby that may be meant.
+        ModelError: with the name of a similar folder, if there is one.
     """
     first = name.partition("/")[0]
     like_a_path = name.startswith((".", "/", "~")) or name.endswith(("/", ".gguf")) or name.count("/") > 1
@@ -176,7 +176,7 @@ def check_name(name: str) -> None:
 
 
 def nearby(name: str) -> str | None:
-    """Return a hint that names the run, adapter or model folder whose name is most like one that is not there."""
+    """Return a hint with the run, adapter or model folder whose name is most similar to a missing one."""
     path = files.local(name)
     try:
         folders = [file.name for file in path.parent.iterdir() if any((file / one).is_file() for one in _TELLING)]
@@ -187,9 +187,9 @@ def nearby(name: str) -> str | None:
 
 
 def _check_reachable(section: Model, folder: str) -> None:
-    """Ask the hub once, and not for long, whether it has a model that is not in the cache.
+    """Ask the hub once, with a short timeout, whether it has a model that is not in the cache.
 
-    Without this a name that was typed wrong, or a machine without a network, costs half a minute of new tries.
+    Without this a mistyped name, or a machine without a network, costs half a minute of retries.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -202,13 +202,13 @@ def _check_reachable(section: Model, folder: str) -> None:
         HfApi().model_info(folder, revision=section.revision, timeout=_PATIENCE)
     except (HfHubHTTPError, HFValidationError) as error:
         raise unusable(section.base, error, "model") from None
-    except Exception as error:  # of the network: its client raises dozens of kinds
+    except Exception as error:  # network errors: the client raises dozens of classes
         told = f"no such folder, and the hub can't be asked for it ({type(error).__name__})"
         raise ModelError(Problem(told, Place(section.base), nearby(section.base))) from None
 
 
 def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError:
-    """Return what a person is told of an error of transformers or the hub; `what` couldn't be loaded."""
+    """Return the error for the user after transformers or the hub failed to load `what`."""
     from huggingface_hub import is_offline_mode
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

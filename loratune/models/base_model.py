@@ -1,4 +1,4 @@
-"""The base model: on which device, in what precision, quantized or not."""
+"""Load the base model: device, precision and quantization."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAI
 
 @dataclass
 class Loaded:
-    """A base model on its device, with its tokenizer and what a person must know about how it was loaded.
+    """A base model on its device, with its tokenizer and notes on how it was loaded.
 
     `base_differs` names how the base differs from the one its adapter was trained on, where that was allowed;
-    `quantization` what its linear layers hold: none, nf4, fp4, int8, or the name of another way; `virtual_tokens` how
-    many its adapter puts before each row.
+    `quantization` is that of its linear layers: none, nf4, fp4, int8, or the name of another method; `virtual_tokens`
+    is how many its adapter puts before each row.
     """
 
     model: Any
@@ -41,7 +41,7 @@ class Loaded:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory has run out, on a GPU or a CPU."""
+    """Return whether an error means out of memory, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
@@ -49,10 +49,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def or_out_of_memory(hint: str) -> Iterator[None]:
-    """Turn memory that runs out on a GPU or CPU into an error with what would do; also a decorator.
+    """Turn out-of-memory on a GPU or CPU into an error with a remedy; also a decorator.
 
     Raises:
-        SetupError: when it does.
+        SetupError: when memory runs out.
     """
     try:
         yield
@@ -63,14 +63,14 @@ def or_out_of_memory(hint: str) -> Iterator[None]:
 
 
 def is_true(value: str) -> bool:
-    """Return whether a variable of the environment is switched on, in accelerate's words."""
+    """Return whether the value of an environment variable means true, as accelerate reads it."""
     return value.lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def device() -> torch.device:
     """Return the device of this process: its own GPU (LOCAL_RANK under a launcher), else the CPU.
 
-    `accelerate launch --cpu` asks for the CPU by ACCELERATE_USE_CPU.
+    `accelerate launch --cpu` requests the CPU with ACCELERATE_USE_CPU.
     """
     if torch.cuda.is_available() and not is_true(os.environ.get("ACCELERATE_USE_CPU", "")):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -88,7 +88,7 @@ def computes_in_bf16(where: torch.device) -> bool:
 def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
     """Return the precision of the weights for a recipe's `dtype`.
 
-    Under full fine-tuning `auto` is float32: with bfloat16 weights most updates would round to nothing.
+    For full fine-tuning `auto` is float32: with bfloat16 weights most updates would be rounded away.
 
     Raises:
         SetupError: for float16 without a GPU.
@@ -101,11 +101,11 @@ def dtype_of(name: str, where: torch.device, full: bool = False) -> torch.dtype:
 
 
 def precision_notes(asked: str, dtype: torch.dtype, where: torch.device, full: bool) -> list[str]:
-    """Return what a person must know about the precision a base is loaded in.
+    """Return notes on the precision a base is loaded in.
 
     Args:
         asked: the recipe's `model.dtype`.
-        dtype: that it is loaded in.
+        dtype: the precision it is loaded in.
         where: the device.
         full: whether every weight will be trained.
     """
@@ -122,9 +122,9 @@ def precision_notes(asked: str, dtype: torch.dtype, where: torch.device, full: b
 
 
 def as_begun(section: Model, dtype: str | None) -> Model:
-    """Return the section with `auto` made the precision a run was begun in, or as it is where none was begun.
+    """Return the section with `auto` replaced by the precision a resumed run began with, if there is one.
 
-    `auto` looks at the device: resumed on another machine it would quietly become another training.
+    `auto` depends on the device: a run resumed on another machine would silently change its precision.
     """
     if dtype is None or section.dtype != "auto":
         return section
@@ -132,19 +132,19 @@ def as_begun(section: Model, dtype: str | None) -> Model:
 
 
 def threads() -> int:
-    """Return how many threads torch is to compute with on a CPU: those of OMP_NUM_THREADS, where that is set.
+    """Return how many threads torch should use on a CPU: OMP_NUM_THREADS, where that is set.
 
-    Else no more than there are cores, or than the process is given time of: torch knows nothing of a container's limit,
-    and threads that have to stop wait for one another.
+    Else the number of cores, or fewer where the process is limited to less CPU time. torch does not know a container's
+    limit, and threads that are throttled make the others wait.
     """
     now = torch.get_num_threads()
     return now if "OMP_NUM_THREADS" in os.environ else min(now, limits.cores())
 
 
 def exact_products() -> None:
-    """Have a GPU multiply as exactly as the dtype says, whatever torch does by itself.
+    """Make a GPU multiply in the full precision of the dtype, against torch's defaults.
 
-    float32 stays float32 (TF32 keeps 10 bits of 23), and the parts of a product of half precision are added up in
+    float32 stays float32 (TF32 keeps 10 of 23 mantissa bits), and products of 16-bit matrices are accumulated in
     float32.
     """
     torch.set_float32_matmul_precision("highest")
@@ -161,8 +161,8 @@ def load(
         section: the recipe's `model`.
         full: whether every weight will be trained.
         where: the device; None for `device()`.
-        trust: run code that comes with the model; only ever the user's word on the command line.
-        tokenizer: of this model, where it is loaded already.
+        trust: run code that comes with the model; set only by the user on the command line.
+        tokenizer: of this model, if it is loaded already.
 
     Raises:
         ModelError: when there is no such model, or it can't be loaded.
@@ -207,7 +207,7 @@ def _config(section: Model, folder: str, trust: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
-    except Exception as error:  # its files come from elsewhere: they can fail in any way
+    except Exception as error:  # foreign files can fail in any way
         raise base_files.unusable(section.base, error, "model") from None
 
 
@@ -228,7 +228,7 @@ def _from_pretrained(
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return (trained, all) parameters of a model; a 4-bit weight counts as the matrix it stands for."""
+    """Return the numbers of (trained, all) parameters of a model; a 4-bit weight counts as its full matrix."""
     trained = total = 0
     for parameter in model.parameters():
         state = parameter.quant_state if type(parameter).__name__ == "Params4bit" else None

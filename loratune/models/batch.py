@@ -1,4 +1,4 @@
-"""One micro-batch: what a model is given, and where it is asked what comes next."""
+"""One micro-batch: the inputs of the model, and the positions and targets of its predictions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Batch:
 
     Attributes:
         inputs: of the model's forward pass, by name; `input_ids` is (rows, tokens), or (1, tokens) where packed.
-        places: where in the model's output the next token is wanted, counted through all rows, virtual tokens too;
-            int64, (targets,). Found when the batch is made, as a GPU would have to be waited for.
-        targets: the tokens wanted there, int64, (targets,).
-        row: the row each of them belongs to, int64, (targets,).
-        sample: the sample each row belongs to, int64, (rows,).
-        samples: how many there are.
-        tokens: how many the rows have, without padding.
-        values: numbers that each sample brings along, float32, (samples,) each.
+        places: flat positions in the model's output (over all rows, with virtual tokens) at which a target is
+            predicted, int64, (targets,). Computed with the batch, as on a GPU it would need a synchronisation.
+        targets: the tokens to predict there, int64, (targets,).
+        row: the row of each target, int64, (targets,).
+        sample: the sample of each row, int64, (rows,).
+        samples: number of samples.
+        tokens: number of tokens, without padding.
+        values: known values of each sample by name, float32, (samples,) each.
     """
 
     inputs: dict[str, Any]
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def computed(self) -> int:
-        """Tokens that go through the model: padding counts, a prefix that rows share counts once."""
+        """Number of tokens that go through the model: with padding, a shared prefix counted once."""
         return int(self.inputs["input_ids"].numel())
 
     def to(self, device: torch.device) -> Batch:
@@ -51,9 +51,9 @@ class Batch:
         return replace(self, inputs=moved(self.inputs), values=moved(self.values), **moved(parts))
 
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sums over each sample of values of its targets, (targets,) -> (samples,)."""
+        """Sum values of targets over each sample, (targets,) -> (samples,)."""
         return values.new_zeros(self.samples).index_add(0, self.sample[self.row], values)
 
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sums over each row of values of its targets, (targets, ...) -> (rows, ...)."""
+        """Sum values of targets over each row, (targets, ...) -> (rows, ...)."""
         return values.new_zeros(len(self.sample), *values.shape[1:]).index_add(0, self.row, values)

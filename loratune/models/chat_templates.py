@@ -1,4 +1,4 @@
-"""Chat templates for base models that have none, named in a recipe by `data.chat_template`."""
+"""Chat templates for base models that have none, chosen in a recipe with `data.chat_template`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Configs as other programs read them: config.json and tokenizer_config.json in the words of transformers 4 and 5.
+"""Write config.json and tokenizer_config.json with the key names of both transformers 4 and 5.
 
 transformers 5 writes some settings under new names only (`rope_parameters` for `rope_theta` and `rope_scaling`, `dtype`
-for `torch_dtype`). Readers of the old names would take defaults for them without a word: another model. So every key of
-the base stays as it was, and what stands under a new name stands under the old one as well.
+for `torch_dtype`). Programs that read the old names would silently use defaults, that is another model. So every key of
+the base is kept, and what has a new name is written under its old name, too.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from loratune.models import safety
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
-GENERIC = "PreTrainedTokenizerFast"  # the class every version reads: tokenizer.json as it stands
-# what a model that was written anew says about itself, and what does not change what it computes
+GENERIC = "PreTrainedTokenizerFast"  # the class that every version can load: tokenizer.json unchanged
+# keys taken from the written model, and keys that don't change what it computes
 _OWN = ("architectures", "dtype", "torch_dtype")
 _GONE = ("_name_or_path", "name_or_path", "quantization_config")
 _VOLATILE = {*_OWN, *_GONE, "transformers_version", "use_cache", "return_dict", "output_attentions", "auto_map"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ROTARY = ("gpt_neox", "gpt_neox_japanese")  # name the parts of `rope_parameters` in their own way
+_ROTARY = ("gpt_neox", "gpt_neox_japanese")  # have their own names for the parts of `rope_parameters`
 
 
 def write_config(target: Path, base: Path | None, config: Any, dtype: str) -> None:
-    """Write config.json of a model anew: every key of its base's, and both names of what transformers 5 renamed.
+    """Rewrite config.json of a model: with every key of its base's, and both names of what transformers 5 renamed.
 
     Args:
         target: folder with the config.json that transformers wrote.
-        base: folder of the base model; None where there is no other config.
-        config: of the model in memory: what is written must mean the same.
+        base: folder of the base model; None if there is no base config.
+        config: of the model in memory; the written one must mean the same.
         dtype: of the weights in `target`, such as `bfloat16`.
     """
     written = safety.read_object(target / CONFIG)
@@ -44,7 +44,7 @@ def write_config(target: Path, base: Path | None, config: Any, dtype: str) -> No
 
 
 def without_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the old names that say again what `rope_parameters` says, at every depth."""
+    """Return a config without the old names that duplicate `rope_parameters`, at every depth."""
     old = _old_rope(config)
     return {
         key: without_old_names(value) if isinstance(value, dict) and key.endswith("_config") else value
@@ -54,7 +54,7 @@ def without_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_older_readers(folder: Path) -> None:
-    """Rewrite tokenizer_config.json as transformers 5 saves it in the words of transformers 4, which both read."""
+    """Rewrite a tokenizer_config.json of transformers 5 with the names of transformers 4, which both versions read."""
     config = safety.read_object(folder / TOKENIZER)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = GENERIC
@@ -65,12 +65,12 @@ def for_older_readers(folder: Path) -> None:
 
 
 def write(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a config as transformers does; what stands in one comes from the base, and is no secret of this machine."""
+    """Write a config as transformers does; its values come from the base, so secrets need not be removed."""
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _same_model(given: Mapping[str, Any], written: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a base's config that stands for the written model, which may be the text part of a larger."""
+    """Return the part of a base's config for the written model, which may be the text part of a larger model."""
     kind = written.get("model_type")
     inner = given.get("text_config")
     if given.get("model_type") != kind and isinstance(inner, dict) and inner.get("model_type") == kind:
@@ -79,18 +79,18 @@ def _same_model(given: Mapping[str, Any], written: Mapping[str, Any]) -> Mapping
 
 
 def _joined(given: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of both; where they differ, the base's value, but for what the weights themselves decide."""
+    """Return the keys of both; where they differ, the base's value, except for keys that depend on the weights."""
     out = {key: value for key, value in given.items() if key not in _GONE or key in written}
     for key, value in written.items():
         if isinstance(value, dict) and isinstance(out.get(key), dict) and key.endswith("_config"):
             out[key] = _joined(out[key], value)
-        elif key in _OWN or (key not in out and key != "use_cache"):  # training switches the cache off
+        elif key in _OWN or (key not in out and key != "use_cache"):  # training turns the cache off
             out[key] = value
     return {key: value for key, value in out.items() if key not in _GONE[:2]}
 
 
 def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the names that transformers 4 reads beside `rope_parameters`, at every depth."""
+    """Return a config with transformers 4's names in addition to `rope_parameters`, at every depth."""
     out = {
         key: _with_old_names(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
@@ -99,7 +99,7 @@ def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the old names say of `rope_parameters`; nothing where they have no words for it."""
+    """Return `rope_parameters` under the old names; empty where those can't express it."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return {}
@@ -125,7 +125,7 @@ def _old_names(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _misread(config: Mapping[str, Any], model: Any) -> set[str]:
-    """Return the keys that mean something else to transformers when it reads a config than they do in the model."""
+    """Return the keys that transformers reads from a config with another value than the model has."""
     again = type(model).from_dict(json.loads(json.dumps(config))).to_dict()
     meant = json.loads(json.dumps(model.to_dict()))
     again = json.loads(json.dumps(again))
@@ -139,7 +139,7 @@ def _lasting(value: Any) -> Any:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Name the precision wherever it is named, under both its names."""
+    """Set the precision wherever it is named, under both names."""
     for value in config.values():
         if isinstance(value, dict):
             _set_dtype(value, dtype)

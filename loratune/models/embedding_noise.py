@@ -1,4 +1,4 @@
-"""Noise on a model's embeddings while it is trained.
+"""Noise on a model's embeddings during training (NEFTune).
 
 Source: NEFTune, Jain et al. 2023, arXiv:2310.05914, alg. 1.
 """
@@ -17,8 +17,8 @@ def noise(model: Any, inputs: Mapping[str, Any], alpha: float) -> Iterator[None]
     """Add uniform noise within alpha / sqrt(tokens x width) to the embeddings of each row, padding not counted.
 
     Args:
-        model: without the wrapper of several processes.
-        inputs: of the forward pass that is made meanwhile; see `Batch`.
+        model: without a DDP wrapper.
+        inputs: of the forward pass in this context; see `Batch`.
         alpha: scale of the noise.
     """
 

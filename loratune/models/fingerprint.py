@@ -1,8 +1,8 @@
-"""What an adapter stands on: a fingerprint of its base model and tokenizer, and whether another is the same.
+"""Fingerprint of an adapter's base model and tokenizer, and its comparison with another.
 
-The fingerprint is of the files, so quantization and precision in memory don't change it, and a copy is the same base.
-It is taken tensor by tensor (name, dtype, shape, bytes), so neither does the way the tensors are spread over files. Of
-a large tensor only a sample is read: 100 GB cost some thousand reads of 4 KiB, not 100 GB.
+The fingerprint is of the files: quantization and precision in memory don't change it, and a copy is the same base. It
+is computed tensor by tensor (name, dtype, shape, bytes), so it does not depend on how tensors are distributed over
+files. Of a large tensor only a sample is read: 100 GB need some thousand reads of 4 KiB.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from loratune.system import files
 
 NAME = "loratune.json"
 SCHEMA = 1
-WHOLE = 64 << 20  # models up to this many bytes are read whole
-SMALL = 256 << 10  # and so is every tensor up to this many: norms and biases
+WHOLE = 64 << 20  # bytes of a model up to which all of it is read
+SMALL = 256 << 10  # bytes of a tensor up to which all of it is read: norms and biases
 SAMPLE = 4 << 10  # bytes read at each place of a larger one
 PLACES = 5  # from its first to its last bytes
 SHOWN = 6  # differences named in a message
 
-# what a program writes into config.json about itself, or what does not change what the model computes
+# what programs write into config.json about themselves, and what does not change what the model computes
 _VOLATILE = {
     "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation", "architectures",
@@ -38,7 +38,7 @@ _VOLATILE = {
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of a base model.
+    """Fingerprint of a base model.
 
     Attributes:
         config: config.json without what programs write about themselves.
@@ -50,7 +50,7 @@ class Fingerprint:
 
     @property
     def sha256(self) -> str:
-        """One digest (hex) of it all."""
+        """One digest (hex) of all of it."""
         return _digest({"schema": SCHEMA, "config": self.config, "parts": self.parts})
 
     def as_json(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Fingerprint:
         return {"sha256": self.sha256, "config": self.config, "parts": self.parts}
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Name what differs from `other`, each as `config ...` or `tensors of ...`: this one's value first."""
+        """Return the differences from `other`, each as `config ...` or `tensors of ...`, this one's value first."""
         found = []
         for key in sorted(self.config.keys() | other.config.keys()):
             mine, its = (json.dumps(one.config.get(key), sort_keys=True) for one in (self, other))
@@ -72,19 +72,19 @@ class Fingerprint:
 
 
 def of_base(section: Model) -> Fingerprint:
-    """Take the fingerprint of a base model that is on this machine.
+    """Compute the fingerprint of a base model that is on this machine.
 
     Args:
-        section: names a folder, a .gguf file, or a hub id whose files are in the cache.
+        section: with a folder, a .gguf file, or a hub id whose files are in the cache.
 
     Raises:
-        ModelError: when there are no whole safetensors files.
+        ModelError: when there are no complete safetensors files.
     """
     return of_folder(base_files.folder_of(section))
 
 
 def of_folder(folder: Path) -> Fingerprint:
-    """Take the fingerprint of a folder with config.json and safetensors files; see `of_base`."""
+    """Compute the fingerprint of a folder with config.json and safetensors files; see `of_base`."""
     try:
         config = safety.read_object(folder / "config.json")
         headers = {file: safety.header_of(file) for file in safety.weight_files(folder)}
@@ -115,18 +115,18 @@ def of_tokenizer(tokenizer: Any) -> dict[str, str]:
 
 
 def record(section: Model, tokenizer: Any) -> dict[str, Any]:
-    """Return what is written beside an adapter: what it stands on, and where that was."""
+    """Return the record that is written beside an adapter: the fingerprint of its base, and the base's location."""
     base = {"name": section.base, "revision": section.revision, **of_base(section).as_json()}
     return {"schema": SCHEMA, "base": base, "tokenizer": of_tokenizer(tokenizer)}
 
 
 def write(folder: Path, about: dict[str, Any]) -> None:
-    """Write what `record` returned beside an adapter."""
+    """Write a `record` beside an adapter."""
     (folder / NAME).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Return what `write` wrote, or None where there is nothing.
+    """Return what `write` wrote, or None if there is nothing.
 
     Raises:
         ModelError: when the file is damaged.
@@ -150,11 +150,11 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of holding a base against the one an adapter remembers.
+    """Result of comparing a base with the one an adapter was trained on.
 
     Attributes:
-        differences: of a base that was allowed although it is another.
-        notes: lines a person must see.
+        differences: of another base that was allowed.
+        notes: lines to print.
     """
 
     differences: tuple[str, ...] = ()
@@ -162,15 +162,15 @@ class Comparison:
 
 
 def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) -> Comparison:
-    """Hold a base (and a tokenizer) against what an adapter, or a fully trained model, remembers.
+    """Compare a base (and a tokenizer) with the record of an adapter or a full model.
 
-    A tokenizer that differs is told and not refused: it does no harm to the weights, and may be meant.
+    Another tokenizer is reported and not refused: the weights still fit, and it may be intended.
 
     Args:
         folder: of the adapter.
         section: the base.
-        allow: go on with another base.
-        tokenizer: the one in use; None to leave it out.
+        allow: accept another base.
+        tokenizer: the one in use; None to compare none.
 
     Raises:
         BaseMismatchError: when the base is another one.
@@ -202,7 +202,7 @@ def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) ->
 
 
 def _places(start: int, end: int, whole: bool) -> list[tuple[int, int]]:
-    """Return (offset, bytes) of what is read of a tensor, as offsets into the data of its file."""
+    """Return (offset, bytes) of the parts of a tensor to read, as offsets into the data of its file."""
     if whole or end - start <= SMALL:
         return [(start, end - start)]
     step = (end - start - SAMPLE) // (PLACES - 1)
@@ -210,7 +210,7 @@ def _places(start: int, end: int, whole: bool) -> list[tuple[int, int]]:
 
 
 def _part(name: str) -> str:
-    """Return the part of a model a tensor belongs to: up to the number of its layer, else without its last word."""
+    """Return the part of a model that a tensor is of: its name up to the layer number, else without its last word."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else name.rpartition(".")[0] or name
 
@@ -220,7 +220,7 @@ def _in_layer_order(part: str) -> list[tuple[int, str]]:
 
 
 def _lasting(config: Any) -> Any:
-    """Return a config without its volatile keys and without nulls, which stand for defaults."""
+    """Return a config without its volatile keys and without nulls, which mean defaults."""
     if isinstance(config, list):
         return [_lasting(item) for item in config]
     if not isinstance(config, dict):

@@ -1,4 +1,4 @@
-"""Answers from a model: in batches for an evaluation, or token by token for a person."""
+"""Generate answers: in batches for an evaluation, or streamed for a chat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loratune.models import end_tokens
 
 
 def positions(net: Any) -> int | None:
-    """Return how many positions a model was made for, or None where its configuration names no number."""
+    """Return the maximum number of positions of a model, or None where its configuration gives none."""
     config = net.config.get_text_config().to_dict()
     found = config.get("max_position_embeddings") or config.get("n_positions")
     return int(found) if found else None
@@ -33,7 +33,7 @@ def virtual_tokens(net: Any) -> int:
 
 
 def has_learned_positions(net: Any) -> bool:
-    """Return whether a model looks its positions up in a table, so that it can't be run past their end."""
+    """Return whether a model has a table of position embeddings, which it can't run beyond."""
     limit, words = positions(net), net.get_input_embeddings()
     net = net.get_base_model() if virtual_tokens(net) else net  # their vectors lie in a table, too
     # some tables have a few rows before the first position
@@ -52,13 +52,13 @@ def answers(
     Args:
         net: the model.
         tokenizer: its tokenizer.
-        prompts: token ids, with special tokens and generation prompt in them; none empty, each shorter than `room`.
-            One that leaves fewer than `max_new_tokens` positions is answered alone, with what is left.
+        prompts: token ids, with special tokens and generation prompt; none empty, each shorter than `room`. One that
+            leaves fewer than `max_new_tokens` positions is answered alone, with as many tokens as are left.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts at once, padded on the left; sorted by length.
         temperature: 0 is greedy.
         progress: called with the number of answers so far.
-        ends: tokens at which an answer ends, beside the eos of model and tokenizer; see `end_tokens.py`.
+        ends: end tokens in addition to the eos of model and tokenizer; see `end_tokens.py`.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
@@ -90,7 +90,7 @@ def stream(
     net: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int, temperature: float,
     write: Callable[[str], None], ends: Collection[int] = (),
 ) -> None:  # fmt: skip
-    """Generate one answer to token ids, passing each piece of text to `write` as soon as it is there.
+    """Generate one answer to token ids, passing each piece of text to `write` as soon as it is generated.
 
     Raises:
         KeyboardInterrupt: at Ctrl-C; what was generated until then is written.
@@ -106,7 +106,7 @@ def stream(
     try:
         _generate(net, tokenizer, input_ids, torch.ones_like(input_ids), max_new_tokens, temperature, ends, streamer)
     except KeyboardInterrupt:
-        streamer.end()  # it holds back the last word until it is whole
+        streamer.end()  # it holds back the last word until it is complete
         raise
 
 

@@ -1,4 +1,4 @@
-"""A whole model's folder beside its weights: written in one way for merges, full fine-tuning and .gguf bases."""
+"""Files of a full model besides its weights; the same for merges, full fine-tuning and .gguf bases."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def complete(
     """Write everything but generation_config.json into a folder that holds the weights and config.json of a model.
 
     Args:
-        target: the folder; what transformers wrote into it is made readable for others.
+        target: the folder; what transformers wrote into it is made readable for other programs.
         base: folder of the base model.
         config: of the model in memory.
         dtype: of the weights in `target`, such as `bfloat16`.
         tokenizer: as it was trained with.
-        source: folder it was loaded from; None for `base`.
-        trust: code of the base's own was let run: it comes along.
+        source: folder the tokenizer was loaded from; None for `base`.
+        trust: the base's own code was allowed to run, so it is copied.
     """
     config_files.write_config(target, base, config, dtype)
     tokenizer_files.write(target, source or base, tokenizer, alone=False)
@@ -33,5 +33,5 @@ def complete(
 
 
 def code(base: Path) -> list[str]:
-    """Return the names of the files with code that lie beside a base and come along where it was let run."""
+    """Return the names of a base's code files, which are copied where they were allowed to run."""
     return sorted(file.name for file in base.glob("*.py"))

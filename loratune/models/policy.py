@@ -1,4 +1,4 @@
-"""A model asked for the tokens that are trained, and for no others: its head runs nowhere else."""
+"""A model as objectives use it: its head runs only where a label token is predicted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loratune.models.batch import Batch
 
 
 class Policy:
-    """What an objective may ask of a model, the same in training and in evaluation.
+    """What an objective may compute with a model, the same in training and evaluation.
 
     Args:
-        net: the model, maybe wrapped for several processes.
-        off: switches off what is trained on the base, where the model is then as it was before step 1.
-        virtual_tokens: that stand before each row in the model's output.
+        net: the model, possibly in a DDP wrapper.
+        off: context in which the model is as before step 1; None where the method can't restore that.
+        virtual_tokens: before each row in the model's output.
     """
 
     def __init__(self, net: Any, off: Callable[[], AbstractContextManager[Any]] | None = None, virtual_tokens: int = 0):
@@ -35,15 +35,15 @@ class Policy:
         return bool(self.net.training)
 
     def alone(self) -> Policy:
-        """Return the same without the wrapper of several processes, which would wait for the others."""
+        """Return the same without a DDP wrapper, which would wait for the other processes."""
         return Policy(self.inner, self._off, self.virtual_tokens)
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
-        """Give the model as it was before step 1.
+        """Yield the model as it was before step 1.
 
         Raises:
-            ValueError: where it is gone, as what is trained has changed the base.
+            ValueError: where it can't be restored.
         """
         if self._off is None:
             raise ValueError("the model of the start can't be had again from this one")
@@ -55,12 +55,12 @@ class Policy:
     ) -> torch.Tensor:
         """Return the sum of -log p of the targets in nats, float32, shape ().
 
-        Never more than a chunk of logits in float32.
+        At most a chunk of float32 logits is in memory.
 
         Args:
             batch: the rows.
             smoothing: part (0-1) of each target spread over the whole vocabulary.
-            during: entered for the forward pass alone, such as noise on embeddings.
+            during: context for the forward pass only, such as noise on embeddings.
         """
         fused = linear_cross_entropy.is_fusible(self.inner, batch.inputs["input_ids"])
         states, layer = self._states(batch, fused, during)
@@ -71,12 +71,12 @@ class Policy:
     def per_target(self, batch: Batch, f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Return a function of logits and target at each target, (targets, ...), with its gradient.
 
-        The logits of a plain head are never all in memory: a chunk's are computed again in the backward pass. Those
-        of another head are, in its own precision.
+        The full logits of a plain head are never in memory: each chunk is recomputed in the backward pass. Those of
+        another head are, in its own precision.
 
         Args:
             batch: the rows.
-            f: of logits in float32, (chunk, vocabulary), and targets, (chunk,), gives (chunk, ...).
+            f: takes float32 logits, (chunk, vocabulary), and targets, (chunk,); returns (chunk, ...).
         """
         plain = linear_cross_entropy.is_plain(self.inner, batch.inputs["input_ids"])
         states, layer = self._states(batch, plain)
@@ -101,7 +101,7 @@ class Policy:
         return losses, hits
 
     def logits_at(self, inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
-        """Return the logits at places counted through all rows, (places, vocabulary), in the model's precision."""
+        """Return the logits at flat positions over all rows, (places, vocabulary), in the model's precision."""
         with head_only_at(self.inner, places):
             logits: torch.Tensor = self.net(**inputs, use_cache=False).logits
         return logits
@@ -109,7 +109,7 @@ class Policy:
     def _states(
         self, batch: Batch, plain: bool, during: AbstractContextManager[Any] | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Run a forward pass; return what the head gets at the targets, and the head; or its logits there, and None."""
+        """Run a forward pass; return the head's input at the targets, and the head; or the logits there, and None."""
         if not plain:
             with during or nullcontext():
                 return self.logits_at(batch.inputs, batch.places), None
@@ -120,16 +120,16 @@ class Policy:
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model that a wrapper of several processes holds."""
+    """Return the model inside a DDP wrapper."""
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager
 def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Let the model's head see only the hidden states at `positions`, counted through all rows, int64, (positions,).
+    """Give the model's head only the hidden states at flat `positions` over all rows, int64, (positions,).
 
-    A hook before the head works for every architecture, also those that scale or cap their logits afterwards; what
-    the model returns is then (positions, vocabulary) instead of (rows, tokens, vocabulary).
+    A hook before the head works for every architecture, also those that scale or cap their logits. The model then
+    returns (positions, vocabulary) instead of (rows, tokens, vocabulary).
     """
 
     def select(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Quantized weights: how a base is quantized as it is loaded, and what a loaded model's layers really hold.
+"""Quantized weights: how a base is quantized when loaded, and what the layers of a loaded model hold.
 
-A base may be stored in few bits already. So what a run does over quantized weights is decided by the loaded model, and
-never by the recipe alone.
+A base may be stored quantized already. So how a run treats quantized weights is decided by the loaded model, never by
+the recipe alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from loratune.errors import ModelError, Place, Problem, SetupError, listed
 from loratune.kernels.layer_kinds import is_of_bitsandbytes, name_of
 from loratune.models.section import Fp4, Int8, Model, Nf4
 
-_TELL = 0.05  # part (0-1) of the weights that may stay as they are without a word: norms, odd layers
+_TELL = 0.05  # fraction (0-1) of the weights that may stay unquantized without a note: norms, odd layers
 
 
 def stored_as(config: Any) -> str | None:
-    """Return how a model's files are quantized by its config: nf4, fp4, int8, the name of another way, or None."""
+    """Return how a model's files are quantized, by its config: nf4, fp4, int8, the name of another method, or None."""
     found = config.to_dict().get("quantization_config")
     if not found:
         return None
@@ -30,15 +30,15 @@ def stored_as(config: Any) -> str | None:
 
 
 def arguments(section: Model, dtype: torch.dtype, stored: str | None) -> dict[str, Any]:
-    """Return what transformers is to be given so that it quantizes the linear layers as the recipe says.
+    """Return the arguments for transformers to quantize the linear layers as the recipe says.
 
     Args:
         section: the recipe's `model`.
-        dtype: that the layers compute in.
+        dtype: the layers compute in.
         stored: how the files are quantized already, from `stored_as`.
 
     Raises:
-        ModelError: when the files are quantized in another way than the recipe's.
+        ModelError: when the files are quantized by another method than the recipe's.
         SetupError: without bitsandbytes.
     """
     wanted = section.quantization
@@ -69,7 +69,7 @@ def arguments(section: Model, dtype: torch.dtype, stored: str | None) -> dict[st
 
 
 def kind_of(model: Any) -> str:
-    """Return what the layers of a loaded model hold: none, nf4, fp4, int8, or the name of another way."""
+    """Return how the layers of a loaded model are quantized: none, nf4, fp4, int8, or the name of another method."""
     for module in model.modules():
         if is_of_bitsandbytes(module, "Linear4bit"):
             return str(module.weight.quant_type)
@@ -80,17 +80,18 @@ def kind_of(model: Any) -> str:
 
 
 def compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Have 4-bit layers compute in a precision, whatever the files say."""
+    """Set the precision that 4-bit layers compute in, whatever the files say."""
     for module in model.modules():
         if is_of_bitsandbytes(module, "Linear4bit"):
             module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def mend_on_cpu(model: Any, has_bf16: bool) -> None:
-    """Keep 4-bit layers right on CPUs, where bitsandbytes 0.50 has two faults.
+    """Work around two faults of bitsandbytes 0.50 in 4-bit layers on CPUs.
 
     A forward pass without gradients repacks the weights for a kernel that has no backward pass, so that training after
-    an evaluation would silently stop learning: switched off. And on CPUs with AVX512-BF16 dequantization is wrong for a
+    an evaluation would silently stop learning: this is turned off. On CPUs with AVX512-BF16 dequantization is wrong for
+    a
     layer whose inputs are no multiple of the block size.
 
     Args:
@@ -113,13 +114,13 @@ def mend_on_cpu(model: Any, has_bf16: bool) -> None:
 
 
 def note(model: Any, kind: str, wanted: str) -> list[str]:
-    """Return what a person must know about quantized weights: that they came so, and what is not quantized.
+    """Return notes on quantized weights: that the files were quantized already, and what is not quantized.
 
-    bitsandbytes replaces linear layers; the experts of a mixture, kept in one tensor, stay as they are.
+    bitsandbytes replaces linear layers; the experts of a mixture, kept in one tensor, stay unquantized.
 
     Args:
         model: as it was loaded.
-        kind: what its layers hold, from `kind_of`.
+        kind: of its layers, from `kind_of`.
         wanted: what the recipe asks for.
     """
     if kind == "none":
@@ -143,7 +144,7 @@ def note(model: Any, kind: str, wanted: str) -> list[str]:
 
 
 def largest_dequantized(model: Any, dtype: torch.dtype) -> int:
-    """Return the bytes of the largest weight that has to leave its few bits for a product in `dtype`, or 0."""
+    """Return the bytes of the largest weight that must be dequantized for a product in `dtype`, or 0."""
     layers = (
         module
         for module in model.modules()
@@ -153,7 +154,7 @@ def largest_dequantized(model: Any, dtype: torch.dtype) -> int:
 
 
 def dequantized(model: Any) -> Any:
-    """Return a model with the matrices that its quantized layers stand for, as if it had never been quantized."""
+    """Return a model with dequantized linear layers, as if it had never been quantized."""
     plain = model.dequantize()
-    plain._weight_conversions = None  # of its quantized files, which `save_pretrained` would try to write again
+    plain._weight_conversions = None  # else `save_pretrained` would try to write quantized files again
     return plain

@@ -1,7 +1,7 @@
-"""The scaling of rotary positions in a .gguf file, which transformers leaves out when it reads one.
+"""RoPE scaling of a .gguf file, which transformers ignores when it reads one.
 
-A model whose positions were stretched (Llama 3.1 by a table of factors, others by a factor in the metadata) would be
-another model without it, and nothing would say so.
+A model with scaled positions (Llama 3.1 by a table of factors, others by a factor in the metadata) would silently be
+another model without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from loratune.errors import ModelError, Place, Problem
 
-# Llama 3.1 and later write a table, not the numbers it was made of; these never changed but for the factor.
+# Llama 3.1 and later write a table, not the parameters it comes from; only the factor ever differed.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CONTEXTS = (8192,)
 _KEYS = {
@@ -23,10 +23,10 @@ _KEYS = {
 
 
 def complete(config: Any, file: Path) -> None:
-    """Put into the config of a model what its .gguf file says about scaled positions.
+    """Add the RoPE scaling of a .gguf file to the config of its model.
 
     Raises:
-        ModelError: when it is scaled in a way that can't be written down in a config.
+        ModelError: when the scaling can't be expressed in a config.
     """
     from gguf import GGUFReader
 
@@ -36,12 +36,12 @@ def complete(config: Any, file: Path) -> None:
     tables = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_f")}
     rope = dict(config.to_dict().get("rope_parameters") or {})
     if rope.get("rope_type", "default") != "default":
-        return  # transformers knew
+        return  # transformers has read it
     if "rope_freqs.weight" in tables and any(abs(float(one) - 1) > 1e-6 for one in tables["rope_freqs.weight"]):
         table = [float(one) for one in tables["rope_freqs.weight"]]
         found = llama3(table, rope["rope_theta"], said) if "rope_theta" in rope else None
     elif tables.keys() - {"rope_freqs.weight"}:
-        found = None  # two tables, one for short rows and one for long ones
+        found = None  # two tables, for short and for long rows
     elif said.get("type", "none") == "none":
         return
     else:
@@ -56,12 +56,12 @@ def complete(config: Any, file: Path) -> None:
 
 
 def llama3(table: Sequence[float], theta: float, said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the rope parameters that give a table of factors, or None where no known ones do.
+    """Return the rope parameters that produce a table of factors, or None where no known ones do.
 
     Args:
-        table: what each frequency is divided by, shape (head dimension / 2,).
+        table: divisor of each frequency, shape (head dimension / 2,).
         theta: base of the frequencies.
-        said: keys of the file under `rope.scaling`.
+        said: the file's keys under `rope.scaling`.
     """
     given = said.get("original_context_length")
     for context in (*([given] if given else []), *_CONTEXTS):
@@ -73,14 +73,14 @@ def llama3(table: Sequence[float], theta: float, said: Mapping[str, Any]) -> dic
 
 
 def factors(rope: Mapping[str, Any], theta: float, count: int) -> list[float]:
-    """Return what llama3 scaling divides each of `count` frequencies by.
+    """Return llama3 scaling's divisor of each of `count` frequencies.
 
     Source: `apply_scaling` in the code of Llama 3.1.
     """
     out = []
     low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     for i in range(count):
-        waves = context / (2 * math.pi * theta ** (i / count))  # how often it turns within the context
+        waves = context / (2 * math.pi * theta ** (i / count))  # rotations within the context
         part = min(max((waves - low) / (high - low), 0.0), 1.0)
         out.append(1 / ((1 - part) / rope["factor"] + part))
     return out

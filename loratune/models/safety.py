@@ -1,7 +1,7 @@
-"""Model and adapter folders come from elsewhere: what in them is never opened, fetched or run.
+"""Safety checks of model and adapter folders from elsewhere: what is never opened, downloaded or run.
 
-Tensors come out of safetensors files only. Whatever in a config would import code, fetch a kernel or name a file
-outside its folder is refused before transformers or PEFT see it.
+Tensors are read from safetensors files only. A config that would import code, download a kernel or name a file outside
+of its folder is refused before transformers or PEFT read it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATTENTION = ("attn_implementation", "attn_implementation_internal")
 _EXPERTS = ("experts_implementation", "experts_implementation_internal")
 _KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention")
 _KNOWN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
-# keys of config.json by which transformers takes code, kernels or files from elsewhere; `auto_map` is told apart
+# keys of config.json that make transformers use code, kernels or files from elsewhere; `auto_map` is checked apart
 _CODE = ("custom_generate", "custom_pipelines", "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels")
 _FILES = ("transformers_weights", "fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file")
 _QUANTIZED = (
@@ -49,7 +49,7 @@ _QUANTIZED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a safetensors file: the bytes [start, end) of its data, of a dtype such as `BF16`."""
+    """One tensor of a safetensors file: bytes [start, end) of the data, with a dtype such as `BF16`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: where its data begin, and its tensors by name."""
+    """The header of a safetensors file: the offset of its data, and its tensors by name."""
 
     begin: int
     tensors: dict[str, Entry]
@@ -114,12 +114,12 @@ def check_folder(folder: Path, trust: bool = False, attention: str = "auto") -> 
     """Check a local model or adapter folder before anything in it is opened.
 
     Args:
-        folder: where config.json or adapter_config.json lies.
-        trust: the user lets the model run code of its own.
-        attention: as in the recipe; anything but `auto` takes the place of what config.json asks for.
+        folder: with config.json or adapter_config.json.
+        trust: the user allows the model's own code to run.
+        attention: as in the recipe; anything but `auto` replaces what config.json asks for.
 
     Raises:
-        SafetyError: when something in it would run or fetch code, is a pickle, or leads out of the folder.
+        SafetyError: when something in it would run or download code, is a pickle, or refers to a file outside.
         ModelError: when a config is no JSON object.
     """
     try:
@@ -136,7 +136,7 @@ def check_folder(folder: Path, trust: bool = False, attention: str = "auto") -> 
 
 
 def check_configs(files: dict[str, Path], trust: bool, attention: str = "auto") -> None:
-    """Check configs, given by their names, wherever they lie; see `check_folder`."""
+    """Check configs, given by name and path; see `check_folder`."""
     for name, path in files.items():
         if name in ("special_tokens_map.json", "model.safetensors.index.json"):
             problems = _bad_shards(read_object(path)) if name.endswith(".index.json") else iter(())
@@ -170,7 +170,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Return how deep lists and objects lie in one another; what walks through them later is recursive."""
+    """Return the nesting depth of lists and objects, as later code walks them recursively."""
     depth, level = 0, [value]
     while level := [one for one in level if isinstance(one, dict | list)]:
         depth += 1
@@ -179,7 +179,7 @@ def _depth(value: Any) -> int:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse files that are links out of their folder; the cache of the hub keeps its files in `blobs` beside it."""
+    """Refuse links out of their folder, except to `blobs` beside it, where the hub's cache keeps its files."""
     home = folder.resolve()
     if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
         home = home.parent.parent
@@ -207,7 +207,7 @@ def _bad_shards(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
     try:
         names = sorted(_shards(index))
     except ValueError:
-        return  # told when it is read
+        return  # reported when it is read
     for name in names:
         if not is_inside(name):
             yield f"`weight_map` leads out of its folder: `{shorten(name)}`", "get it from its first source"
@@ -216,7 +216,7 @@ def _bad_shards(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _bad_keys(config: Any, trust: bool, attention: str) -> Iterator[tuple[str, str]]:
-    """Yield what in a config would run or fetch code or lead out of its folder, at any depth, with the remedy."""
+    """Yield what in a config would run or download code or refer to a file outside, at any depth, with the remedy."""
     if isinstance(config, list):
         for item in config:
             yield from _bad_keys(item, trust, attention)
@@ -266,7 +266,7 @@ def _known(value: Any, known: Sequence[str]) -> bool:
 
 
 def _attention_here(attention: str) -> tuple[str, ...]:
-    """Return the kernels a config may ask for: transformers fetches flash attention where it is not installed."""
+    """Return the kernels a config may ask for: transformers downloads flash attention if it is not installed."""
     installed = importlib.util.find_spec("flash_attn") is not None
     return (*_KNOWN_ATTENTION, *(["flash_attention_2"] if installed or attention != "auto" else []))
 

@@ -1,7 +1,7 @@
-"""A chat template is a program from elsewhere: before it is used it is rendered once in a child process under limits.
+"""Check a chat template, a program from elsewhere: before its use it is rendered in a child process under limits.
 
-Jinja's sandbox keeps a template from the file system and from Python, but bounds neither time nor memory: a loop over a
-loop, or `'a' * 10**10`, would take the training with it.
+Jinja's sandbox keeps a template from the file system and from Python, but limits neither time nor memory: nested loops,
+or `'a' * 10**10`, would stop the training.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 from loratune.errors import Place, Problem, SafetyError, SetupError, shorten
 from loratune.models import _template_probe
 
-LONGEST = 1_000_000  # characters of a template; the longest in use has some 30,000
-_NEEDED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # by some builds of Python, to start
-PATIENCE = 60  # seconds for a child that is given 5 of CPU time, on a busy machine
+LONGEST = 1_000_000  # characters of a template; the longest in use has about 30,000
+_NEEDED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")  # variables that some builds of Python need to start
+PATIENCE = 60  # seconds for a child that has 5 seconds of CPU time, on a busy machine
 
 
 def check(template: str, tokens: Mapping[str, str], place: Place, known: Path) -> None:
-    """Refuse a chat template that takes too long, too much memory, writes without end, or reaches out of its sandbox.
+    """Refuse a chat template that takes too long or too much memory, writes without end, or leaves its sandbox.
 
     Args:
         template: its source.
-        tokens: special tokens that templates may write, such as `bos_token`.
-        place: where it stands, for the message.
-        known: folder that remembers templates found harmless, so that each is rendered once.
+        tokens: special tokens that templates may use, such as `bos_token`.
+        place: of the template, for the message.
+        known: folder that records templates found harmless, so that each is rendered once.
 
     Raises:
         SafetyError: when it is refused.
@@ -49,13 +49,13 @@ def check(template: str, tokens: Mapping[str, str], place: Place, known: Path) -
         known.mkdir(parents=True, exist_ok=True)
         remembered.touch()
     except OSError:
-        return  # it will be rendered again the next time
+        return  # not recorded: it is rendered again next time
 
 
 def _ask(program: Path, about: str) -> str | None:
     """Return why a template is refused, or None."""
     try:
-        # -I: nothing of the working folder is imported; hardly any environment: nothing to tell
+        # -I: nothing is imported from the working folder; hardly any environment, so nothing to leak
         done = subprocess.run(
             [sys.executable, "-I", str(program)], input=about, capture_output=True, text=True, encoding="utf-8",
             env={name: os.environ[name] for name in _NEEDED if name in os.environ}, timeout=PATIENCE,

@@ -1,7 +1,7 @@
-"""A tokenizer's files: those of the base, byte for byte, with another chat template where there is one.
+"""A tokenizer's files: those of the base, byte for byte, except for a changed chat template.
 
-transformers 5 writes a tokenizer in a form that older readers can't load, and leaves files out (vocabulary, merges,
-sentencepiece model). Training changes nothing of a tokenizer but its chat template, so nothing else is written anew.
+transformers 5 writes a tokenizer in a form that older versions can't load, and omits files (vocabulary, merges,
+sentencepiece model). Training changes nothing but the chat template, so nothing else is rewritten.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loratune.models import config_files, fingerprint, safety
 from loratune.system import run_files
 
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
-_OLD_TEMPLATE = "chat_template.json"  # of processors, in older models
+_OLD_TEMPLATE = "chat_template.json"  # written with processors of older models
 PATTERNS = (*run_files.TOKENIZER, *run_files.TEMPLATES)
 
 
@@ -23,10 +23,10 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
     """Write a tokenizer's files into a folder.
 
     Args:
-        target: of an adapter or a whole model.
+        target: folder of an adapter or a full model.
         source: folder the tokenizer was loaded from; its files are copied.
         tokenizer: as it was trained with.
-        alone: whether no config.json lies beside them, which may tell the kind of a tokenizer.
+        alone: whether there is no config.json beside them, which may name the tokenizer's class.
     """
     clear(target)
     if not any(_found(source, run_files.TOKENIZER)):
@@ -46,13 +46,13 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Take a tokenizer's files out of a folder: of another one none must stay."""
+    """Delete a tokenizer's files from a folder, so that none of another one remains."""
     for file in [*_found(folder, PATTERNS)]:
         file.unlink()
 
 
 def template_of(folder: Path) -> dict[str, str]:
-    """Return the chat templates that files give a tokenizer, by name: `default` is the one used when none is named."""
+    """Return the chat templates in a tokenizer's files, by name; `default` is the one used when none is named."""
     if (folder / TEMPLATE).is_file():
         more = {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATES).glob("*.jinja")}
         return {**more, "default": (folder / TEMPLATE).read_text(encoding="utf-8")}
@@ -62,10 +62,10 @@ def template_of(folder: Path) -> dict[str, str]:
 
 
 def _write_template(target: Path, source: Path, template: Any) -> None:
-    """Put a chat template where the source has its own; where it has none, into the file that every reader knows."""
+    """Write a chat template to the place where the source has its own, else to the file that all programs read."""
     named = _normal(template)
     if (source / TEMPLATE).is_file():
-        (target / TEMPLATE).write_bytes(named.get("default", "").encode())  # its line ends are part of it
+        (target / TEMPLATE).write_bytes(named.get("default", "").encode())  # as bytes: its line ends are part of it
     if (source / _OLD_TEMPLATE).is_file():
         config_files.write(target / _OLD_TEMPLATE, {"chat_template": named.get("default", "")})
     config = safety.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
@@ -77,9 +77,9 @@ def _write_template(target: Path, source: Path, template: Any) -> None:
 
 
 def _name_class(target: Path, tokenizer: Any) -> None:
-    """Have tokenizer_config.json name a class under which the files alone give the same tokenizer.
+    """Set a class in tokenizer_config.json with which the files alone load as the same tokenizer.
 
-    Without config.json some readers take another class than beside it, which may cut texts in another way.
+    Without config.json some programs choose another class, which may split texts differently.
     """
     config = safety.read_object(target / CONFIG) if (target / CONFIG).is_file() else {}
     if config.get("tokenizer_class") and _is_same(target, tokenizer):
@@ -92,20 +92,20 @@ def _name_class(target: Path, tokenizer: Any) -> None:
 
 
 def _is_same(folder: Path, tokenizer: Any) -> bool:
-    """Return whether a folder's files, read alone, give a tokenizer."""
+    """Return whether a folder's files, read alone, load as the given tokenizer."""
     from transformers import AutoTokenizer
 
     if "auto_map" in safety.read_object(folder / CONFIG):
-        return True  # made by code of its own, which is not run for this
+        return True  # its own code would have to run
     try:
         found = fingerprint.of_tokenizer(AutoTokenizer.from_pretrained(folder))
-    except Exception:  # files of any kind: what can't be read is not the same
+    except Exception:  # foreign files: what can't be read is not the same
         return False
     return found["sha256"] == fingerprint.of_tokenizer(tokenizer)["sha256"]
 
 
 def _normal(template: Any) -> dict[str, str]:
-    """Return chat templates by name, from any of the forms in which a tokenizer has them."""
+    """Return chat templates by name, from any of the forms in which tokenizers store them."""
     if isinstance(template, list):
         return {str(one["name"]): one["template"] for one in template}
     if isinstance(template, dict):

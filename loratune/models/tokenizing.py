@@ -14,16 +14,16 @@ from loratune.system import child_process
 
 
 def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
-    """Load the tokenizer of a base model; it pads on the left when asked to generate.
+    """Load the tokenizer of a base model.
 
     Args:
         section: the recipe's `model`.
-        folder: where its files lie, if not with the model.
-        trust: run code that comes with the model; only ever the user's word on the command line.
+        folder: of its files, if not the model's.
+        trust: run code that comes with the model; set only by the user on the command line.
 
     Raises:
         ModelError: when there is none.
-        SafetyError: when its files would run code or lead out of their folder.
+        SafetyError: when its files would run code or refer to files outside of their folder.
     """
     folder = folder or base_files.local_folder(section)
     base_files.check(section, folder, trust)
@@ -31,13 +31,13 @@ def load(section: Model, folder: str | None = None, trust: bool = False) -> Any:
     if tokenizer is None:
         try:
             tokenizer = _transformers().from_pretrained(folder, revision=section.revision, trust_remote_code=trust)
-        except Exception as error:  # its files come from elsewhere: they can fail in any way
+        except Exception as error:  # foreign files can fail in any way
             raise base_files.unusable(section.base, error, "tokenizer") from None
     templates = tokenizer.chat_template or ()
     for template in templates.values() if isinstance(templates, dict) else [templates] if templates else ():
         check_template(template, tokenizer, folder)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only ever masked
+        tokenizer.pad_token = tokenizer.eos_token  # padding is always masked
     return tokenizer
 
 
@@ -48,9 +48,9 @@ def _transformers() -> Any:
 
 
 def _by_child(folder: str, revision: str | None) -> Any:
-    """Load a tokenizer in a process that knows no torch, or return None: reading rows needs a third of the memory then.
+    """Load a tokenizer in a process without torch, or return None; reading rows then needs a third of the memory.
 
-    transformers imports torch where it can, for any tokenizer, though none needs it to be pickled or used.
+    transformers imports torch if it is installed, though no tokenizer needs it to be pickled or used.
     """
     done = subprocess.run(
         child_process.command("loratune.models.tokenizing"), input=pickle.dumps((folder, revision)),
@@ -60,26 +60,26 @@ def _by_child(folder: str, revision: str | None) -> Any:
 
 
 def _serve() -> None:
-    """Load the tokenizer asked for on stdin and write it to stdout."""
+    """Load the tokenizer named on stdin and write it to stdout."""
     answers = child_process.answers()
     folder, revision = pickle.load(sys.stdin.buffer)
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module can't be imported
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes an import of it fail
     pickle.dump(_transformers().from_pretrained(folder, revision=revision), answers, protocol=5)
     answers.flush()
 
 
 def check_template(template: str, tokenizer: Any, source: str) -> None:
-    """Refuse a chat template that can harm, before it is used; `source` is the folder or file it comes from.
+    """Refuse a harmful chat template before it is used; `source` is the folder or file it comes from.
 
     Raises:
-        SafetyError: when it takes too long, too much memory, or reaches out of its sandbox.
+        SafetyError: when it takes too long or too much memory, or leaves its sandbox.
     """
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     template_check.check(template, tokens, Place(source), base_files.cache() / "templates")
 
 
 def adds_bos_itself(tokenizer: Any) -> bool:
-    """Return whether a tokenizer puts BOS before a text when nobody asks for it."""
+    """Return whether a tokenizer adds BOS to a text by itself."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 

@@ -1,4 +1,4 @@
-"""What is minimised. A new objective is one file here and one word in this union."""
+"""Objectives: the loss that is minimised. A new one is one file here and one word in this union."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer compares with its reference, and how sure a mean is. Pure functions."""
+"""Metrics of an answer against its reference, and confidence intervals of means. Pure functions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def normalized(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 1 where both are the same text, leading and trailing white space apart."""
+    """Return 1 if both are the same text, leading and trailing white space ignored, else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def contains(answer: str, reference: str) -> float:
-    """Return 1 where the reference stands somewhere in the answer, case apart."""
+    """Return 1 if the answer contains the reference, case ignored, else 0."""
     return float(reference.strip().lower() in answer.lower())
 
 
@@ -41,18 +41,18 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def regex_match(found: str | None, wanted: str | None, reference: str) -> float:
-    """Return 1 where a pattern finds the same in an answer and in its reference, which may be bare.
+    """Return 1 if a pattern finds the same in an answer and in its reference, else 0.
 
     Args:
         found: in the answer, by `regex_match.found`.
         wanted: found in the reference.
-        reference: itself, where nothing is found in it.
+        reference: used as it is where the pattern finds nothing in it.
     """
     return float(found == (wanted or reference.strip()))
 
 
 def choice(answer: str, reference: str, choices: Sequence[str]) -> float:
-    """Return 1 where the choice named first in the answer is the one named first in the reference."""
+    """Return 1 if the first choice named in the answer is the first one named in the reference, else 0."""
     return float(_first(answer, choices) is not None and _first(answer, choices) == _first(reference, choices))
 
 

@@ -1,4 +1,4 @@
-"""Learning from preferences: of two answers to a prompt one was chosen."""
+"""Preference learning: of two answers to a prompt one was chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Dpo(ObjectiveSection):
-    """Make the chosen answer more probable than the rejected one, measured against the model before step 1.
+    """Make the chosen answer more probable than the rejected one, relative to the model before step 1.
 
     Loss of a pair: -log sigmoid(beta (log p/p0 of chosen - log p/p0 of rejected)), p0 being that model, summed over
     the tokens of an answer. Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
@@ -34,11 +34,11 @@ class Dpo(ObjectiveSection):
         return {"reference_chosen": chosen, "reference_rejected": rejected}
 
     def count(self, batch: Batch) -> int:
-        """Return the number of pairs with a trained token."""
+        """Return the number of pairs with a label token."""
         return len(set(batch.sample[batch.row].tolist()))
 
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the summed loss of the pairs, and sums of their rewards beta log p/p0, margins and right orders."""
+        """Return the summed loss of the pairs, and sums of their rewards beta log p/p0, margins and accuracies."""
         import torch
         from torch.nn.functional import logsigmoid
 
@@ -47,7 +47,7 @@ class Dpo(ObjectiveSection):
             [chosen - batch.values["reference_chosen"], rejected - batch.values["reference_rejected"]]
         )
         margin = rewards[0] - rewards[1]
-        real = batch.per_sample(torch.ones_like(batch.targets, dtype=torch.float32)) > 0  # others are there for company
+        real = batch.per_sample(torch.ones_like(batch.targets, dtype=torch.float32)) > 0  # no padding samples
         sums = {
             "reward_chosen": rewards[0], "reward_rejected": rewards[1], "margin": margin,
             "accuracy": (margin > 0).float(),

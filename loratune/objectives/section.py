@@ -1,4 +1,4 @@
-"""What every objective's section of a recipe says of it."""
+"""The base class of all objectives' recipe sections."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class ObjectiveSection(Section):
-    """What is minimised.
+    """An objective.
 
     Attributes:
-        pairs: whether a sample is a chosen and a rejected row, else one row.
-        values: names of the numbers `once` gives each sample.
+        pairs: whether a sample is a pair of a chosen and a rejected row; else it is one row.
+        values: names of the values that `once` returns for each sample.
         unit: of the loss.
     """
 
@@ -34,7 +34,7 @@ class ObjectiveSection(Section):
         return False
 
     def complaints(self, data: Data) -> Iterator[Complaint]:
-        """Yield what this objective can't do with the rows of the recipe."""
+        """Yield why this objective does not combine with the recipe's `data`."""
         me = f"`objective: {self.model_dump()['type']}`"
         if self.pairs and data.format.type not in ("auto", "preference"):
             told = f"{me} compares two answers, and `data.format: {data.format.type}` reads one"
@@ -44,16 +44,16 @@ class ObjectiveSection(Section):
             yield Complaint(told, ("data", "format"), "use `objective: dpo`")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return numbers of each sample that the model of the start gives, (samples,) each, by the names in `values`.
+        """Return values of each sample under the model before step 1, (samples,) each, by the names in `values`.
 
-        Asked before step 1, without gradients; what is returned comes back in `batch.values`.
+        Called before step 1, without gradients; the results are in `batch.values` of every later batch.
         """
         return {}
 
     def count(self, batch: Batch) -> int:
-        """Return what the summed loss of a micro-batch is divided by; the batch is not on a device yet."""
+        """Return the divisor of the summed loss of a micro-batch; the batch is not on a device yet."""
         raise NotImplementedError
 
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the summed loss of a micro-batch, float32, shape (), and other sums to be told, by name."""
+        """Return the summed loss of a micro-batch, float32, shape (), and other sums to report, by name."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross entropy of the trained tokens, given everything before them."""
+"""Supervised fine-tuning: cross entropy of the label tokens, given everything before them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sft(ObjectiveSection):
-    """Learn to write the trained tokens: sum of -log p(token | everything before it) over their count."""
+    """Learn to write the label tokens: mean of -log p(token | everything before it)."""
 
     type: Literal["sft"] = "sft"
     label_smoothing: float = Field(
@@ -35,7 +35,7 @@ class Sft(ObjectiveSection):
         return self.neftune > 0
 
     def count(self, batch: Batch) -> int:
-        """Return the number of trained tokens in a micro-batch."""
+        """Return the number of label tokens in a micro-batch."""
         return len(batch.targets)
 
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
