@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,15 +81,17 @@ class Policy:
         """
         plain = linear_cross_entropy.is_plain(self.inner, batch.inputs["input_ids"])
         states, layer = self._states(batch, plain)
+        # cast once for all chunks: under autocast the weight is wider, and as large as the head
+        head = () if layer is None else (layer.weight.to(states.dtype), _cast(layer.bias, states.dtype))
 
         def chunk(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            logits = part if layer is None else linear(part, layer.weight.to(part.dtype), _cast(layer.bias, part.dtype))
-            return f(logits.float(), target)
+            return f((linear(part, *head) if head else part).float(), target)
 
         size = linear_cross_entropy.WIDE[states.device.type]
         parts = zip(torch.split(states, size), torch.split(batch.targets, size), strict=True)
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+            again = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+            return torch.cat([again(*part) for part in parts])
         return torch.cat([chunk(*part) for part in parts])
 
     def logps(self, batch: Batch) -> torch.Tensor:
