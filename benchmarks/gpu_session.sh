@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine, in order of value, within SESSION_LIMIT seconds (480). Run it in the project's root with
-# what loratune needs installed; nothing is fetched and no setting of the card is touched.
+# what loratune needs installed (`gpu_wheels.sh` fetches it elsewhere); nothing is fetched and no setting of the card is touched.
 #
 #   SESSION_LIMIT=480    seconds for everything           SESSION_ONLY="1 3"  only these steps
 #   SESSION_PEERS=""     arms of peers, after ours        SESSION_DRY=1       a rehearsal on a CPU: tiny shapes
@@ -9,7 +9,7 @@
 # The results are five files: table.txt, said.txt (all that was printed), profile.txt, gpu-DEVICE.json and .md.
 set -u
 SECONDS=0
-LIMIT=${SESSION_LIMIT:-480} DRY=${SESSION_DRY:-0} ONLY=${SESSION_ONLY:-1 2 3 5 4}
+LIMIT=${SESSION_LIMIT:-480} DRY=${SESSION_DRY:-0} ONLY=${SESSION_ONLY:-1 2 3 4 5}
 PEERS=${SESSION_PEERS-trl trainer-axolotl trl-liger trainer} PY=${PYTHON:-python3}
 [ -d loratune ] || { echo "run this in the project's root" >&2; exit 2; }
 OUT=${OUT:-./gpu-out}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd); : >"$OUT/table.txt"; : >"$OUT/said.txt"
@@ -48,12 +48,12 @@ case " $ONLY " in *" 3 "*)
   grep -aE '^(FAILED|ERROR)|[0-9]+ (passed|failed|skipped)' "$WORK/said.txt" | cut -c1-180 | tail -12 | sed 's/^/      /' | tee -a "$OUT/table.txt" ;;
 esac
 
-step 5 kernels 45 "$PY" benchmarks/gpu_kernels.py
+step 4 kernels 45 "$PY" benchmarks/gpu_kernels.py
 
 shape=(--steps 11 --warm 3)
 [ "$DRY" = 1 ] && shape=(--shape tiny --shrink 64 --steps 3 --warm 1)
 # shellcheck disable=SC2086
-step 4 speed "$(left)" "$PY" benchmarks/gpu.py "${shape[@]}" --rounds 1 --model "$WORK/model" --limit "$(left)" \
+step 5 speed "$(left)" "$PY" benchmarks/gpu.py "${shape[@]}" --rounds 1 --model "$WORK/model" --limit "$(left)" \
   --out "$OUT" --profile "$OUT/profile.txt" --peer-python "$PY" --in-turn \
   --cases lora-2x4096 qlora-8x1024 qlora-1x2048 qlora-1x2048-checkpointed --arms loratune loratune-plain loratune-compiled $PEERS
 
