@@ -1,4 +1,4 @@
-"""What is trained. A new method is one file here and one word in this union."""
+"""Methods: which parameters are trained. A new one is one file here and one word in this union."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: rank is taken from the layers that need little of it while they are trained.
+"""AdaLoRA: during training, rank is removed from the layers that need little of it.
 
 Source: Zhang et al. 2023, arXiv:2303.10512; importance and budget are computed by PEFT's `RankAllocator`.
 """
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-STATE = "adalora_state.safetensors"  # of a checkpoint, beside its adapter
-_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of the allocator, by parameter
+STATE = "adalora_state.safetensors"  # in a checkpoint, beside its adapter
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # attributes of the allocator, by parameter
 
 
 class AdaLora(MethodSection):
-    """Train W + (s / r) B diag(E) A; what matters least of them is set to zero until `target_r` rows are left."""
+    """Train W + (s / r) B diag(E) A; the least important rows are set to zero until `target_r` are left on average."""
 
     type: Literal["adalora"] = "adalora"
     init_r: int = Field(12, ge=1, le=4096, description="rank of each layer at the start")
@@ -53,7 +53,7 @@ class AdaLora(MethodSection):
         0.5, ge=0, description="weight of the penalty |A A^T - I| + |B^T B - I| on the loss of each step (eq. 4)"
     )
 
-    # what `targets` asks of LoRA, and this method has not
+    # fields of LoRA that `targets` reads and this method does not have
     rank_pattern: ClassVar[Mapping[str, int]] = {}
     alpha_pattern: ClassVar[Mapping[str, float]] = {}
     modules_to_save: ClassVar[tuple[str, ...]] = ()
@@ -80,7 +80,7 @@ class AdaLora(MethodSection):
             yield Complaint(told, ("method", "tfinal"), "let them sum to less than 1")
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
-        """Freeze the base and put A, B and E beside the target modules.
+        """Freeze the base and add A, B and E to the target modules.
 
         Raises:
             ModelError: when a target matches no module of this model.
@@ -100,12 +100,12 @@ class AdaLora(MethodSection):
         return FallingRanks(get_peft_model(model, config, revision=setup.revision))
 
     def notes(self, model: PreTrainedModel) -> list[str]:
-        """Return what a person must know about where matrices are and are not."""
+        """Return notes on which modules have matrices and which don't."""
         return targets.notes(self, model)
 
 
 class FallingRanks(Adapter):
-    """A model with AdaLoRA's matrices, and what decides their ranks."""
+    """A model with AdaLoRA's matrices and PEFT's rank allocator."""
 
     def __init__(self, net: Any):
         super().__init__(net)
@@ -113,7 +113,7 @@ class FallingRanks(Adapter):
         self._allocator = net.base_model.rankallocator
 
     def penalty(self) -> torch.Tensor | None:
-        """Return how far A A^T and B^T B are from the identity, on average over the matrices; eq. 4 of the paper."""
+        """Return the mean distance of A A^T and B^T B from the identity over the matrices; eq. 4 of the paper."""
         import torch
 
         if not self._config.orth_reg_weight:
@@ -127,7 +127,7 @@ class FallingRanks(Adapter):
         return total
 
     def after_step(self, step: int) -> None:
-        """Update how much each weight matters, by its gradient, and take away the ranks that matter least."""
+        """Update the importance of each weight from its gradient, and remove the least important ranks."""
         model, allocator, settled = self.net.base_model, self._allocator, self._config.total_step - self._config.tfinal
         if step == settled or (step > settled and not self._is_at_target()):
             # PEFT settles by what earlier steps told: there are none in a run of one step, nor may they be known where
@@ -146,7 +146,7 @@ class FallingRanks(Adapter):
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Let PEFT take all rows of the matrices, also those that are zero."""
+        """Let PEFT read all rows of the matrices, zero ones included."""
         pattern, self._config.rank_pattern = self._config.rank_pattern, None
         try:
             yield
@@ -154,21 +154,21 @@ class FallingRanks(Adapter):
             self._config.rank_pattern = pattern
 
     def state(self, final: bool = False) -> dict[str, torch.Tensor]:
-        """Return the tensors that `save` writes: at the end without the rows that are zero."""
+        """Return the tensors that `save` writes; at the end of a run without the rows that are zero."""
         if final:
             return super().state()
         with self._whole():
             return super().state()
 
     def config(self, final: bool) -> Any:
-        """Return PEFT's configuration as it is to be written."""
+        """Return PEFT's configuration for the file."""
         config = super().config(final)
         pattern = config.rank_pattern if final else None
         config.rank_pattern = pattern and {name.replace(".default", ""): kept for name, kept in pattern.items()}
         return config
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
-        """Write the adapter, and into a checkpoint what decides the ranks from there on; see `Tuned.save`."""
+        """Write the adapter, and into a checkpoint the state of the rank allocator; see `Tuned.save`."""
         from safetensors.torch import save_file
 
         super().save(folder, dtype, final)
@@ -182,7 +182,7 @@ class FallingRanks(Adapter):
             save_file(tensor_files.cast(averages, None), folder / STATE, metadata={"rank_pattern": pattern})
 
     def load(self, folder: Path) -> None:
-        """Put a checkpoint back, and what decides the ranks.
+        """Restore a checkpoint, with the state of the rank allocator.
 
         Raises:
             ValueError: when it is of another adapter.

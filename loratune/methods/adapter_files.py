@@ -1,4 +1,4 @@
-"""An adapter's two files, checked before and after PEFT loads them: PEFT itself passes over what is missing."""
+"""Checks of an adapter's two files, before and after PEFT loads them: PEFT itself ignores missing tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-# keys by which PEFT imports modules, unpickles files, or builds more than the file has tensors for
+# keys that make PEFT import modules, unpickle files, or build more than the file has tensors for
 _CODE = {
     "auto_mapping": "imports the module it names",
     "megatron_config": "imports the module that `megatron_core` names",
@@ -29,7 +29,7 @@ _FETCHING = (
     "CPT",
     "CARTRIDGE",
 )  # other files, named in the config
-_OTHERS = ("arrow_config", "monteclora_config", "use_bdlora")  # need more than one file, or a training to go on
+_OTHERS = ("arrow_config", "monteclora_config", "use_bdlora")  # need more than one file, or a running training
 _NUMBERS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "PROMPT_TUNING": ("num_virtual_tokens",)}
 _UNPICKLED = ("cache_file", "covariance_file")
 _FIRST = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
@@ -37,11 +37,11 @@ _SECOND = re.compile(r"\.lora_(?:embedding_)?B(?:\.weight)?$")
 
 
 def check(folder: Path) -> None:
-    """Check an adapter's files, before PEFT sees them and without a base.
+    """Check an adapter's files before PEFT reads them, without a base.
 
     Raises:
         ModelError: naming what is damaged, not finite, or without effect.
-        SafetyError: when it is a pickle, or its config would run or fetch code or lead out of its folder.
+        SafetyError: when it is a pickle, or its config would run or download code or refer to a file outside.
     """
     safety.check_folder(folder)
     config = safety.read_object(folder / CONFIG)
@@ -59,12 +59,12 @@ def check(folder: Path) -> None:
 
 
 def is_mergeable(folder: Path) -> bool:
-    """Return whether an adapter can become a part of the base's weights: what stands before the rows can't."""
+    """Return whether an adapter can be merged into the base's weights: virtual tokens can't."""
     return safety.read_object(folder / CONFIG).get("peft_type") != "PROMPT_TUNING"
 
 
 def check_mergeable(folder: Path) -> None:
-    """Check that an adapter can become a part of the base's weights.
+    """Check that an adapter can be merged into the base's weights.
 
     Raises:
         UsageError: when it can't.
@@ -75,12 +75,12 @@ def check_mergeable(folder: Path) -> None:
 
 
 def changes_biases(folder: Path) -> bool:
-    """Return whether an adapter brings bias vectors: PEFT puts them in the place of the base's own, which are lost."""
+    """Return whether an adapter has bias vectors: PEFT overwrites the base's own with them."""
     return safety.read_object(folder / CONFIG).get("bias") not in (None, "none")
 
 
 def check_complete(net: PeftModel, folder: Path, name: str) -> None:
-    """Check that the file has every tensor this model needs of an adapter, and no other.
+    """Check that the file has exactly the tensors this model needs of an adapter.
 
     Raises:
         ModelError: naming the first that are missing, too many, or of another shape.
@@ -108,7 +108,7 @@ def check_complete(net: PeftModel, folder: Path, name: str) -> None:
 
 
 def _hooks(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what in adapter_config.json would run or fetch code."""
+    """Yield what in adapter_config.json would run or download code."""
     for key, what in _CODE.items():
         if config.get(key):
             yield f"`{key}` {what}"
@@ -162,7 +162,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], place: Place) -> None:
-    """Refuse an adapter without matrices, with numbers that aren't finite, of other ranks, or without any effect."""
+    """Refuse an adapter without matrices, with non-finite numbers, with other ranks, or without any effect."""
     if whole := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
         raise ModelError(Problem(f"has tensors that hold no floating-point numbers: {listed(whole, 3)}", place))
     if broken := sorted(name for name, tensor in tensors.items() if not bool(tensor.float().isfinite().all())):
@@ -170,7 +170,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
     second = [name for name in tensors if _SECOND.search(name)]
     ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if _FIRST.search(name) and tensor.ndim}
     asked = {rank for rank in _ranks(config) if rank not in ranks}
-    if ranks and asked and max(asked) > max(ranks):  # else PEFT would first make room for it, whatever its size
+    if ranks and asked and max(asked) > max(ranks):  # else PEFT would first allocate it, whatever its size
         raise ModelError(Problem(f"the config asks for rank {max(asked)}, the tensors have {max(ranks)}", place))
     if not tensors:
         raise ModelError(Problem("has no tensors in it", place))
@@ -181,7 +181,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
 
 
 def _ranks(config: Mapping[str, Any]) -> list[int]:
-    """Return the ranks a config asks for; AdaLoRA names for each matrix the rows that are left."""
+    """Return the ranks in a config; AdaLoRA lists for each matrix which rows are left."""
     pattern = config.get("rank_pattern")
     named = list(pattern.values()) if isinstance(pattern, dict) else []
     if config.get("peft_type") == "ADALORA":

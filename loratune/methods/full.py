@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Full(MethodSection):
-    """Train every weight. The output is a whole model in transformers' own layout."""
+    """Train every weight. The output is a full model in transformers' own layout."""
 
     type: Literal["full"] = "full"
     output: ClassVar[Output] = "model"
@@ -29,7 +29,7 @@ class Full(MethodSection):
         return "full fine-tuning"
 
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
-        """Yield what this method can't do with other sections of the recipe."""
+        """Yield why this method does not combine with other sections of the recipe."""
         if model.dtype == "float16":
             yield Complaint(
                 "`method: full` can't train float16 weights: small updates would round to nothing",
@@ -44,7 +44,7 @@ class Full(MethodSection):
             )
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
-        """Yield why it can't train weights in a quantization."""
+        """Yield why it can't train quantized weights."""
         if quantization != "none":
             told = f"`method: full` trains every weight, and {quantization} weights can't be trained"
             yield Complaint(told, ("method",), f"use `method: lora`, or {without}")
@@ -56,10 +56,10 @@ class Full(MethodSection):
 
 
 class Whole(Tuned):
-    """A model of which every weight is trained; it is saved whole."""
+    """A model whose weights are all trained and saved."""
 
     def state(self, final: bool = False) -> dict[str, torch.Tensor]:
-        """Return the tensors that `save` writes, each shared one once."""
+        """Return the tensors that `save` writes; shared ones only once."""
         seen: set[int] = set()
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.net.state_dict().items():
@@ -77,10 +77,10 @@ class Whole(Tuned):
         self.net.config.dtype = config
 
     def load(self, folder: Path) -> None:
-        """Put weights saved by `save` back into the model.
+        """Restore weights saved by `save`.
 
-        Models whose tensors have other names on disk than in memory, such as the experts of a mixture, are read by
-        transformers, which knows how; a second copy of the weights is in memory then.
+        Models whose tensors have other names on disk than in memory, such as mixtures of experts, are read by
+        transformers, which knows the mapping; this needs a second copy of the weights in memory.
         """
         import torch
         from safetensors.torch import load_file

@@ -85,7 +85,7 @@ class Lora(MethodSection):
         return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, start {self.init}"
 
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
-        """Yield what this method can't do with other sections of the recipe, nor its own keys together."""
+        """Yield why this method does not combine with other sections of the recipe, or its own keys with each other."""
         yield from super().complaints(model, optimizer)
         if self.changes_base and self.dora:
             yield Complaint(f"`method.init: {self.init}` and `method.dora` don't combine", ("method", "dora"))
@@ -94,7 +94,7 @@ class Lora(MethodSection):
             yield Complaint(f"`method.init: {self.init}` with `rslora` takes no patterns", ("method", key))
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
-        """Yield why it can't be trained over weights in a quantization."""
+        """Yield why it can't be trained on weights with this quantization."""
         key = ("method", "init")
         if self.init == "loftq" and quantization not in ("nf4", "fp4"):
             told = "`method.init: loftq` makes up for 4-bit rounding, and the base is not 4-bit"
@@ -107,15 +107,15 @@ class Lora(MethodSection):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start moves a part of the base into A and B, so that the base itself is changed in memory."""
+        """Whether the initialization moves a part of the base's weights into A and B, changing the base in memory."""
         return self.init in ("pissa", "olora")
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
-        """Freeze the base and put A and B beside the target modules.
+        """Freeze the base and add A and B to the target modules.
 
         Args:
             model: the base model, quantized or not.
-            setup: of the training; its batches are asked for only by `init: eva`.
+            setup: of the training; its batches are used only by `init: eva`.
 
         Raises:
             ModelError: when a target matches no module of this model, or a token id is not in its vocabulary.
@@ -146,13 +146,13 @@ class Lora(MethodSection):
         return LoraAdapter(peft_model, off_is_start=self.bias == "none")
 
     def notes(self, model: PreTrainedModel) -> list[str]:
-        """Return what a person must know of the base after `apply`: what has no matrices, and what is slower."""
+        """Return notes on the model after `apply`: which modules have no matrices, and what is slower."""
         reason = self._slower(model)
         slower = f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes"
         return [*targets.notes(self, model), *([slower] if reason else [])]
 
     def _slower(self, model: Any) -> str | None:
-        """Return why PEFT's own layers are left as they are, or None where `lora_linear` stands for them."""
+        """Return why PEFT's own layers are used, or None where `lora_linear` replaces them."""
         if self.dora:
             return "`method.dora`"
         if self.lora_dropout:
@@ -177,7 +177,7 @@ class Lora(MethodSection):
             exclude_modules=targets.excluded(self, model),
             use_rslora=self.rslora,
             use_dora=self.dora,
-            # LoftQ's matrices come after PEFT's own start, see _start_from_quantization_error
+            # LoftQ's matrices are set after PEFT's initialization, see _start_from_quantization_error
             init_lora_weights=True if self.init in ("default", "loftq") else self.init,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=alpha,
@@ -190,12 +190,12 @@ class Lora(MethodSection):
         return config
 
     def _start_from_quantization_error(self, model: PeftModel) -> None:
-        """Set A and B to the best rank-r fit of what 4-bit rounding took from W. Source: arXiv:2310.08659, alg. 1."""
+        """Set A and B to the best rank-r fit of W's 4-bit rounding error. Source: arXiv:2310.08659, alg. 1."""
         import bitsandbytes as bnb
         import torch
         from peft.tuners.lora.bnb import Linear4bit
 
-        # not PEFT's replace_lora_weights_loftq: it needs a GPU, and leaves the scale s out
+        # not PEFT's replace_lora_weights_loftq: it needs a GPU, and ignores the scale s
         base = model.get_base_model()
         on_disk = tensor_files.Weights(str(base.config._name_or_path), base.base_model_prefix)
         with torch.no_grad():
@@ -211,7 +211,7 @@ class Lora(MethodSection):
 
 
 class LoraAdapter(Adapter):
-    """Matrices A and B beside frozen weights."""
+    """LoRA's matrices A and B beside frozen weights."""
 
     def config(self, final: bool) -> LoraConfig:
         """Return PEFT's configuration as it is to be written."""
@@ -221,9 +221,9 @@ class LoraAdapter(Adapter):
 
 
 class OnChangedBase(LoraAdapter):
-    """LoRA whose start took a part out of the base: W + s B A stood for the base's weight before step 1.
+    """LoRA whose initialization changed the base: before step 1, W + s B A equals the base's original weight.
 
-    Saved at the end is W + s (B A - B0 A0), of rank 2r, so that it stands on the base as it was loaded.
+    At the end s (B A - B0 A0) is saved, of rank 2r, so that it applies to the unchanged base.
     """
 
     def __init__(self, net: Any):
@@ -247,11 +247,11 @@ class OnChangedBase(LoraAdapter):
 
 
 def _best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return B (rows, r) and A (r, columns), so that B A is the best fit of a matrix, equally large both.
+    """Return B (rows, r) and A (r, columns) of equal norm, such that B A is the best fit of a matrix.
 
-    What rounding took has nearly equal singular values, which random projections tell apart slowly: with 32 more of
-    them and eight passes the fit leaves 0.03 % more than the best one, in a tenth of the time or less (Halko et al.
-    2011, arXiv:0909.4061, alg. 5.1). A small matrix is taken apart whole.
+    A rounding error has nearly equal singular values, which random projections separate slowly: with 32 extra
+    projections and eight passes the fit's error is 0.03 % larger than that of the best one, in a tenth of the time or
+    less (Halko et al. 2011, arXiv:0909.4061, alg. 5.1). A small matrix gets a full SVD.
     """
     import torch
 
@@ -266,7 +266,7 @@ def _best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _in_float32(model: PeftModel) -> None:
-    """Keep what is trained of a float16 base in float32, as PEFT does with A and B: their scaler asks for it."""
+    """Convert trained float16 parameters to float32, as PEFT does with A and B: the gradient scaler needs it."""
     import torch
 
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Which programs can load an adapter that was trained here: some features of LoRA are read by few.
+"""Which other programs can load an adapter: some features of LoRA are supported by few.
 
 Source: `vllm/lora/peft_helper.py` and `utils.py` of vLLM, `convert_lora_to_gguf.py` and `src/llama-adapter.h` of
 llama.cpp; PEFT under transformers 4.57 by `make other-readers`.
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 VLLM, LLAMA_CPP, OLDER = "vLLM", "llama.cpp", "transformers 4"
-_VLLM_RANK = 512  # the largest it takes
-# key of adapter_config.json -> how it is called, who can't load it
+_VLLM_RANK = 512  # the largest that it supports
+# key of adapter_config.json -> name of the feature, programs that can't load it
 _REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "use_dora": ("DoRA", (VLLM, LLAMA_CPP)),
     "modules_to_save": ("modules trained in full", (VLLM, LLAMA_CPP)),
@@ -19,7 +19,8 @@ _REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "bias": ("trained biases", (VLLM, LLAMA_CPP)),
     "target_parameters": ("matrices on fused experts", (LLAMA_CPP, OLDER)),
 }
-# ... and who loads it with another scale: vLLM has one rank and alpha for all, llama.cpp divides one alpha by each rank
+# ... and programs that load it with another scale: vLLM has one rank and alpha, llama.cpp divides one alpha by each
+# rank
 _SCALED: dict[str, tuple[str, tuple[str, ...]]] = {
     "alpha_pattern": ("`alpha_pattern`", (VLLM, LLAMA_CPP)),
     "rank_pattern": ("`rank_pattern`", (VLLM,)),
@@ -28,10 +29,10 @@ _SCALED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def notes(config: Mapping[str, Any]) -> list[str]:
-    """Return one line on the programs that can't load an adapter or would get it wrong, or nothing.
+    """Return one line on the programs that can't load an adapter or would load it wrongly, or nothing.
 
     Args:
-        config: adapter_config.json; empty for a whole model.
+        config: adapter_config.json; empty for a full model.
     """
     if config.get("peft_type") == "PROMPT_TUNING":
         return [
@@ -49,7 +50,7 @@ def notes(config: Mapping[str, Any]) -> list[str]:
 
 
 def _by_program(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, list[str]]]:
-    """Return which programs have the same trouble, and with what, each once."""
+    """Return groups of programs with the same problems, and those problems, each once."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for what, programs in found:
         groups.setdefault(programs, []).append(what)

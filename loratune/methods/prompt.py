@@ -1,4 +1,4 @@
-"""Prompt tuning: a few vectors before each row are trained, and nothing else.
+"""Prompt tuning: only a few embedding vectors before each row are trained.
 
 Source: Lester et al. 2021, arXiv:2104.08691.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(MethodSection):
-    """Train the embeddings of virtual tokens that stand before each row; the model stays as it is."""
+    """Train the embeddings of virtual tokens before each row; the model itself is unchanged."""
 
     type: Literal["prompt"] = "prompt"
     padded_only: ClassVar[bool] = True
@@ -53,7 +53,7 @@ class Prompt(MethodSection):
             )
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
-        """Freeze the base and put the virtual tokens before it.
+        """Freeze the base and add the virtual tokens.
 
         Raises:
             ModelError: when the tokenizer makes no tokens of `init_text`.
@@ -70,7 +70,7 @@ class Prompt(MethodSection):
         return BeforeRows(net, self.virtual_tokens)
 
     def _tokens(self, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
-        """Return the tokens whose embeddings the virtual ones start from, int64, (virtual_tokens,)."""
+        """Return the tokens whose embeddings initialize the virtual ones, int64, (virtual_tokens,)."""
         import torch
 
         known = model.get_input_embeddings().weight.shape[0]
@@ -86,7 +86,7 @@ class Prompt(MethodSection):
 
 
 class BeforeRows(Adapter):
-    """A model with virtual tokens before each row: without them it is the base, but not the model of step 1."""
+    """A model with virtual tokens before each row; without them it is the base, not the model before step 1."""
 
     def __init__(self, net: Any, virtual_tokens: int):
         super().__init__(net, off_is_start=False)

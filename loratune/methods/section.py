@@ -1,4 +1,4 @@
-"""What every method's section of a recipe says of it."""
+"""The base class of all methods' recipe sections."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Output = Literal["adapter", "model"]
 
 
 class MethodSection(Section):
-    """A way to train.
+    """A training method.
 
     Attributes:
-        output: what a run leaves behind.
-        trains_base: whether the base's own weights are trained: they are float32 then, and never quantized.
-        padded_only: whether rows must stand side by side, as each has something before it.
+        output: word for a run's output.
+        trains_base: whether the base's own weights are trained; they are float32 then, and never quantized.
+        padded_only: whether rows must be padded and not packed, as virtual tokens precede each.
     """
 
     output: ClassVar[Output] = "adapter"
@@ -39,26 +39,26 @@ class MethodSection(Section):
         raise NotImplementedError
 
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
-        """Yield what this method can't do with other sections of the recipe, nor its own keys together."""
+        """Yield why this method does not combine with other sections of the recipe, or its own keys with each other."""
         yield from self.refused_over(model.quantization.type, "leave `model.quantization` out")
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
-        """Yield why it can't be trained over weights in a quantization.
+        """Yield why it can't be trained on weights with this quantization.
 
         Args:
-            quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another way.
-            without: how to have a base that is not quantized.
+            quantization: of the base's linear layers: none, nf4, fp4, int8, or the name of another method.
+            without: remedy: how to get a base that is not quantized.
         """
         yield from ()
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
-        """Put on the base what is trained.
+        """Add or select the trained parameters of a base.
 
         Raises:
-            ModelError: when it does not fit this model.
+            ModelError: when the method does not fit this model.
         """
         raise NotImplementedError
 
     def notes(self, model: PreTrainedModel) -> list[str]:
-        """Return what a person must know of the base after `apply`."""
+        """Return notes for the start report on the model after `apply`."""
         return []

@@ -1,4 +1,4 @@
-"""Which modules of a model get low-rank matrices, which are left out, and what a person is told of it."""
+"""Which modules of a model get low-rank matrices and which don't, and the notes and errors about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _KEYS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-_REPEATS = re.compile(r"[*+?{]")  # without one an expression ends soon
+_REPEATS = re.compile(r"[*+?{]")  # without these an expression is fast
 
 
 def _modules(value: Any) -> str | tuple[str, ...]:
@@ -39,7 +39,7 @@ Modules = Annotated[
 
 
 class Method(Protocol):
-    """What decides where matrices stand; see the fields of `Lora`."""
+    """The fields that decide which modules get matrices; see `Lora`."""
 
     @property
     def target_modules(self) -> str | tuple[str, ...]: ...  # noqa: D102
@@ -58,14 +58,14 @@ class Method(Protocol):
 
 
 def whole(word: str) -> str:
-    """Return the regular expression over full names that PEFT makes of a key of `rank_pattern`."""
+    """Return the regular expression over full names that PEFT makes from a key of `rank_pattern`."""
     return rf"(.*\.)?({word})$"
 
 
 def check_expressions(
     config: Mapping[str, Any], names: Sequence[str], place: Place | None = None, patience: float = regex_match.PATIENCE
 ) -> None:
-    """Check that the expressions of a LoRA configuration find modules in bounded time: PEFT asks them of every name.
+    """Check that a LoRA configuration's regular expressions run in bounded time: PEFT matches them with every name.
 
     Args:
         config: with `target_modules` and the like, of a recipe or an adapter.
@@ -74,7 +74,7 @@ def check_expressions(
         patience: seconds for all of them.
 
     Raises:
-        ModelError: when they take longer. What is no expression at all is told elsewhere.
+        ModelError: when they take longer. Invalid expressions are reported elsewhere.
         SetupError: when no child process can be started.
     """
     asked = {key: [one for one in _expressions(config.get(key)) if _REPEATS.search(one)] for key in _KEYS}
@@ -86,7 +86,7 @@ def check_expressions(
 
 
 def _expressions(value: object) -> list[str]:
-    """Return what PEFT takes for regular expressions in a value: a text, or the keys of an object."""
+    """Return what PEFT treats as regular expressions in a value: a text, or the keys of an object."""
     if isinstance(value, str):
         return [value]
     return [one for one in value if isinstance(one, str)] if isinstance(value, dict | list) else []
@@ -95,7 +95,7 @@ def _expressions(value: object) -> list[str]:
 def names(method: Method, model: Any) -> str | list[str]:
     """Return `target_modules` for PEFT's config."""
     wanted = method.target_modules
-    if wanted == "all-linear" and method.layers_to_transform is not None:  # PEFT wants names beside the layers
+    if wanted == "all-linear" and method.layers_to_transform is not None:  # PEFT needs names together with layers
         return sorted({name.rpartition(".")[2] for name in _linear(model)})
     return wanted if isinstance(wanted, str) else list(wanted)
 
@@ -103,8 +103,8 @@ def names(method: Method, model: Any) -> str | list[str]:
 def excluded(method: Method, model: Any) -> str | None:
     """Return `exclude_modules` for PEFT's config: a regular expression over full names, or None.
 
-    A regular expression of the user's own is taken at its word. Else no matrices go to what text does not reach, such
-    as a vision tower, nor to a router: under `all-linear` it is frozen, and where it is trained, it is so in full.
+    A user's own regular expression is used as it is. Else no matrices are added to modules that text does not reach,
+    such as a vision tower, nor to a router: under `all-linear` it is frozen, or trained in full if the recipe says so.
     """
     if isinstance(method.target_modules, str) and method.target_modules != "all-linear":
         return None
@@ -115,10 +115,10 @@ def excluded(method: Method, model: Any) -> str | None:
 
 
 def settle(method: Method, config: LoraConfig, model: Any) -> None:
-    """Have PEFT name the experts' tensors of a mixture, as it will anyway, and take the routers' out again.
+    """Let PEFT list the tensors of a mixture's experts, as it does later anyway, and remove the routers' from them.
 
-    For models whose experts and routers were linear layers before transformers 5, PEFT makes `target_parameters` of
-    their old names; `all-linear` means both, and `exclude_modules` does not reach them.
+    For models whose experts and routers were linear layers before transformers 5, PEFT derives `target_parameters` from
+    their old names. `all-linear` includes both, and `exclude_modules` does not apply to them.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -138,11 +138,11 @@ def in_full(method: Method, model: Any) -> list[str]:
 
 
 def notes(method: Method, model: Any) -> list[str]:
-    """Return what a person must know about where matrices are and are not.
+    """Return notes on which modules have matrices and which don't.
 
     Args:
         method: the recipe's.
-        model: the base with the matrices on it.
+        model: the base with the matrices.
     """
     told = []
     if out := _outside(model):
@@ -160,10 +160,10 @@ def notes(method: Method, model: Any) -> list[str]:
 
 
 def check(method: Method, model: Any) -> None:
-    """Hold the names in a recipe against a model.
+    """Check that names in a recipe exist in a model.
 
     Raises:
-        ModelError: when one matches nothing in it.
+        ModelError: when one matches nothing.
     """
     problems = [*_unknown_names(method, model), *_unknown_numbers(method, model)]
     if method.router == "trained" and not _routers(model):
@@ -218,7 +218,7 @@ def _nothing(key: str, word: str, known: list[str]) -> Problem:
 
 
 def _linear(model: Any, head: bool = False) -> list[str]:
-    """Return the full names of the linear layers: torch's, those made of it (in few bits), and GPT-2's."""
+    """Return the full names of the linear layers: torch's, its subclasses (quantized ones), and GPT-2's Conv1D."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -228,7 +228,7 @@ def _linear(model: Any, head: bool = False) -> list[str]:
 
 
 def _outside(model: Any) -> list[str]:
-    """Return the names of the largest modules with linear layers that lie beside the language model: a vision tower."""
+    """Return the outermost modules with linear layers outside of the language model, such as a vision tower."""
     decoder = model.get_decoder()
     inside = next((name for name, module in model.named_modules() if module is decoder), "")
     if not inside:
@@ -244,9 +244,9 @@ def _outside(model: Any) -> list[str]:
 
 
 def _routers(model: Any) -> list[str]:
-    """Return the names of the modules that choose among experts.
+    """Return the names of a mixture's routers.
 
-    A list of classes would be out of date with each new model: it is what is called a router, or a gate beside experts.
+    They are found by name, `router`, or a gate beside experts: a list of classes would be outdated with each new model.
     """
     found: list[str] = []
     for name, module in model.named_modules():
@@ -260,14 +260,14 @@ def _routers(model: Any) -> list[str]:
 
 
 def _endings(modules: list[str]) -> list[str]:
-    """Return the last two words of each name once: the same modules in all layers."""
+    """Return the last two parts of each name, each once: the same modules in all layers."""
     return sorted({".".join(name.split(".")[-2:]) for name in modules})
 
 
 def _without(model: Any) -> list[str]:
-    """Return a line for what of the language model `all-linear` did not reach.
+    """Return a line on modules of the language model that `all-linear` did not reach.
 
-    Experts may be tensors that PEFT does not know, and PEFT takes some names of linear layers for the experts'.
+    Experts may be tensors that PEFT does not know, and PEFT mistakes some names of linear layers for experts.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -279,7 +279,7 @@ def _without(model: Any) -> list[str]:
 
 
 def _tied(model: Any) -> list[str]:
-    """Return a line where matrices beside the embedding don't reach the head that shares its weights."""
+    """Return a line where embedding and head share weights and matrices prevent a merge."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}

@@ -1,4 +1,4 @@
-"""What a method writes to disk: the sum of its bytes, and safetensors files."""
+"""Tensors on disk: sizes of safetensors files, and reading and copying of tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from loratune.errors import ModelError, Place, Problem
 if TYPE_CHECKING:
     import torch
 
-# dtype names of the safetensors header; only their length matters for the predicted size
+# dtype names in a safetensors header; only their length matters for the predicted size
 _NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def bytes_on_disk(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
     """Return the size in bytes of the safetensors file that will hold `state` in `dtype`.
 
-    The header is counted as well: for a small adapter it is a fair part of the file.
+    The header is included: for a small adapter it is a noticeable part of the file.
     Source: https://github.com/huggingface/safetensors#format
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -36,7 +36,7 @@ def bytes_on_disk(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
 
 
 def cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return contiguous CPU copies of floating tensors in `dtype` (None: as they are), each with memory of its own."""
+    """Return contiguous CPU copies of floating-point tensors in `dtype` (None: unchanged), sharing no memory."""
     return {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
         for name, tensor in state.items()
@@ -48,10 +48,10 @@ class Weights:
 
     Args:
         name: local folder, or hub id of a model in the local cache.
-        prefix: of the module names that some files leave out, such as `model`.
+        prefix: of the module names that some files omit, such as `model`.
 
     Raises:
-        ModelError: when a tensor is asked for that is not there.
+        ModelError: when a tensor is read that does not exist.
     """
 
     def __init__(self, name: str, prefix: str):

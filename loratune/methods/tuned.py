@@ -1,4 +1,4 @@
-"""A base with what is trained on it: the one thing that a training, its checkpoints and its end know of a method."""
+"""A base with its trained parameters: the interface between a method and the training loop and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TENSORS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method may know of the training when it is put on a base.
+    """What a method may know of the training when it is applied to a base.
 
     Attributes:
         steps: optimizer steps of the whole run.
         tokenizer: of the base, with the recipe's chat template.
-        batches: gives some batches of the training rows, padded, with labels.
+        batches: returns some batches of the training rows, padded, with labels.
         revision: of the base, written into an adapter.
     """
 
@@ -38,12 +38,12 @@ class Setup:
 
 
 class Tuned:
-    """A base with what is trained on it; a method's own says what differs.
+    """A base with its trained parameters; methods subclass it.
 
     Attributes:
         net: the model.
-        virtual_tokens: that stand before each row in the model's output.
-        off_is_start: whether `off` gives the model as it was before step 1.
+        virtual_tokens: before each row in the model's output.
+        off_is_start: whether `off` restores the model before step 1.
     """
 
     virtual_tokens: int = 0
@@ -54,48 +54,48 @@ class Tuned:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Switch off what is trained on the base."""
+        """Turn off the trained parameters: run the base alone."""
         raise NotImplementedError(f"{type(self).__name__} can't be switched off")
         yield
 
     def penalty(self) -> torch.Tensor | None:
-        """Return what is added to the loss of a step once, shape (), or None; the printed loss is without it."""
+        """Return a term added once to the loss of a step, shape (), or None; the printed loss is without it."""
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after each optimizer step (from 1), before gradients are dropped."""
+        """Called after each optimizer step (from 1), before gradients are set to None."""
 
     def state(self, final: bool = False) -> dict[str, torch.Tensor]:
         """Return the tensors that `save` writes."""
         raise NotImplementedError
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
-        """Write what is trained, as other programs read it.
+        """Write the trained parameters in the format of other programs.
 
         Args:
-            folder: where to write; made when missing.
+            folder: where to write; created if missing.
             dtype: of the tensors on disk; None keeps the precision of the training.
-            final: whether it is the end of the run and no checkpoint, from which `load` goes on.
+            final: whether this is the result of the run; else a checkpoint for `load`.
         """
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:
-        """Put back what a checkpoint holds.
+        """Restore the parameters of a checkpoint.
 
         Raises:
-            ValueError: when it is of something else.
+            ValueError: when it is of another method or model.
         """
         raise NotImplementedError
 
     def policy(self, net: Any = None) -> Policy:
-        """Return what an objective may ask of the model; `net` is it in a wrapper of several processes."""
+        """Return the model as objectives use it; `net` is the model in a DDP wrapper."""
         from loratune.models.policy import Policy
 
         return Policy(self.net if net is None else net, self.off if self.off_is_start else None, self.virtual_tokens)
 
 
 class Adapter(Tuned):
-    """A PEFT model: its adapter is saved alone, under PEFT's names.
+    """A PEFT model; only its adapter is saved, under PEFT's names.
 
     Args:
         net: the PeftModel.
@@ -131,8 +131,8 @@ class Adapter(Tuned):
         config, state = self.config(final), self.state(final)
         config.inference_mode = True
         if os.path.isabs(config.base_model_name_or_path or ""):
-            config.base_model_name_or_path = None  # a place on this machine, which nobody else has
-        for name in ("target_modules", "exclude_modules"):  # the order of a set is another one in every process
+            config.base_model_name_or_path = None  # a path on this machine
+        for name in ("target_modules", "exclude_modules"):  # the order of a set differs between processes
             value = config.to_dict().get(name)
             if isinstance(value, set):
                 setattr(config, name, sorted(value))
@@ -141,7 +141,7 @@ class Adapter(Tuned):
         config.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Put tensors saved by `save` (in the precision of the training) back into the model.
+        """Restore tensors saved by `save` (in the precision of the training).
 
         Raises:
             ValueError: when they are of another adapter.
@@ -150,7 +150,7 @@ class Adapter(Tuned):
         from safetensors.torch import load_file
 
         state = load_file(folder / TENSORS)
-        other = state.keys() ^ self.state().keys()  # PEFT passes over them
+        other = state.keys() ^ self.state().keys()  # PEFT ignores them
         if other:
             raise ValueError(f"`{min(other)}` is only on one side")
         set_peft_model_state_dict(self.net, state)

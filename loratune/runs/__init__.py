@@ -1,1 +1,1 @@
-"""The run folder: lock, checkpoints, resume, what has changed, model card, loss curve."""
+"""The run folder: lock, checkpoints, resume, drift, model card, loss curve."""

@@ -1,4 +1,4 @@
-"""What has changed since a checkpoint was saved, and whether the training would still be the one that was begun."""
+"""Drift: what has changed since a checkpoint was saved, and whether a resume would still be the same training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from loratune.recipe import Recipe, Train
 from loratune.runs.checkpoint import Found
 from loratune.runs.facts import Facts
 
-# Keys that decide nothing of what is optimized: where and how often something is written or measured, and how much is
-# computed at once. Every other key is refused, so that a new one is never forgotten here.
+# Keys without influence on the optimization: where and how often something is written or measured, and how much is
+# computed at once. A change of any other key is refused, so that a new key is never forgotten here.
 FREE = {
     "output",
     "train.log_every",
@@ -31,9 +31,9 @@ FREE = {
     "train.early_stopping",
 }
 LENGTH = {"train.epochs", "train.max_steps"}
-# Keys that say where something is found: it may move, as long as what is found there has the same fingerprint.
+# Keys with locations: these may change, as long as what is found there has the same fingerprint.
 FOUND = {"data": ("data", "eval"), "model.base": ("base",), "model.revision": ("base",)}
-# rows stay the same, but not the order of sums and the random numbers of dropout
+# the rows stay the same, but not the order of sums and the random numbers of dropout
 LAYOUT = {"data.packing", "data.prefix_sharing"}
 NAMES = {
     "data": "the training rows",
@@ -44,14 +44,14 @@ NAMES = {
 
 @dataclass
 class Drift:
-    """What has changed: `refused` would make it another training, `told` would not. One line each."""
+    """Changes, one line each: those in `refused` would make it another training, those in `told` would not."""
 
     refused: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
 
 
 def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
-    """Return what a recipe alone can tell: nothing has to be loaded for it.
+    """Return the changes that show in the recipe alone, before anything is loaded.
 
     Args:
         seal: the manifest of the checkpoint.
@@ -62,9 +62,9 @@ def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
     changed = {key for key, _, _ in _changes(_completed(seal["settings"]), settings)}
     for key, before, now in _changes(seal["settings"], settings):
         if key not in changed and key not in LAYOUT:
-            continue  # a key that came with a later version, at its default
+            continue  # a key of a later version, at its default
         line = f"{key}: {_shown(before)} -> {_shown(now)}"
-        if _is_under(key, FREE) or (key in LAYOUT and before is None):  # it was begun when there was no such key
+        if _is_under(key, FREE) or (key in LAYOUT and before is None):  # the run began before this key existed
             drift.told.append(line)
         elif key in LAYOUT or (not _is_under(key, FOUND) and key not in LENGTH):
             drift.refused.append(line)
@@ -72,17 +72,17 @@ def of_recipe(seal: Mapping[str, Any], recipe: Recipe) -> Drift:
 
 
 def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool) -> Drift:
-    """Return what is known only with rows and model at hand: their fingerprints, and how the rate moves.
+    """Return the changes that show once rows and model are loaded: fingerprints, and the learning rate's schedule.
 
     Args:
         seal: the manifest of the checkpoint.
         recipe: that the run is to go on with.
-        facts: of this run; its fingerprints are compared where the checkpoint has them too.
-        finished: whether the run had come to its end: then more epochs are a wish, not an accident.
+        facts: of this run; fingerprints are compared that the checkpoint has, too.
+        finished: whether the run was complete: then more epochs are intended.
     """
     drift = Drift()
     known, fingerprints = seal["fingerprints"], facts.prepared.fingerprints
-    for name in fingerprints.keys() & known.keys() - {"base"}:  # another base has its own error
+    for name in fingerprints.keys() & known.keys() - {"base"}:  # a different base has its own error
         if fingerprints[name] != known[name]:
             files = _files(seal["sources"], facts.prepared.sources) if name in ("data", "eval") else ""
             drift.refused.append(f"{NAMES.get(name, name)} are not the same{files}")
@@ -94,7 +94,7 @@ def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool
         elif _is_under(key, FOUND) and key not in LAYOUT:
             judges = next(names for prefix, names in FOUND.items() if _is_under(key, {prefix}))
             if all(name in known and name in fingerprints for name in judges):
-                drift.told.append(line)  # its fingerprint has the say
+                drift.told.append(line)  # its fingerprint decides
             else:
                 drift.refused.append(line)
     if seal["processes"] != facts.start.processes:
@@ -108,15 +108,15 @@ def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool
 
 
 def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: Facts, report: Report) -> None:
-    """Tell what has changed since a checkpoint was saved; refuse what would make it another training.
+    """Report what has changed since a checkpoint was saved; refuse what would make it another training.
 
     Args:
         folder: the run folder.
         found: the checkpoint.
         changed: since it was saved.
-        allow_drift: whether to go on all the same; `facts` then remember it, for run.json.
+        allow_drift: whether to resume nevertheless; this is recorded in `facts`, for run.json.
         facts: of the run.
-        report: that tells it.
+        report: to print to.
 
     Raises:
         RunFolderError: with every change that is refused.
@@ -135,7 +135,7 @@ def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: 
 
 
 def _changes(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, before, now) of every leaf that differs; a choice of another type counts as one leaf."""
+    """Yield (key, before, now) of every leaf that differs; a choice with another `type` counts as one leaf."""
     if isinstance(before, dict) and isinstance(now, dict) and before.get("type") == now.get("type"):
         for key in dict.fromkeys((*before, *now)):
             yield from _changes(before.get(key), now.get(key), f"{path}.{key}" if path else key)
@@ -144,10 +144,10 @@ def _changes(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, 
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's settings with the defaults of keys that it was begun without."""
+    """Return a run's settings with defaults for keys that did not exist when it began."""
     try:
         return Recipe.model_validate(settings).model_dump(mode="json")
-    except ValidationError:  # a key that is no longer there: it is among the changes as it stands
+    except ValidationError:  # a key that no longer exists: it is listed among the changes
         return settings
 
 
@@ -162,7 +162,7 @@ def _shown(value: Any) -> str:
 
 
 def _files(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """Return which files of rows differ in size or time, as far as that shows."""
+    """Return which data files differ in size or modification time."""
     olds, news = ({one["path"]: one for one in files} for files in (before, now))
     told = []
     for path in dict.fromkeys((*olds, *news)):
@@ -176,7 +176,7 @@ def _files(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
 
 
 def _moved_rates(train: Train, seal: Mapping[str, Any], steps: int) -> str:
-    """Return what another number of steps does to the rate, or nothing where the steps done would have had the same."""
+    """Return how another number of steps changes the learning rates of steps already done, or nothing."""
     done, before = seal["step"], seal["steps"]
 
     def curve(length: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""The run folder: who may use it, how a checkpoint is saved, found again and rotated."""
+"""Checkpoints of a run folder: saving, finding, restoring and rotating them; and who may use the folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from loratune.system import run_files, storage
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what the loop needs beside weights, optimizer and random states to go on.
+    """Progress of a run: what a resume needs besides weights, optimizer and random states.
 
     Attributes:
         step: number of steps done.
         best_loss, best_step: of the evaluation with the lowest loss so far.
-        patience_loss: what a loss must be lower than, by `early_stopping.min_delta`, for the training to go on.
-        evaluations_without_better: since one that was.
-        pending: whether the evaluation after `step` is still to be done: a signal came in the middle of it.
+        patience_loss: reference of early stopping: an eval loss counts as better if it is lower by
+        `early_stopping.min_delta`.
+        evaluations_without_better: since the last better one.
+        pending: whether the evaluation after `step` is not done yet, as a signal interrupted it.
     """
 
     step: int
@@ -35,11 +36,11 @@ class Progress:
     pending: bool = False
 
     def evaluated(self, loss: float, margin: float) -> Progress:
-        """Return where the run stands after an evaluation.
+        """Return the progress after an evaluation.
 
         Args:
-            loss: that was measured, finite.
-            margin: how much lower than `patience_loss` it must be to count against stopping early.
+            loss: measured, finite.
+            margin: how much lower than `patience_loss` it must be to count as better.
         """
         better = self.best_loss is None or loss < self.best_loss
         progress = replace(self, best_loss=loss, best_step=self.step) if better else self
@@ -49,7 +50,7 @@ class Progress:
 
 
 def _progress(state: Mapping[str, Any]) -> Progress:
-    """Return what was saved of `Progress`, also by a version for which a loss of nan could be the best."""
+    """Return a saved `Progress`, also of an older version that could record nan as the best loss."""
     progress = Progress(**state)
     if progress.best_loss is None or not math.isfinite(progress.best_loss):
         return replace(progress, best_loss=None, best_step=None, patience_loss=None)
@@ -58,14 +59,14 @@ def _progress(state: Mapping[str, Any]) -> Progress:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that verifies.
+    """A checkpoint that passes verification.
 
     Attributes:
-        folder: where it lies.
-        progress: where the run stood.
+        folder: of the checkpoint.
+        progress: of the run then.
         seal: its manifest.
-        finished: whether its run had come to its end.
-        bad: a line about each newer one that does not verify.
+        finished: whether its run was complete.
+        bad: a line about each newer checkpoint that fails verification.
     """
 
     folder: Path
@@ -76,9 +77,9 @@ class Found:
 
 
 def status(folder: Path) -> str | None:
-    """Return what a run folder's run is: running, killed, interrupted, failed or complete; None where there is none.
+    """Return the state of a run folder's run: running, killed, interrupted, failed or complete; None without a run.
 
-    A run that says `running` while nobody holds the folder's lock was killed.
+    A run with the status `running` whose lock nobody holds was killed.
     """
     known = storage.read_json(folder / "run.json").get("status")
     return "killed" if known == "running" and lock.holder(folder) is None else known
@@ -88,8 +89,8 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """Check that a run folder, whose lock is held, may be used.
 
     Raises:
-        RunFolderError: when it holds a run and neither `resume` nor `overwrite` was asked for, or when it holds
-            something else: what is no run is never overwritten.
+        RunFolderError: when it has a run and neither `resume` nor `overwrite` was asked for, or when it has files that
+            are no run's, which are never overwritten.
     """
     known = storage.read_json(folder / "run.json").get("status")
     saved = _all(folder)
@@ -102,7 +103,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
         hint = "give another `output`, --overwrite it, or --resume it with more epochs"
         raise RunFolderError(Problem("this run is finished", Place(str(folder)), hint))
     if known is not None and saved:
-        was = "was killed" if known == "running" else f"is {known}"  # it can't be running: the lock is ours
+        was = "was killed" if known == "running" else f"is {known}"  # not running: we hold the lock
         raise RunFolderError(
             Problem(f"a run that {was} lies here", Place(str(folder)), "--resume it, or --overwrite it")
         )
@@ -120,14 +121,14 @@ def _is_bare(folder: Path) -> bool:
 
 
 def check_foreign(folder: Path, others: Collection[str] = ()) -> None:
-    """Check that nothing in a run folder has the name of a result, unless a manifest says that a run wrote it.
+    """Check that nothing in a run folder has the name of a result, unless a run wrote it by its manifest.
 
     Args:
         folder: of the run.
-        others: names of files that are written beside the usual ones.
+        others: names of further files that will be written.
 
     Raises:
-        RunFolderError: when something has: it would be overwritten.
+        RunFolderError: when something has, as it would be overwritten.
     """
     own = storage.own(folder)
     places = (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
@@ -139,17 +140,17 @@ def check_foreign(folder: Path, others: Collection[str] = ()) -> None:
 
 
 def make_run(folder: Path, facts: Facts, resume: bool) -> list[str]:
-    """Write run.json, and take away what an earlier run left in the folder, unless it is resumed.
+    """Write run.json, and delete what an earlier run left in the folder, unless it is resumed.
 
-    Only what a run wrote is taken away, and no link is followed.
+    Only files that a run wrote are deleted, and no link is followed.
 
     Returns:
-        A line about each thing that lay among it and stays.
+        A line about each other file, which stays.
 
     Raises:
         StorageError: when it can't be written.
     """
-    # first of all: whoever comes after a kill must not take half an old run for a whole one
+    # first of all: after a kill, half an old run must not look complete
     storage.write_json(folder / "run.json", {**facts.as_json(), "status": "running"})
     kept: list[str] = []
     try:
@@ -163,10 +164,10 @@ def make_run(folder: Path, facts: Facts, resume: bool) -> list[str]:
 
 
 def _start_over(folder: Path) -> list[str]:
-    """Take away the files of a run, which would be taken for those of the one that begins."""
+    """Delete the files of an old run, which would be mistaken for those of the new one."""
     written = {folder / name for name in storage.own(folder)} | {folder / "metrics.jsonl"}
     written |= {file for file in folder.glob("predictions*.jsonl") if outputs.is_of_evaluation(file)}
-    for file in sorted(written, key=lambda one: one.name == storage.MANIFEST):  # last: it names the others
+    for file in sorted(written, key=lambda one: one.name == storage.MANIFEST):  # last, as it lists the others
         file.unlink(missing_ok=True)
     saved, kept = folder / "checkpoints", []
     if saved.is_symlink():
@@ -207,15 +208,15 @@ def save(
 
     Args:
         run: the run folder.
-        progress: where the run stands.
+        progress: of the run.
         write_model: writes the trained tensors into a folder.
         optimizer: whose state is kept.
         scaler: of float16 training, or None.
         random: state of the random generators of each process.
-        about: what the manifest is to say.
+        about: entries for the manifest.
 
     Raises:
-        StorageError: when the disk is full or can't be written; the checkpoints before are untouched.
+        StorageError: when the disk is full or can't be written; earlier checkpoints are untouched.
         TrainingError: when the optimizer's state is not finite.
     """
 
@@ -229,10 +230,10 @@ def save(
 
 
 def newest(run: Path) -> Found | None:
-    """Return the newest checkpoint that verifies; newer ones that don't are moved to checkpoints/.quarantine.
+    """Return the newest checkpoint that passes verification; newer ones are moved to checkpoints/.quarantine.
 
     Raises:
-        StorageError: when there are checkpoints, and none verifies; they stay where they are then.
+        StorageError: when there are checkpoints but none passes; they are not moved then.
     """
     storage.sweep(run)
     storage.sweep(run / "checkpoints")
@@ -253,14 +254,14 @@ def newest(run: Path) -> Found | None:
 
 
 def _quarantine(folder: Path, wrong: str) -> str:
-    """Move a bad checkpoint out of the way; return what to tell about it."""
+    """Move a damaged checkpoint out of the way; return a line about it."""
     place = storage.set_apart(folder, folder.name)
     moved = f", moved to {place.relative_to(folder.parent.parent)}" if place else ""
     return f"{folder.name} {wrong}: not used{moved}"
 
 
 def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
-    """Put the optimizer's state, the scaler's and the random state of a process (from 0) back."""
+    """Restore the optimizer's state, the scaler's and the random state of a process (from 0)."""
     training_state.load_optimizer(optimizer, folder)
     state = storage.read_json(folder / "state.json")
     if scaler is not None and state["scaler"]:
@@ -269,13 +270,13 @@ def restore(folder: Path, optimizer: Any, scaler: Any, process: int) -> None:
 
 
 def rotate(run: Path, keep: int, progress: Progress) -> list[str]:
-    """Delete all but the newest `keep` checkpoints; the one just saved stays, and so does the best one.
+    """Delete all but the newest `keep` checkpoints; the one just saved and the best one always stay.
 
     Returns:
-        A line about each that held something else, which stays.
+        A line about each that contained other files, which stay.
 
     Raises:
-        StorageError: when one can't be taken away.
+        StorageError: when one can't be deleted.
     """
     last, best = path_of(run, progress.step), path_of(run, progress.best_step or progress.step)
     found = _all(run)

@@ -1,4 +1,4 @@
-"""What run.json says of a run: what was known at its start, with rows and model at hand, and at its end."""
+"""Content of run.json, in three parts: known at the start, with rows and model loaded, and at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Start:
         seed: of the recipe.
         device: name of the GPU, or `CPU` with its threads.
         processes: number of them.
-        versions: of loratune, Python and the packages that decide a result, by name.
+        versions: of loratune, Python and the packages that a result depends on, by name.
         started: time, UTC.
         trust_remote_code: whether code of the base may run.
     """
@@ -31,12 +31,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Setup:
-    """Known with rows and model at hand, before the first step.
+    """Known with rows and model loaded, before the first step.
 
     Attributes:
         base: hub id or folder of the base model.
         data: counts of the rows to `train` on and held out for `eval` (None without).
-        batching: how the rows of a step are put together.
+        batching: how rows are packed or padded.
         steps: number of optimizer steps.
         adapter_bytes_predicted: of the adapter's (or model's) tensors on disk.
         dtype: precision of the weights.
@@ -45,10 +45,10 @@ class Setup:
         sources: path, bytes and time of each local data file.
         turn_ends: tokens that end a trained turn, with their ids.
         chat: whether turns of a conversation were trained.
-        memory: in bytes, as `training.memory_use.measure` gives it.
+        memory: in bytes, from `training.memory_use.measure`.
         activations: the memory plan.
         compiled: whether torch's compiler was used.
-        kernels: names of the kernels of our own that were used on a GPU.
+        kernels: names of our own kernels that were used on a GPU.
     """
 
     base: str
@@ -93,13 +93,13 @@ class End:
 
 @dataclass
 class Facts:
-    """All of run.json but its `status`.
+    """Content of run.json, without its `status`.
 
     Attributes:
         start: known before anything is loaded.
-        drift: what had changed at a resume and was allowed; None for a run that was not resumed.
-        base_differs: how the base differed from the one the run was begun on, where that was allowed.
-        setup: known with rows and model at hand.
+        drift: changes that were allowed at a resume; None for a run that was not resumed.
+        base_differs: how the base differs from the one the run began with, where that was allowed.
+        setup: known with rows and model loaded.
         end: known at the end.
     """
 

@@ -1,8 +1,8 @@
-"""One run per folder: a lock that the kernel releases, however its holder dies.
+"""One run per folder: a lock that the kernel releases however its holder ends.
 
-The lock is `flock` on a file in the run folder; the file says who holds it. A file that is left behind by a killed
-process holds nothing. Where a network file system knows no `flock`, the file itself is the lock: it is made in one
-go, and taken over when its holder was of this machine and is dead, or of another start of it.
+The lock is `flock` on a file in the run folder; the file names its holder. A file left behind by a killed process locks
+nothing. Where a network file system has no `flock`, the file itself is the lock: it is created atomically, and taken
+over if its holder was a process of this machine that is dead, or of an earlier boot.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from loratune.errors import Place, Problem, RunFolderError, StorageError
 NAME = ".lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _TRIES = 5
-_PAUSE = 0.02  # seconds: somebody may be looking whether the lock is free
+_PAUSE = 0.02  # seconds: another process may be testing whether the lock is free
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[str | None]:
-    """Hold a folder's lock; make the folder, and take it away again where nothing came into it.
+    """Hold a folder's lock; create the folder, and delete it at the end if it is empty.
 
     Yields:
-        A line about who held it before and did not release it, or None.
+        A line about a previous holder that did not release it, or None.
 
     Raises:
-        RunFolderError: when another process holds it, whose name it tells, or the lock's file is a link.
-        StorageError: when the folder can't be made or written.
+        RunFolderError: when another process holds it, which is named, or the lock file is a link.
+        StorageError: when the folder can't be created or written.
     """
     made = not folder.exists()
     try:
@@ -78,7 +78,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 def _take(folder: Path) -> tuple[int, str | None]:
     """Return the open lock file, and a line about a holder that died."""
     path = folder / NAME
-    for attempt in range(100):  # a holder that leaves takes file and folder with it: then once more
+    for attempt in range(100):  # a holder that ends deletes file and folder: then try again
         folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
@@ -107,7 +107,7 @@ def _take(folder: Path) -> tuple[int, str | None]:
 
 
 def _take_without_flock(path: Path) -> tuple[int, str | None]:
-    """Make the lock file in one go, by a hard link; take it over from a process that is certainly dead."""
+    """Create the lock file atomically, by a hard link; take it over from a process that is certainly dead."""
     mine = path.with_name(f".staging-lock-{uuid.uuid4().hex[:8]}")
     handle = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     before: str | None = None
@@ -120,11 +120,11 @@ def _take_without_flock(path: Path) -> tuple[int, str | None]:
             who = _whole(path)
             if who is not None and _lives(who):
                 break
-            before = _left_by(who) if who else None  # an empty file: made by the try for `flock`
+            before = _left_by(who) if who else None  # an empty file comes from the attempt with `flock`
             stale = path.with_name(f".trash-lock-{uuid.uuid4().hex[:8]}")
             with contextlib.suppress(FileNotFoundError):
                 path.rename(stale)
-                if _whole(stale) != who:  # another was faster: give it back
+                if _whole(stale) != who:  # another process was faster: put it back
                     stale.rename(path)
                     break
                 stale.unlink()
@@ -146,7 +146,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Return whether an open file is still the one that stands at a path."""
+    """Return whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
@@ -172,7 +172,7 @@ def _now() -> str:
 
 
 def _boot() -> str:
-    """Return the id of this start of the machine: after another a pid says nothing."""
+    """Return the id of this boot of the machine: after a reboot a pid means nothing."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -180,7 +180,7 @@ def _boot() -> str:
 
 
 def _lives(who: dict[str, Any]) -> bool:
-    """Return whether a holder may live: what can't be known counts as alive."""
+    """Return whether a holder may be alive: if unknown, it counts as alive."""
     if not who or who.get("host") != socket.gethostname():
         return bool(who)
     if who.get("boot") != _boot():

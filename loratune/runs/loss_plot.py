@@ -1,4 +1,4 @@
-"""The loss curve as an SVG that needs no tool to be read: written by hand, no dependency."""
+"""The loss curve as an SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _legend(left: int, label: str, colour: str) -> list[str]:
 
 
 def smoothed(points: Sequence[Point], keep: float = 0.9) -> list[Point]:
-    """Return the running mean of a curve: each point keeps `keep` (0-1) of the mean before it, without a cold start."""
+    """Return a bias-corrected exponential moving average: each mean keeps `keep` (0-1) of the previous one."""
     out: list[Point] = []
     mean = weight = 0.0
     for x, y in points:

@@ -1,4 +1,4 @@
-"""The model card: what was trained on what, and how to use it, written beside the adapter."""
+"""The model card, README.md of a run or merge: what was trained on what, and how to use it."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def merged(title: str, adapter: str, base: str, about: dict[str, Any], chat: boo
 
 
 def name_of(base: str) -> str:
-    """Return how a base is called in public: its hub id, or the last name of its path, never the path."""
+    """Return a base's public name: its hub id, or the last part of its path, never the path."""
     return hub_id(base) or os.path.basename(base.rstrip("/"))
 
 
 def hub_id(base: str) -> str | None:
-    """Return the hub id of a base: its name, or what the name of a folder in the hub's cache says; else None."""
+    """Return the hub id of a base, from its name or its folder in the hub's cache; else None."""
     for part in base.split("/") if os.path.isabs(base) else ():
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
@@ -94,7 +94,7 @@ def hub_id(base: str) -> str | None:
 
 
 def _front(base: str, relation: str) -> list[str]:
-    """Return what the head of a card says of the base: nothing where only this machine has it."""
+    """Return the card's metadata lines on the base: none for a base that is on this machine only."""
     known = hub_id(base)
     return [f"base_model: {json.dumps(known, ensure_ascii=False)}", f"base_model_relation: {relation}"] if known else []
 
@@ -102,10 +102,10 @@ def _front(base: str, relation: str) -> list[str]:
 def use(
     adapter: str | None, base: str, chat: bool, ends: Sequence[str], revision: str | None = None
 ) -> list[str]:  # fmt: skip
-    """Return the section that shows how a model is asked: the code runs in its folder as it stands.
+    """Return the section on how to use a model, with code that runs unchanged in its folder.
 
     Args:
-        adapter: folder of the adapter, or None for a whole model.
+        adapter: folder of the adapter, or None for a full model.
         base: its base model: a hub id, or an absolute path, which is written relative to the adapter.
         chat: whether it was trained on turns, so that a question goes through the chat template.
         ends: tokens that end an answer, as text.
@@ -148,7 +148,7 @@ def use(
 
 
 def _base(base: str, adapter: str) -> str:
-    """Return how a base is named from the folder of an adapter: never by a path that begins at the root."""
+    """Return how code in the folder of an adapter names its base: never by an absolute path."""
     if not os.path.isabs(base):
         return base
     base, adapter = os.path.realpath(base), os.path.realpath(adapter)

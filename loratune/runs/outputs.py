@@ -14,24 +14,24 @@ from loratune.errors import Place, Problem, UsageError, shorten
 from loratune.recipe import Recipe
 from loratune.system import files, run_files, storage
 
-Input = tuple[str, str]  # what names a file, folder or glob that is read, and its path
+Input = tuple[str, str]  # option or key that names a file, folder or glob that is read, and its path
 
 PREDICTIONS = run_files.PREDICTIONS
 _STEP = re.compile(r"step-\d+")
 _PAGE = b'<meta name="generator" content="loratune">'  # of each page that `inspect` writes
-_MARKS = {"place", "prompt", "reference"}  # of each line of a file of predictions
+_MARKS = {"place", "prompt", "reference"}  # keys of each line of a file of predictions
 
 
 def check(path: Path, option: str, base: str | None = None) -> None:
-    """Check that a file or folder that is to be made lies in no folder that must stay as it is.
+    """Check that a file or folder to be written is not inside of a protected folder.
 
     Args:
         path: of the file or folder.
-        option: that would name another, for the hint.
+        option: with which to choose another, for the hint.
         base: the base model in use, if it is known.
 
     Raises:
-        UsageError: when it leads into a checkpoint, a base or the hub's cache, or is a file of a run.
+        UsageError: when it is in a checkpoint, a base or the hub's cache, or is a file of a run.
     """
     own = Path(base).resolve() if base is not None else None
     for folder in path.parent.resolve().joinpath(path.name).parents:
@@ -48,12 +48,12 @@ def check(path: Path, option: str, base: str | None = None) -> None:
 
 
 def check_apart(path: Path, option: str, inputs: Sequence[Input]) -> None:
-    """Check that a file that is to be made is none that is read, nor one that would be read as rows the next time.
+    """Check that a file to be written is not an input, nor would be read as rows the next time.
 
     Args:
         path: of the file.
-        option: that would name another, for the hint.
-        inputs: what names each file, folder or glob, and its path; what is not on this machine is passed by.
+        option: with which to choose another, for the hint.
+        inputs: files, folders and globs; those not on this machine are ignored.
 
     Raises:
         UsageError: when it is.
@@ -85,13 +85,13 @@ def predictions(name: str, out: Path | None, base: str, inputs: Sequence[Input] 
 
     Args:
         name: run, adapter or model, as it was given.
-        out: file that was asked for; None: in the run folder, for a checkpoint too, with its step in the name; for
-            every other folder and for models of the hub in the current folder.
+        out: file that was asked for; None: in the run folder, also for a checkpoint, with its step in the name; for
+            other folders and models of the hub in the current folder.
         base: the base model in use.
         inputs: what is read; see `check_apart`.
 
     Raises:
-        UsageError: when it would lie in a checkpoint or a base, something else lies there, or it is read itself.
+        UsageError: when it would be in a checkpoint or a base, is another existing file, or is an input.
         StorageError: when it can't be written.
     """
     path = _by_default(files.local(name).resolve()) if out is None else files.local(out)
@@ -107,10 +107,10 @@ def predictions(name: str, out: Path | None, base: str, inputs: Sequence[Input] 
 
 
 def check_page(path: Path) -> None:
-    """Check that a page may be written: where nothing lies, or an empty file or an earlier page.
+    """Check that a page may be written: where there is no file, an empty file or an earlier page.
 
     Raises:
-        UsageError: when something else lies there, or it leads into a checkpoint, a base or the hub's cache.
+        UsageError: when another file is there, or it is in a checkpoint, a base or the hub's cache.
         StorageError: when it can't be written.
     """
     check(path, "--html")
@@ -133,7 +133,7 @@ def _by_default(folder: Path) -> Path:
 
 
 def is_of_evaluation(path: Path) -> bool:
-    """Return whether a file in a run folder is one that an evaluation wrote there: by its name and its first line."""
+    """Return whether a file in a run folder was written by an evaluation, by its name and its first line."""
     return run_files.is_predictions(path.name) and path.is_file() and _are_predictions(path)
 
 

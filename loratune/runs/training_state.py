@@ -1,4 +1,4 @@
-"""What a run needs beside its weights to go on bit for bit: the optimizer's state and the random generators'.
+"""What a run needs besides its weights to resume bit for bit: the states of optimizer and random generators.
 
 Nothing here is a pickle: tensors are safetensors, the rest is JSON.
 """
@@ -21,7 +21,7 @@ from loratune.optim import adamw
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
-    """Write an optimizer's state: tensors into safetensors, the rest and the shape of it all into JSON.
+    """Write an optimizer's state: tensors to safetensors, the rest and its structure to JSON.
 
     Raises:
         TrainingError: when a number in it is not finite.
@@ -34,7 +34,7 @@ def save_optimizer(optimizer: Any, folder: Path) -> None:
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Check that nothing is saved that a training can't go on from.
+    """Check that all numbers to be saved are finite.
 
     Raises:
         TrainingError: naming the first tensor with a number that is not finite.
@@ -48,7 +48,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Put moments and step counts back; rates and the other options stay those of the recipe.
+    """Restore moments and step counts; learning rates and other options stay those of the recipe.
 
     Raises:
         ValueError: when they are of another optimizer.
@@ -93,9 +93,9 @@ def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Randomness:
-    """The state of every random generator at one moment: cheap to take after each step, written out only on a save.
+    """The state of every random generator: cheap to copy after each step, converted to JSON only on a save.
 
-    `cuda` is that of this process's own device, or None: other processes give their own.
+    `cuda` is that of this process's own device, or None; other processes have their own.
     """
 
     python: Any
@@ -122,20 +122,20 @@ def randomness() -> Randomness:
 
 
 def drawn() -> tuple[bytes, ...]:
-    """Return the states of torch's generators alone: they stay while nothing is drawn on CPU and GPU."""
+    """Return the states of torch's generators only: unchanged as long as nothing is drawn on CPU and GPU."""
     now = randomness()
     return tuple(one.numpy().tobytes() for one in (now.cpu, now.cuda) if one is not None)
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every random generator back to a state of `Randomness.as_json`."""
+    """Restore every random generator from a state of `Randomness.as_json`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        devices = state["cuda"]  # one, or of a version that kept all that were there: there may be fewer now
+        devices = state["cuda"]  # one; or all that an older version saved, of which there may be fewer now
         torch.cuda.set_rng_state(_bytes(devices[torch.cuda.current_device() % len(devices)]))
 
 
