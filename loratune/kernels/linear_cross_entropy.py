@@ -8,7 +8,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.functional import cross_entropy, linear
 
 from loratune.kernels import gpu_kernels
 
@@ -79,25 +78,6 @@ def cross_entropy_of_logits(logits: torch.Tensor, targets: torch.Tensor, smoothi
     """
     total: torch.Tensor = OfLogits.apply(logits, targets, smoothing)  # type: ignore[no-untyped-call]
     return total
-
-
-def losses_and_hits(states: torch.Tensor, layer: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (tokens,) each.
-
-    Computed in chunks, so that few float32 logits are in memory; with a layer, few logits at all.
-
-    Args:
-        states: input of the layer, (tokens, width); without a layer: logits, (tokens, vocabulary).
-        layer: a plain linear head (see `is_plain`), or None.
-        targets: (tokens,).
-    """
-    losses, hits = [], []
-    size = WIDE[states.device.type]
-    for part, target in zip(torch.split(states, size), torch.split(targets, size), strict=True):
-        logits = (part if layer is None else linear(part, layer.weight, layer.bias)).float()  # (size, vocabulary)
-        losses.append(cross_entropy(logits, target, reduction="none"))
-        hits.append((logits.argmax(dim=-1) == target).float())
-    return torch.cat(losses), torch.cat(hits)
 
 
 def is_fusible(model: Any, ids: torch.Tensor) -> bool:
