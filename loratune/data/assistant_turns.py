@@ -1,10 +1,10 @@
-"""Where the trained turns of a conversation stand in its render, in characters.
+"""Find the trained turns of a conversation in its render, in characters.
 
-It is read off the model's own chat template: the render of the messages before a turn (with the generation prompt) must
-be a prefix of the render with the turn, and the turn is the difference. A template that marks the turns itself with
-`{% generation %}` is believed where that does not contradict it. A prompt that opens a thought which the template then
-leaves out of the turn is not such a prefix: there the turn begins where both part. Or a recipe names what stands around
-the turns. Where no answer is certain the row is refused, never guessed.
+They are derived from the model's own chat template. The render of the messages before a turn (with the generation
+prompt) must be a prefix of the render with the turn; the turn is the difference. If a template marks turns itself with
+`{% generation %}`, its marks are used unless they contradict that. If a prompt opens a thought that the template then
+leaves out of the turn, it is no prefix, and the turn begins where the two differ. Or a recipe names the text around
+turns. Where no answer is certain the row is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loratune.data.formats import Conversation, RowError
 Span = tuple[int, int]  # characters: [start, end)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_TAGS = re.compile(r"<[^<>\s]*>(?:thought\b)?")  # what a prompt opens or closes a thought with
+_TAGS = re.compile(r"<[^<>\s]*>(?:thought\b)?")  # tags with which a prompt opens or closes a thought
 _ASKS, _SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "c", "arguments": {"d": "e"}}}
 _CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
@@ -33,23 +33,23 @@ _HINT = "`data.turns` can name what stands around answers"
 
 
 def _placeholder(index: int) -> str:
-    return f"\ue000{index}\ue001"  # private characters: no template and hardly any text has them
+    return f"\ue000{index}\ue001"  # private-use characters: no template and hardly any text has them
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a chat template renders a sequence of roles, whatever is said.
+    """How a chat template renders a sequence of roles, independent of the contents.
 
     Attributes:
-        literals: what the template writes before, between and after the contents.
-        turns: of each assistant's message the (literal, offset in it) where its turn starts and ends.
+        literals: text of the template before, between and after the contents.
+        turns: for each assistant message the (literal, offset in it) at which its turn starts and ends.
     """
 
     literals: tuple[str, ...]
     turns: dict[int, tuple[tuple[int, int], tuple[int, int]]]
 
     def fit(self, text: str, contents: Sequence[str]) -> list[int] | None:
-        """Return where each literal starts in a render of these contents, or None where the render is another."""
+        """Return the start of each literal in a render of these contents, or None if the render does not match."""
         starts, position = [0], len(self.literals[0])
         if not text.startswith(self.literals[0]):
             return None
@@ -66,7 +66,7 @@ class Shape:
 
 
 class LaterTurnsChangeIt(RowError):
-    """A turn that the chat template renders differently once other messages follow it."""
+    """A turn that the chat template renders differently when other messages follow."""
 
 
 class Turns:
@@ -84,37 +84,37 @@ class Turns:
         self._skeletons: dict[tuple[tuple[str, ...], bool], str] = {}
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
-        """Render messages with the generation prompt, as a server does before it lets the model answer."""
+        """Render messages with the generation prompt, as a server does before the model answers."""
         return self._render(messages, tools, prompt=True)
 
     def spans(self, example: Conversation) -> tuple[str, list[Span]]:
         """Return the rendered conversation and the spans of its trained turns, in characters.
 
         Raises:
-            RowError: when the template refuses the messages or no prefix property holds.
+            RowError: when the template refuses the messages or the prefix property does not hold.
         """
         if self.marks:
             found = self._between(example, self.marks["assistant"], self.marks["end"])
         elif self.marks_turns:
             found = self._marked(example)
         elif by_shape := self._by_shape(example):
-            return by_shape  # it holds every message, to the letter
+            return by_shape  # it contains every message exactly
         else:
             found = self._by_prefix(example)
         _check_all_shown(example, found[0])
         return found
 
     def _by_shape(self, example: Conversation) -> tuple[str, list[Span]] | None:
-        """Return what `_by_prefix` would, from one render, or None where only that can tell.
+        """Return what `_by_prefix` would, from one render, or None where `_by_prefix` is needed.
 
-        Renders of prefixes cost the square of the turns. They are made once for each sequence of roles, with
-        placeholders for contents; a row then needs one render, which must be that skeleton with the row's contents (as
-        they are or stripped) in the places of the placeholders, to the letter.
+        The cost of rendering prefixes is quadratic in the number of turns. It is paid once for each sequence of roles,
+        with placeholders as contents. A row then needs one render, which must equal that skeleton with the row's
+        contents (unchanged or stripped) in place of the placeholders.
         """
         if example.tools or any(message.keys() != {"role", "content"} for message in example.messages):
             return None
         if any("</think>" in message["content"] for message in example.messages):
-            return None  # templates look into thoughts
+            return None  # templates inspect thoughts
         roles = tuple(message["role"] for message in example.messages)
         shape = self._shape(roles)
         if shape is None:
@@ -128,22 +128,22 @@ class Turns:
             (starts[first] + at, starts[last] + until)
             for (first, at), (last, until) in (shape.turns[index] for index in wanted)
         ]
-        # the longest prompt holds all that a template could have looked into: it must be what the skeleton says, too
+        # the longest prompt contains all that a template could have inspected: it must match the skeleton, too
         if self._render(example.messages[: wanted[-1]], None, prompt=True) != text[: spans[-1][0]]:
             return None
         return text, spans
 
     def _shape(self, roles: tuple[str, ...]) -> Shape | None:
-        """Return the shape of a sequence of roles, or None; several threads may ask at once."""
+        """Return the shape of a sequence of roles, or None; thread-safe."""
         kept = self._shapes.get(roles)
         if kept is None:
-            if len(self._shapes) >= 4096:  # a file of long conversations, no two alike
+            if len(self._shapes) >= 4096:  # a file of long conversations with different roles
                 self._shapes, self._skeletons = {}, {}
             kept = self._shapes[roles] = self._shape_of(roles) or False
         return kept or None
 
     def _skeleton(self, roles: tuple[str, ...], prompt: bool = False) -> str:
-        """Render placeholders said by `roles`; most conversations begin alike, so the renders are kept."""
+        """Render placeholders as messages of `roles`; cached, as most conversations have common prefixes."""
         kept = self._skeletons.get((roles, prompt))
         if kept is None:
             messages = [{"role": role, "content": _placeholder(index)} for index, role in enumerate(roles)]
@@ -208,16 +208,16 @@ class Turns:
         return text, found
 
     def _between(self, example: Conversation, begin: str, end: str) -> tuple[str, list[Span]]:
-        """Return a render and the spans between what a recipe says stands around a turn; the last may lack its end.
+        """Return a render and the spans between the recipe's turn marks; the last may lack its end.
 
-        A turn holds its words and tags, nothing else; one with calls none of what others say.
+        A turn may contain its own words and tags only; one with calls must not contain other messages' words.
         """
         text = self._render(example.messages, example.tools)
         self._check_tools(example, text)
         turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
         starts = [match.end() for match in re.finditer(re.escape(begin), text)]
         if len(starts) > len(turns) and not text[starts[-1] :].strip():
-            del starts[-1]  # the prompt for another answer, which some templates always write
+            del starts[-1]  # a generation prompt, which some templates always write
         if len(starts) != len(turns):
             told = (
                 f"`{begin}` (`data.turns.assistant`) stands {len(starts)} times in the render of {len(turns)} answers"
@@ -234,17 +234,17 @@ class Turns:
                 raise RowError(f"messages[{index}]", f"is not ended by `{end}` (`data.turns.end`) in the render")
             before = self._render(example.messages[:index], example.tools, prompt=True) if index else ""
             if text.startswith(before) and start <= len(before) <= stop:
-                start = len(before)  # white space or a tag that the prompt gives already
+                start = len(before)  # white space or a tag that is in the prompt already
             _check_shown(example.messages[index], index, text[start:stop])
             _check_only(example, index, text[start:stop])
             found.append((start, stop + len(end)))
         return text, found
 
     def _parting(self, example: Conversation, index: int, before: str, after: str) -> int | None:
-        """Return where a turn begins whose prompt opens a thought that the template leaves out of the turn, or None.
+        """Return the start of a turn whose prompt opens a thought that the template leaves out of the turn, or None.
 
-        Both must go on from the messages before with the same header, and beside it the prompt may hold nothing but
-        tags of thoughts, nor the turn anything else before its words.
+        Both must continue the earlier messages with the same header. After it the prompt may have only tags of
+        thoughts, and the turn nothing else before its words.
         """
         bare = self._render(example.messages[:index], example.tools)
         common = _common(before, after)
@@ -261,29 +261,30 @@ class Turns:
         said = [message.get(name) for name in (*_THOUGHTS, "content")]
         found = [after.find(words.strip(), start) for words in said if isinstance(words, str) and words.strip()]
         found = [place for place in found if place >= 0]
-        if not found:  # a call alone: how it begins is the template's own
+        if not found:  # a call without text: the template decides how it begins
             return start if message.get("tool_calls") else None
         return None if _TAGS.sub("", after[start : min(found)]).strip() else start
 
     def ended(
         self, example: Conversation, text: str, spans: Sequence[Span], special: Iterable[str]
     ) -> tuple[str, list[Span]]:
-        """Return a render and its spans, those without an end of their own up to and with the marker that follows.
+        """Return a render and its spans; those without an end of their own are extended to the marker that follows.
 
-        Some templates write nothing behind a turn: it ends where the next role's marker begins, and a model must write
-        that marker to stop. The last turn of a row gets the one that the template writes before the next question (or
-        before the result of a call). Where that is no special token either, words that end a render get the end of
+        Some templates write nothing after a turn: it ends where the next role's marker begins, and a model must write
+        that marker to stop. The last turn of a row gets the marker that the template writes before the next question
+        (or before the result of a call). If that is no special token either, a turn at the end of a render gets the end
+        of
         text.
 
         Args:
             example: that was rendered.
             text: its render.
-            spans: of the trained turns.
+            spans: of its trained turns.
             special: texts of the special tokens, the longest first.
 
         Raises:
-            LaterTurnsChangeIt: when the end of text would have to stand between two turns.
-            RowError: when the template writes the prompt for another answer behind a turn, though nobody asked for it.
+            LaterTurnsChangeIt: when the end of text would have to be between two turns.
+            RowError: when the template writes a generation prompt after a turn, though none was requested.
         """
         markers, found = tuple(special), list[Span]()
         for start, end in spans:
@@ -302,12 +303,12 @@ class Turns:
         return text, found
 
     def _is_bare(self, turn: str, messages: Sequence[dict[str, Any]]) -> bool:
-        """Return whether a turn ends with what an assistant says, and the tokenizer has an end of text to put there."""
+        """Return whether a turn ends with the assistant's words, and the tokenizer has an end of text to add."""
         said = (m["content"].strip() for m in messages if m["role"] == "assistant" and not m.get("tool_calls"))
         return bool(self.tokenizer.eos_token) and turn.rstrip().endswith(tuple(words for words in said if words))
 
     def note(self) -> str | None:
-        """Return what a person must know of the template's turns: that no token ends them."""
+        """Return a note if no token ends the template's turns, else None."""
         try:
             text = self._render((_ASKS, _SAYS), None)
         except RowError:
@@ -320,7 +321,7 @@ class Turns:
         return f"the chat template puts no token behind an answer: `{end}` is trained there, each answer in its own row"
 
     def _next_marker(self, called: bool, markers: Sequence[str]) -> str:
-        """Return the special token that the template writes directly behind a last turn when another follows, or ""."""
+        """Return the special token that the template writes directly after a last turn when another follows, or ""."""
         said, following = ((_ASKS, _CALLS), _TOLD) if called else ((_ASKS, _SAYS), _ASKS)
         try:
             short, long = self._render(said, None), self._render((*said, following), None)
@@ -337,7 +338,7 @@ class Turns:
                 raise RowError(f"tools[{index}]", f"`{name}` is not shown by the chat template")
 
     def _render_or_none(self, messages: Sequence[dict[str, Any]]) -> str | None:
-        """Return messages rendered without tools; None where the template asks for some."""
+        """Return messages rendered without tools; None where the template requires tools."""
         try:
             return self._render(messages, None)
         except RowError:
@@ -364,15 +365,15 @@ class Turns:
         return texts[0], [span for _, span in found]
 
     def _of_turns(self, example: Conversation, text: str, marked: list[Span]) -> list[tuple[int, Span]]:
-        """Return the trained messages with the spans a template marks in them, held against the prefix difference.
+        """Return the trained messages with the spans a template marks in them, checked against the prefix difference.
 
-        The marks of a turn may be several that follow each other directly, and may begin in the prompt; what stands in
-        the prompt is not trained. Without a prefix difference there must be one for each turn.
+        A turn may have several adjacent marks, and they may begin in the prompt; what is in the prompt is not trained.
+        Without a prefix difference each turn must have exactly one mark.
         """
         turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
         try:
             _, derived = self._by_prefix(example)
-        except LaterTurnsChangeIt:  # marked, but not as the model will have to write it
+        except LaterTurnsChangeIt:  # marked, but not as the model must write it
             raise
         except RowError:
             if len(marked) != len(turns):
@@ -407,10 +408,10 @@ class Turns:
 
 
 def _check_all_shown(example: Conversation, text: str) -> None:
-    """Refuse a row of which the template leaves out what others than the model say: it would be trained without it.
+    """Refuse a row if its render lacks the words of a message that is not the model's.
 
-    A system text may stand in a user's turn, white space may be another, and what a tool said may be written as JSON.
-    The assistant's own turns are looked at where they are trained; of earlier ones templates leave out thoughts.
+    A system text may be inside of a user's turn, white space may differ, and a tool's result may be written as JSON.
+    The assistant's own turns are checked where they are trained; from earlier ones templates omit thoughts.
     """
     rendered = _squeezed(text)
     others = [(index, message) for index, message in enumerate(example.messages) if message["role"] != "assistant"]
@@ -432,7 +433,7 @@ def _squeezed(text: str) -> str:
 
 
 def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
-    """Refuse a turn of which the template leaves something out, white space and the likes apart."""
+    """Refuse a turn of whose message the template omits something, except for white space and the like."""
     content = message["content"]
     if content.strip() not in turn and _squeezed(content) not in _squeezed(turn):
         raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
@@ -446,7 +447,7 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
 
 
 def _check_only(example: Conversation, index: int, turn: str) -> None:
-    """Refuse a turn that holds more than a message says: its end is not where a recipe says it is."""
+    """Refuse a turn that contains more than its message: its end is not the recipe's mark."""
     message, rest = example.messages[index], _squeezed(turn)
     for words in (message["content"], *(message.get(name) for name in _THOUGHTS)):
         if isinstance(words, str):
@@ -457,9 +458,9 @@ def _check_only(example: Conversation, index: int, turn: str) -> None:
 
 
 def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
-    """Refuse a turn that ends in a header as the prompt before it does: what follows its end is not the model's.
+    """Refuse a turn that ends with a header like the prompt's: what follows is not the model's.
 
-    A single token that ends both is an end of turn, of a template without headers.
+    A single token at the end of both is an end of turn, in a template without headers.
     """
     closing, header = _closing(turn, markers), _closing(before, markers)
     if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header[:3])):
@@ -468,7 +469,7 @@ def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
 
 
 def _closing(text: str, markers: tuple[str, ...]) -> list[str]:
-    """Return the markers a text ends with, the last one first; white space between them counts for nothing."""
+    """Return the markers a text ends with, the last one first; white space between them is ignored."""
     found: list[str] = []
     while marker := next((one for one in markers if one and text.rstrip().endswith(one)), None):
         found.append(marker)
@@ -477,7 +478,7 @@ def _closing(text: str, markers: tuple[str, ...]) -> list[str]:
 
 
 def _common(one: str, two: str) -> str:
-    """Return what two texts begin with alike."""
+    """Return the common prefix of two texts."""
     length = next(
         (index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
     )

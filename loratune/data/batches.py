@@ -1,4 +1,4 @@
-"""The order of samples and how they are cut into batches: pure functions of the data, the seed and the epoch."""
+"""The order of samples and their batches: pure functions of the data, the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
 
-WINDOW = 16  # batches whose rows are sorted by length together
-LOOKED_AT = 512  # samples by which it is found out how much they have in common
-AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of a micro-batch of `auto` where nothing is trained
+WINDOW = 16  # batches per window in which rows are sorted by length
+LOOKED_AT = 512  # samples from which the savings of prefix sharing are estimated
+AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of a micro-batch with `auto`, without training
 
 
 def samples_per_epoch(weights: np.ndarray) -> int:
-    """Return how many samples one epoch shows, each counted as often as its weight says."""
+    """Return the number of samples of one epoch, each counted by its weight."""
     return sum(_shown(weight, count) for weight, count in zip(*np.unique(weights, return_counts=True), strict=True))
 
 
 def _shown(weight: float, count: int) -> int:
-    """Return how often an epoch shows the rows of a weight, all together: at least once, however small the weight."""
+    """Return how many of `count` rows with a weight an epoch has in total: at least one, however small the weight."""
     return max(1, int(weight * count + 0.5))
 
 
 def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Return the batches of one epoch: a pure function of the data, the seed and the epoch.
 
-    Rows are shuffled, then sorted by length within windows of 16 batches, so that a batch pads little; then the batches
-    are shuffled. A weight of 2.5 shows a row twice, and every other row of its source a third time.
+    Rows are shuffled, then sorted by length within windows of 16 batches, so that a batch has little padding; then the
+    batches are shuffled. With a weight of 2.5 each row occurs twice, and every other row of its source a third time.
 
     Args:
         lengths: of each sample in tokens, shape (samples,).
@@ -43,7 +43,7 @@ def epoch_order(lengths: np.ndarray, weights: np.ndarray, batch_size: int, seed:
         epoch: number of the epoch, from 0.
 
     Returns:
-        Sample numbers of each batch, longest first.
+        Indices of the samples of each batch, longest first.
     """
     random = np.random.default_rng([seed, epoch])
     drawn = []
@@ -67,9 +67,9 @@ class Batch:
 
     Attributes:
         micro: samples of each micro-batch of this process, longest first.
-        epoch: how many epochs will have been seen after this step.
+        epoch: epochs done after this step, with fraction.
         samples: their number over all processes.
-        layout: how the rows of a micro-batch are put together.
+        layout: padded, packed, or packed with prefix sharing.
     """
 
     micro: list[list[Sample]]
@@ -94,8 +94,8 @@ def batches(
     """Yield the batches of a run from step `start` (from 0) to step `steps`.
 
     The batches don't depend on `micro_batch_size`, `rank`, `world`, `capacity` or `layout`: each process gets its part
-    of the same samples. Packs hold `capacity` tokens, and are what a micro-batch is made of where rows are packed or
-    share. `budget` is how many tokens, padding included, a micro-batch of `auto` has.
+    of the same samples. A pack has at most `capacity` tokens; with packing a micro-batch consists of packs. `budget` is
+    the number of tokens, padding included, of a micro-batch with `auto`.
     """
     per_epoch = -(-samples_per_epoch(data.sample_weights) // batch_size)
     epoch, order = -1, []
@@ -105,7 +105,7 @@ def batches(
             order = epoch_order(data.sizes, data.sample_weights, batch_size, seed, epoch)
         chosen = order[step % per_epoch]
         mine = [data.sample(int(i)) for i in chosen[rank::world]]
-        if not mine:  # fewer samples than processes: this one repeats a sample and learns nothing from it
+        if not mine:  # fewer samples than processes: this one gets a padding sample without label tokens
             first = data.sample(int(chosen[0]))
             idle = tuple(Row(row.ids, np.zeros_like(row.trained), row.place) for row in first.rows)
             mine = [Sample(idle, first.values)]
@@ -121,7 +121,7 @@ def batches(
 
 
 def split(chosen: list[Sample], micro_batch_size: int | str, tokens: int) -> list[list[Sample]]:
-    """Cut samples (longest first) into micro-batches of so many, or for `auto` of so many tokens with padding."""
+    """Cut samples (longest first) into micro-batches of a size, or for `auto` of `tokens` tokens with padding."""
     if isinstance(micro_batch_size, int):
         return [chosen[cut : cut + micro_batch_size] for cut in range(0, len(chosen), micro_batch_size)]
     parts: list[list[Sample]] = []
@@ -133,15 +133,15 @@ def split(chosen: list[Sample], micro_batch_size: int | str, tokens: int) -> lis
 
 
 def split_packed(chosen: list[Sample], capacity: int, micro_batch_size: int | str, tokens: int) -> list[list[Sample]]:
-    """Pack samples and cut the packs into micro-batches of so many packs, or for `auto` of so many tokens.
+    """Pack samples and cut the packs into micro-batches of a number of packs, or for `auto` of `tokens` tokens.
 
     Returns:
-        The samples of each micro-batch, those of a pack behind one another.
+        The samples of each micro-batch, pack by pack.
     """
     lengths = np.array([sample.tokens for sample in chosen])
     parts: list[list[Sample]] = []
     total = int(lengths.sum())
-    even = total / -(-total // max(tokens, 1))  # parts of about the same size take less memory than one small rest
+    even = total / -(-total // max(tokens, 1))  # parts of similar size: their peak is lower than with a small last one
     packs = filled = 0  # of the last part
     for members in pack(lengths, capacity):
         size = int(lengths[members].sum())
@@ -160,7 +160,7 @@ def split_packed(chosen: list[Sample], capacity: int, micro_batch_size: int | st
 def filling(
     data: Rows, batch_size: int, seed: int, capacity: int, rank: int = 0, world: int = 1
 ) -> tuple[float, float]:
-    """Return how many samples a pack holds and how full it is (0-1), on average over the first 256 steps."""
+    """Return the mean number of samples of a pack and how full it is (0-1), over the first 256 steps."""
     rows = tokens = packs = 0
     each = data.lengths.reshape(-1, data.per_sample).sum(axis=1)
     for chosen in epoch_order(data.sizes, data.sample_weights, batch_size, seed, 0)[:256]:
@@ -172,10 +172,10 @@ def filling(
 def saved(
     data: Rows, batch_size: int, micro_batch_size: int | str, seed: int, budget: int, capacity: int, world: int = 1
 ) -> float:
-    """Return what part (0-1) of the tokens of a step need not be computed where its rows share, on average.
+    """Return the mean fraction (0-1) of a step's tokens that prefix sharing saves.
 
-    Looked at are the first steps, and samples of one process, until a few hundred have been seen; the other arguments
-    are those of `batches`.
+    It is estimated from the first steps of one process, up to a few hundred samples; the other arguments are those of
+    `batches`.
     """
     steps = -(-LOOKED_AT // batch_size)
     tokens = computed = 0
@@ -192,15 +192,15 @@ def largest(
 ) -> int:  # fmt: skip
     """Return the most tokens, padding included, that a micro-batch of these rows can have on one process.
 
-    The longest rows may meet in one step: it is they that are counted, not an average.
+    The longest rows may be in the same step, so the maximum counts, not an average.
 
     Args:
         lengths: of each sample in tokens, its rows padded to the longest; shape (samples,).
         weights: how often each sample is seen per epoch, shape (samples,).
         batch_size: samples per step over all processes.
         micro_batch_size: samples, or packs where packed, or `auto`.
-        budget: tokens of a micro-batch of `auto`.
-        capacity: tokens of a pack, where rows are packed.
+        budget: tokens of a micro-batch with `auto`.
+        capacity: tokens of a pack; None without packing.
         world: number of processes.
     """
     each = -(-batch_size // world)
@@ -216,6 +216,6 @@ def largest(
 
 
 def in_length_order(data: Rows, micro_batch_size: int | str, budget: int) -> list[list[Sample]]:
-    """Return all samples once, in micro-batches of similar length (for `auto` of `budget` tokens)."""
+    """Return all samples once, in micro-batches of samples of similar length (for `auto` of `budget` tokens)."""
     order = np.argsort(-data.sizes, kind="stable")
     return split([data.sample(int(i)) for i in order], micro_batch_size, budget)

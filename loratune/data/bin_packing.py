@@ -1,4 +1,4 @@
-"""Which rows share a pack: a pure function of their lengths."""
+"""Bin packing: which rows share a pack, a pure function of their lengths."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Pack rows best-fit-decreasing: the longest first, each into the pack it leaves the least room in.
+    """Pack rows best-fit-decreasing: the longest first, each into the pack with the least sufficient room.
 
-    No row is ever cut. The rooms that are left are the bits of one number, so that the smallest sufficient one is found
-    by two shifts: a million rows take seconds.
+    No row is cut. The rooms left are the bits of one integer, so that the smallest sufficient one is found with two
+    shifts: a million rows take seconds.
 
     Args:
         lengths: of each row in tokens, 1 to `capacity`, shape (rows,).
         capacity: most tokens in a pack.
 
     Returns:
-        Row numbers of each pack, longest row first; every row stands in exactly one.
+        Row indices of each pack, longest row first; every row is in exactly one.
 
     Source: D. S. Johnson, Near-optimal bin packing algorithms, MIT 1973.
     """
     assert len(lengths) == 0 or 0 < lengths.min() <= lengths.max() <= capacity, "rows are cut or refused before"
     order = np.argsort(-lengths, kind="stable")
     packs: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # packs by the tokens they have room for
-    rooms = 0  # bit n is set where a pack has room for n tokens
+    with_room: dict[int, list[int]] = {}  # packs by their room in tokens
+    rooms = 0  # bit n is set if a pack has room for n tokens
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         sufficient = rooms >> length
         if sufficient:

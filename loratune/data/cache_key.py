@@ -1,4 +1,4 @@
-"""What decides the tokenized rows of a set, as one hash: rows kept in the cache are found by it and never stale."""
+"""The key of tokenized rows in the cache: a hash of everything they depend on, so that they are never stale."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from loratune.data.section import Data, Source
 from loratune.errors import DataError, Place, Problem
 from loratune.system import files
 
-# whose code decides what a row becomes, ours beside that of this package, and others'
+# modules and packages whose code the rows depend on
 _MODULES = ("config/section", "system/files")
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 
 
 @dataclass(frozen=True)
 class Input:
-    """A data file as it was when a run began: size in bytes, time of its last change (ns), hash of its bytes."""
+    """A data file at the start of a run: size in bytes, modification time (ns), hash of its bytes."""
 
     path: str
     size: int
@@ -34,7 +34,7 @@ class Input:
 
 
 def of(source: Source, name: str = "train") -> list[Input]:
-    """Return the files of a source, every byte of them read; of a hub data set, those in the cache of `datasets`.
+    """Return the files of a source, each hashed; of a hub data set, those in the cache of `datasets`.
 
     Args:
         source: of rows.
@@ -62,10 +62,10 @@ def _input(path: str) -> Input:
 
 
 def check_unchanged(given: Sequence[Input]) -> None:
-    """Check that no file was written to since it was hashed.
+    """Check that no file has changed since it was hashed.
 
     Raises:
-        DataError: when one was.
+        DataError: when one has.
     """
     for one in given:
         now = os.stat(one.path) if os.path.exists(one.path) else None
@@ -76,16 +76,16 @@ def check_unchanged(given: Sequence[Input]) -> None:
 def key(
     sources: Sequence[Source], given: Sequence[Sequence[Input]], data: Data, encoder: Encoder, name: str
 ) -> str | None:
-    """Return a hash (hex) of everything that decides the rows of a set, or None where that can't be known.
+    """Return a hash (hex) of everything that the rows of a set depend on, or None where that is unknown.
 
     Args:
         sources: of the set.
         given: the files of each source.
-        data: how rows are read and fitted.
+        data: how rows are read and fitted to `max_length`.
         encoder: with the tokenizer and its chat template.
         name: of the set.
     """
-    if not all(given):  # a hub data set that lies in memory only
+    if not all(given):  # a hub data set that is in memory only
         return None
     template = encoder.turns.template or ""
     tokenizer = encoder.tokenizer
@@ -99,7 +99,7 @@ def key(
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template,
-        "today": date.today().isoformat() if "strftime_now" in template else "",  # it may write the date
+        "today": date.today().isoformat() if "strftime_now" in template else "",  # the template may write the date
     }
     return xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

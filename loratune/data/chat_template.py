@@ -1,4 +1,4 @@
-"""What a recipe says of the chat template, written into it: whoever serves the adapter renders what was trained."""
+"""Write a recipe's settings into the chat template, so that a server of the adapter renders what was trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratune.models.tokenizing import adds_bos_itself, check_template
 from loratune.system import files
 
 MARKS = re.compile(r"\{#- turns: (\{.*?\}) -#\}")
-# puts a system text in front of the first user message, before a template that has no system role
+# prepended to a template without a system role: puts the system text in front of the first user message
 FOLD = (
     "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer')"
     " and messages[1]['role'] == 'user' -%}"
@@ -25,13 +25,13 @@ FOLD = (
 
 
 def marks_comment(assistant: str, end: str) -> str:
-    """Return the comment of a chat template that names what stands around the assistant's turns."""
-    told = json.dumps({"assistant": assistant, "end": end}).replace("#", "\\u0023")  # a comment must not end in it
+    """Return a comment for a chat template with the recipe's marks of the assistant's turns."""
+    told = json.dumps({"assistant": assistant, "end": end}).replace("#", "\\u0023")  # `#}` would end the comment
     return f"{{#- turns: {told} -#}}"
 
 
 def tokenizer_of(model: Model, data: Data, trust: bool = False) -> Any:
-    """Load the tokenizer a recipe trains with: that of its base, with the chat template it names.
+    """Load the tokenizer of a recipe: its base's, with the recipe's chat template.
 
     Raises:
         ModelError: as `tokenizing.load` and `with_template`.
@@ -41,20 +41,20 @@ def tokenizer_of(model: Model, data: Data, trust: bool = False) -> Any:
 
 
 def with_template(tokenizer: Any, data: Data) -> Any:
-    """Give a tokenizer the chat template a recipe makes; it is saved with the tokenizer.
+    """Set a tokenizer's chat template as a recipe says; it is saved with the tokenizer.
 
-    What a recipe says of the template is written into it, so that whoever serves the adapter renders what was trained,
-    and a row cache knows another template.
+    All settings are written into the template, so that a server of the adapter renders what was trained, and a row
+    cache sees that the template has changed.
 
     Args:
         tokenizer: of the base model.
-        data: its `chat_template` (one of `TEMPLATES`, or the path of a file; None: it keeps its own), the values of
-            variables that it asks for, `system` and `turns`.
+        data: its `chat_template` (one of `TEMPLATES`, or the path of a file; None: the tokenizer's own), the values of
+            template variables, `system` and `turns`.
 
     Raises:
-        SafetyError: when the template of a file takes too long, too much memory, or reaches out of its sandbox.
-        ModelError: when the file can't be read, ChatML is asked of a tokenizer that has no token to end its turns,
-            the template never asks for an argument, there is none to change, or turns end without a special token.
+        SafetyError: when the template of a file takes too long or too much memory, or leaves its sandbox.
+        ModelError: when the file can't be read, the tokenizer lacks ChatML's end token, the template does not use a
+            given variable, there is no template to change, or turns end without a special token.
     """
     tokenizer = _chosen(tokenizer, data.chat_template)
     arguments, marks = data.chat_template_kwargs, data.turns

@@ -1,4 +1,4 @@
-"""Samples to the tensors of a micro-batch: rows padded, packed behind one another, or sharing prefixes."""
+"""Collate samples to the tensors of a micro-batch: padded, packed, or packed with prefix sharing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
 from loratune.models.batch import Batch
 
-IGNORED = -100  # torch's and transformers' label for a token that is not trained
+IGNORED = -100  # label of torch and transformers for tokens without loss
 
-# inputs of the model, and for each row the places in its output where a trained token is predicted
+# inputs of the model, and for each row the positions in the output at which its label tokens are predicted
 Laid = tuple[dict[str, Any], list[np.ndarray]]
 
 
@@ -25,9 +25,9 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
     """Make one micro-batch of samples.
 
     Args:
-        samples: whose rows are put together, in order.
-        layout: padded on the right, packed behind one another, or sharing the prefixes that rows have in common.
-        virtual_tokens: that the model puts before each row, in its output as well; with the padded layout only.
+        samples: whose rows are collated, in order.
+        layout: padded on the right, packed, or packed with prefix sharing.
+        virtual_tokens: that the model adds before each row, in its output too; only with the padded layout.
 
     Returns:
         The micro-batch; what its `inputs` are: see `_padded`, `_packed` and `_shared`.
@@ -53,7 +53,7 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
 
 
 def labels(batch: Batch) -> torch.Tensor:
-    """Return the labels of a padded batch, (rows, tokens): under each trained token itself, IGNORED elsewhere."""
+    """Return the labels of a padded batch, (rows, tokens): each label token at its own position, IGNORED elsewhere."""
     found = torch.full_like(batch.inputs["input_ids"], IGNORED)
     found.flatten()[batch.places + 1] = batch.targets
     return found
@@ -73,12 +73,12 @@ def _padded(rows: Sequence[Row], known: Sequence[np.ndarray], virtual_tokens: in
 
 
 def _packed(rows: Sequence[Row], known: Sequence[np.ndarray]) -> Laid:
-    """Pack rows behind one another, under the names by which transformers knows packed rows.
+    """Concatenate rows, with transformers' names for packed rows.
 
     Returns:
         input_ids and position_ids, each (1, tokens), positions restarting at 0 with each row; cu_seq_lens_q and
-        cu_seq_lens_k, where each row begins and the end of the last, int32, (rows + 1,); max_length_q and
-        max_length_k, tokens of the longest row.
+        cu_seq_lens_k, the start of each row and the end of the last, int32, (rows + 1,); max_length_q and max_length_k,
+        tokens of the longest row.
     """
     lengths = torch.tensor([len(row.ids) for row in rows])
     starts = pad(lengths.cumsum(0), (1, 0))
@@ -93,11 +93,11 @@ def _packed(rows: Sequence[Row], known: Sequence[np.ndarray]) -> Laid:
 
 
 def _shared(rows: Sequence[Row], known: Sequence[np.ndarray]) -> Laid:
-    """Pack rows such that the prefixes they have in common stand there once; see `prefix_sharing.lay`.
+    """Pack rows with common prefixes included once; see `prefix_sharing.lay`.
 
     Returns:
-        As `_packed`, but several tokens may be predicted at one place. cu_seq_lens_q says where the own tokens of each
-        row begin, cu_seq_lens_k where the row begins in key_places: where all its tokens stand in the pack, int64,
+        As `_packed`, but several tokens may be predicted at one position. cu_seq_lens_q has the start of each row's own
+        tokens, cu_seq_lens_k the start of each row in key_places: the indices in the pack of all its tokens, int64,
         (tokens of all rows,).
     """
     shared = prefix_sharing.lay(rows)

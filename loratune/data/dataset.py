@@ -1,4 +1,4 @@
-"""The rows of a run: read, tokenized, each accounted for, and kept on disk."""
+"""The rows of a run: reading, tokenizing, accounting for each in the ledger, and caching on disk."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ Progress = Callable[[int, float], None]
 
 
 def _untold(rows: int, share: float) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 @dataclass
 class Rows:
-    """Tokenized rows, or some of them: on disk, whatever their number; 8 bytes each in memory.
+    """Tokenized rows, or a subset of them: on disk, with 8 bytes each in memory.
 
     Attributes:
-        store: where they lie.
-        chosen: their numbers there, int64, shape (rows,).
+        store: the file that holds them.
+        chosen: their indices in it, int64, shape (rows,).
         counts: what became of every row read.
-        cached: whether they were found, not read.
-        damaged: whether they were found damaged, and read anew.
-        unkept: why they could not be kept for the next time, or nothing.
-        left_out: what is told of files in their folders that were not read.
-        values: numbers known of each sample before training, by name, (samples,) each.
+        cached: whether they were found in the cache.
+        damaged: whether the cached ones were damaged, and read again.
+        unkept: why they could not be cached for the next run, or nothing.
+        left_out: lines on files in their folders that were not read.
+        values: known values of each sample by name, (samples,) each; see `reference.take`.
     """
 
     store: Store
@@ -78,12 +78,12 @@ class Rows:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """How often each row is seen per epoch, shape (rows,)."""
+        """How often each row occurs per epoch, shape (rows,)."""
         return np.take(self.store.weights, self.chosen)
 
     @property
     def per_sample(self) -> int:
-        """Rows of a sample: 1, or 2 where a chosen answer stands beside a rejected one."""
+        """Rows of a sample: 1, or 2 for a pair of a chosen and a rejected answer."""
         found: int = self.store.about.get("per_sample", 1)
         return found
 
@@ -93,27 +93,27 @@ class Rows:
         return len(self) // self.per_sample
 
     def sample(self, index: int) -> Sample:
-        """Return the rows of a sample, and what is known of it."""
+        """Return a sample: its rows and known values."""
         first = index * self.per_sample
         rows = tuple(self[row] for row in range(first, first + self.per_sample))
         return Sample(rows, {name: float(values[index]) for name, values in self.values.items()})
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Tokens of each sample with its rows side by side, each padded to the longest; shape (samples,)."""
+        """Tokens of each sample, its rows padded to the longest; shape (samples,)."""
         longest: np.ndarray = self.lengths.reshape(-1, self.per_sample).max(axis=1)
         return self.per_sample * longest
 
     @cached_property
     def sample_weights(self) -> np.ndarray:
-        """How often each sample is seen per epoch, shape (samples,)."""
+        """How often each sample occurs per epoch, shape (samples,)."""
         return self.weights[:: self.per_sample]
 
     @property
     def contents(self) -> np.ndarray:
-        """A number for what each row says.
+        """A hash of each row's content.
 
-        Rows that were read from the same words have the same, and so have the pieces of one row; shape (rows,).
+        Rows with the same content have the same, and so have the pieces of one row; shape (rows,).
         """
         return np.take(self.store.contents, self.chosen)
 
@@ -125,18 +125,18 @@ class Rows:
 
     @property
     def unread(self) -> dict[str, int]:
-        """Columns, and keys of messages, that hold something and that nobody reads: in how many rows each."""
+        """Columns, and keys of messages, that have content but are not read, with the number of rows of each."""
         found: dict[str, int] = self.store.about.get("unread", {})
         return found
 
     def told_unread(self, held_out: Rows | None = None) -> list[str]:
-        """Return what is to be told of files and columns not read, of held-out rows too where read apart."""
+        """Return lines on files and columns that are not read, also of held-out rows from files of their own."""
         other = held_out if held_out is not None and held_out.store is not self.store else None
         told = dict.fromkeys((*self.left_out, *(other.left_out if other else ())))
         return [*told, *unread_columns.lines(self.unread, other.unread if other else {})]
 
     def take(self, indices: np.ndarray) -> Rows:
-        """Return some of the rows as a set of its own; of pairs both rows."""
+        """Return a subset of the rows; `indices` must contain both rows of a pair."""
         chosen = self.chosen[indices]
         tokens, trained = int(self.store.lengths[chosen].sum()), int(self.store.trained[chosen].sum())
         counts = replace(self.counts, tokens=tokens, trained_tokens=trained)
@@ -160,14 +160,14 @@ class Rows:
 def load(
     sources: Sequence[Source], data: Data, encoder: Encoder, progress: Progress = _untold, name: str = "train"
 ) -> Rows:
-    """Read and tokenize all rows of some sources and account for each, or find them as they were when last read.
+    """Read and tokenize all rows of some sources, or find them in the cache.
 
     Args:
         sources: where the rows come from.
-        data: format, longest row, and what happens to rows that are too long, bad or said twice.
+        data: format, longest row, and what happens to rows that are too long, unusable or duplicates.
         encoder: of the base model's tokenizer.
-        progress: called now and then with the number of rows read so far and the part (0-1) of the data that is.
-        name: of the set, for the ledger and the choice among the splits of a folder.
+        progress: called now and then with the number of rows read so far and the fraction (0-1) of the data.
+        name: of the set, for the ledger and the choice of a folder's split.
 
     Raises:
         DataError: naming the first rows that can't be used, or when more are lost than `max_lost` allows, or when there
@@ -233,7 +233,7 @@ def _read(
 
 @dataclass
 class _Refused:
-    """Rows for which there will be no run: how many, and the first of them."""
+    """Rows that prevent the run: their number, and the first of them."""
 
     unusable: int = 0
     long: int = 0
@@ -242,7 +242,7 @@ class _Refused:
 
 
 class _Account:
-    """Gives every row that was read its line in the ledger, and what is left of it to the writer."""
+    """Record every row in the ledger, and pass the tokenized rows to the writer."""
 
     def __init__(self, ledger: Ledger, writer: row_cache.Writer, data: Data):
         self.counts = ledger.counts
@@ -280,14 +280,14 @@ class _Account:
 
 
 class _Seen:
-    """Remembers 63-bit numbers in 8 bytes each: most in a sorted array, the newest in a set."""
+    """A set of 63-bit numbers in 8 bytes each: most in a sorted array, the newest in a Python set."""
 
     def __init__(self) -> None:
         self._old = np.empty(0, dtype=np.int64)
         self._new: set[int] = set()
 
     def again(self, number: int) -> bool:
-        """Return whether a number was here before, and remember it."""
+        """Return whether a number was added before, and add it."""
         if number in self._new:
             return True
         at = np.searchsorted(self._old, number)
@@ -301,16 +301,16 @@ class _Seen:
 
 
 def of(section: Data, seed: int, encoder: Encoder, progress: Progress = _untold) -> tuple[Rows, Rows | None]:
-    """Return the rows to train on and those held out (or None); see `load`.
+    """Return the training rows and the held-out rows (or None); see `load`.
 
     Args:
         section: the recipe's `data`.
-        seed: by which held-out rows are chosen.
+        seed: for the choice of held-out rows.
         encoder: with the tokenizer.
         progress: called with the number of rows so far.
 
     Raises:
-        DataError: also when a row stands in both and the recipe doesn't allow it.
+        DataError: also when a row is in both and the recipe doesn't allow it.
     """
     found = load(section.train, section, encoder, progress)
     if section.eval_fraction is not None:
@@ -324,13 +324,13 @@ def of(section: Data, seed: int, encoder: Encoder, progress: Progress = _untold)
 
 
 def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Split off a part of the rows for evaluation; the choice depends on the seed only.
+    """Split off a fraction of the rows for evaluation; the choice depends on the seed only.
 
-    Pieces of one row and rows that say the same stay on one side, else the eval rows would not be new.
+    Pieces of one row and duplicates stay together, else held-out rows would be in the training set, too.
 
     Args:
         train: all rows.
-        fraction: part of them (0-1) to hold out, at least one row and never all.
+        fraction: of them (0-1) to hold out, at least one row and never all.
         seed: of the recipe.
 
     Raises:

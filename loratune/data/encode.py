@@ -1,6 +1,6 @@
-"""Rows to tokens, with the truth about which of them are trained.
+"""Tokenize rows, and mark which tokens are trained.
 
-Trained are exactly the assistant's words and the token that ends its turn; `assistant_turns.py` says where they stand.
+Trained are exactly the assistant's words and the token that ends its turn; `assistant_turns.py` finds them in the text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
         ids: token ids, int32, shape (tokens,).
-        trained: True where the token is to be learned, bool, shape (tokens,).
+        trained: True for label tokens, bool, shape (tokens,).
         place: where the row came from.
     """
 
@@ -38,13 +38,13 @@ class Row:
     place: Place
 
     def count(self) -> int:
-        """Return the number of tokens that can be trained: the first of a row has nothing before it."""
+        """Return the number of label tokens, without the first token of a row, which nothing predicts."""
         return int(self.trained[1:].sum())
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """An encoding of the library `tokenizers`, asked as `Tokens` are."""
+    """An encoding of the library `tokenizers`, with the interface of `Tokens`."""
 
     found: Any
 
@@ -68,9 +68,9 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row before it is tokenized: texts that are tokenized apart, and the trained spans of the first (characters).
+    """A row before it is tokenized: texts that are tokenized separately, and trained spans of the first (characters).
 
-    There are none where plain text is too long to be tokenized at once.
+    There are no texts where plain text is too long to be tokenized at once.
     """
 
     example: Whole
@@ -83,7 +83,7 @@ class Encoder:
 
     Args:
         tokenizer: of the base model.
-        own: whether nobody else uses the tokenizer, so that it need not be copied.
+        own: whether nothing else uses the tokenizer, so that it need not be copied.
 
     Raises:
         ModelError: when the tokenizer has no fast implementation (masks need its character offsets).
@@ -104,11 +104,11 @@ class Encoder:
         self._is_special = np.zeros(max(self.special, default=0) + 2, dtype=bool)  # by token id; the last for all above
         self._is_special[list(self.special)] = True
 
-    # What follows is made with the first text: rows found in the cache need none of it.
+    # The following is computed for the first text: cached rows don't need it.
 
     @cached_property
     def _markers(self) -> tuple[str, ...]:
-        """The texts of the special tokens, that of BOS apart: it begins a text and ends none."""
+        """The texts of the special tokens, except for BOS, which ends no text."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         kept = (index for index in self.special if index != bos or index == eos)
         return tuple(
@@ -117,7 +117,7 @@ class Encoder:
 
     @cached_property
     def _backend(self) -> Any:
-        """The tokenizer without its post-processor, which would trim white space off the offsets and add tokens."""
+        """The tokenizer without its post-processor, which would trim white space from offsets and add tokens."""
         from tokenizers import Tokenizer, processors
 
         given = self.tokenizer.backend_tokenizer
@@ -129,7 +129,7 @@ class Encoder:
 
     @cached_property
     def _divisible(self) -> bool:
-        """Whether a text can be cut without a trace: some tokenizers put a space before every one."""
+        """Whether a text can be cut without changing its tokens: some tokenizers add a space before every text."""
         alone = self._backend.encode("a", add_special_tokens=False).ids
         return bool(self._backend.decode(alone + alone) == self._backend.decode(alone) * 2)
 
@@ -142,7 +142,7 @@ class Encoder:
         """Return an example as a row of tokens.
 
         Raises:
-            RowError: when the template refuses the messages, or the trained tokens can't be known with certainty.
+            RowError: when the template refuses the messages, or it is not certain which tokens are trained.
         """
         draft = self._draft(example)
         return self._finish(draft, list(self._tokenized(draft.texts)), place)
@@ -159,10 +159,10 @@ class Encoder:
         return found
 
     def batch(self, examples: Sequence[tuple[Whole, Place]]) -> list[list[Row] | RowError]:
-        """Return each example as one row, as one row per trained turn, or what is wrong with it.
+        """Return each example as one row, as one row per trained turn, or its error.
 
-        Templates of reasoning models leave thoughts out of all turns but the last, so one row can't show every turn as
-        it will be written. Then each turn is a row of its own, behind the very prompt a server renders for it.
+        Templates of reasoning models omit thoughts from all turns but the last, so one row can't show every turn as the
+        model must write it. Then each turn is a row of its own, after exactly the prompt that a server renders for it.
         """
         drafts = [_result(self._drafts, example) for example, _ in examples]
         texts = [text for some in drafts if not isinstance(some, RowError) for draft in some for text in draft.texts]
@@ -210,19 +210,19 @@ class Encoder:
         return _Draft(example, texts if self._divisible else ("".join(texts),))
 
     def _tokenized(self, texts: Sequence[str]) -> Iterator[Tokens | _Encoding | RowError]:
-        """Yield each text as tokens, or what is wrong with it."""
+        """Yield each text as tokens, or its error."""
         quick = [self._words.encode(text) if self._words else None for text in texts]
         others = [text for text, found in zip(texts, quick, strict=True) if found is None]
         try:
             left: Any = map(_Encoding, self._backend.encode_batch(others, add_special_tokens=False))
-        except TypeError:  # in one of them, half of a surrogate pair: then one by one
+        except TypeError:  # one of them has half of a surrogate pair: then one by one
             left = (_result(lambda text: _Encoding(self._encode(text)), text) for text in others)
         return (found or next(left) for found in quick)
 
     def _encode(self, text: str) -> Any:
         try:
             return self._backend.encode(text, add_special_tokens=False)
-        except TypeError:  # half of a surrogate pair, as JSON can spell it
+        except TypeError:  # half of a surrogate pair, which JSON can contain
             raise RowError("", "holds half a character (a lone surrogate)") from None
 
     def _finish(self, draft: _Draft, pieces: Sequence[Tokens | _Encoding | RowError], place: Place) -> Row:
@@ -247,9 +247,9 @@ class Encoder:
     def _at_edges(
         self, piece: Tokens | _Encoding, ids: np.ndarray, spans: Sequence[Span], text: str
     ) -> np.ndarray | None:
-        """Return which tokens are trained where each span has a token at both its edges, else None.
+        """Return which tokens are trained if token boundaries match both edges of each span, else None.
 
-        This is what `_tokens` and `_mark` find, without the offsets of every token: those cost as much as the
+        The result is that of `_tokens` and `_mark`, without the offsets of every token, which cost as much as the
         tokenizing itself.
         """
         trained = np.zeros(len(ids), dtype=bool)
@@ -265,10 +265,10 @@ class Encoder:
         return trained
 
     def _tokens(self, text: str, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenize a text so that no token reaches over a cut, and return ids and offsets (tokens, 2).
+        """Tokenize a text such that no token crosses a cut, and return ids and offsets (tokens, 2).
 
-        At a cut the prompt ends and the model goes on: a token over it, such as two line ends made one, can't be what
-        it writes there. Only a special token that swallows the white space behind it may: it is in the prompt already.
+        At a cut the prompt ends and the model continues: it can't write a token that crosses it, such as two line ends
+        merged into one. Only a special token that includes the white space after it may: it is in the prompt already.
         """
         ids, offsets = self._pieces(text, [0, len(text)])
         common = ~np.isin(ids, list(self.special))
@@ -289,7 +289,7 @@ class Encoder:
         return np.concatenate(ids), np.concatenate(offsets)
 
     def _mark(self, trained: np.ndarray, ids: np.ndarray, offsets: np.ndarray, start: int, end: int, text: str) -> None:
-        """Set `trained` on the tokens inside a turn, up to and with the token that ends it."""
+        """Set `trained` on the tokens of a turn, including the token that ends it."""
         inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
         ends = [int(index) for index in inside if int(ids[index]) in self.special]
         if not ends or text[offsets[ends[-1], 1] : end].strip():
@@ -305,9 +305,9 @@ class Encoder:
             raise RowError("", "begins with two BOS tokens: the chat template writes one and the messages another")
 
     def _plain(self, example: Plain, pieces: Sequence[Tokens | _Encoding], place: Place) -> Row:
-        """Put segments together that were tokenized apart, as a prompt is at serving.
+        """Join segments that were tokenized separately, as a prompt is when served.
 
-        One BOS where the tokenizer adds one, EOS at the end.
+        With one BOS where the tokenizer adds one, and EOS at the end.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         flags = [learn for _, learn in example.segments]
@@ -325,11 +325,11 @@ class Encoder:
             parts.insert(0, (np.array([bos], dtype=np.int32), False))
         if eos is not None and not (parts and parts[-1][0][-1] == eos):
             parts.append((np.array([eos], dtype=np.int32), True))
-        ids = np.concatenate([np.empty(0, np.int32), *(one for one, _ in parts)])  # the one copy, however long
+        ids = np.concatenate([np.empty(0, np.int32), *(one for one, _ in parts)])  # the only copy, however long
         return Row(ids, np.repeat([learn for _, learn in parts], [len(one) for one, _ in parts]).astype(bool), place)
 
     def _of_long(self, text: str) -> Iterator[np.ndarray]:
-        """Yield the token ids of a text of any length in parts, each int32, shape (tokens,); see `longtext`."""
+        """Yield the token ids of a text of any length in parts, each int32, shape (tokens,); see `long_text`."""
 
         def ids(part: str) -> Sequence[int]:
             (found,) = self._tokenized([part])
@@ -346,7 +346,7 @@ def _ids(piece: Tokens | _Encoding) -> np.ndarray:
 
 
 def _result(function: Any, argument: Any) -> Any:
-    """Return what a function returns, or the RowError it raises: one bad row must not stop the others."""
+    """Return the result of a function, or the RowError it raises: one bad row must not stop the others."""
     try:
         return function(argument)
     except RowError as error:

@@ -1,9 +1,9 @@
-"""Byte-level BPE by a table of words: the ids the tokenizer itself gives, several times as fast.
+"""Byte-level BPE with a cache of words: the same ids as the tokenizer, several times as fast.
 
-A tokenizer of this kind cuts a text at its added tokens, what is between into words by regular expressions, and turns
-each word into ids by itself. Most words come again and again, so their ids are kept. The expressions are run by
-Python's `re`, only on texts whose characters are of the same class in every version of Unicode; other texts, and
-tokenizers that take any step more, are left to the library.
+Such a tokenizer splits a text at its added tokens, splits the rest into words by regular expressions, and encodes each
+word by itself. Most words recur, so their ids are cached. The expressions are run by Python's `re`, only on texts whose
+characters have the same class in every version of Unicode. Other texts, and tokenizers with further steps, are left to
+the library.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-KEPT = 1 << 16  # words whose ids are kept: some 15 MB
-LONGEST = 32  # characters of a word that is kept: a longer one hardly comes again
+KEPT = 1 << 16  # words whose ids are cached: about 15 MB
+LONGEST = 32  # characters of a cached word: longer ones rarely recur
 
 Cut = Callable[[str], list[str]]
 
-# Latin, Greek, Cyrillic and typographic signs, without the long s: it is an s where case is ignored
+# Latin, Greek, Cyrillic and typographic signs, without the long s, which equals s where case is ignored
 _BLOCKS = (
     (0x21, 0x7F),
     (0xA1, 0x17F),
@@ -37,7 +37,7 @@ _SPACES = "\t\n\r "
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # built into `ByteLevel`
 _PARTS = re.compile(
     r"\\p\{(\w+)\}|\\(.)|(\[\^?)|(\])|([\^$]|&&|\}\+)", re.DOTALL
-)  # of an expression, and doubtful ones
+)  # parts of an expression, and doubtful ones
 
 
 class Tokens:
@@ -50,7 +50,7 @@ class Tokens:
     def __init__(self, table: _Table):
         self.ids: list[int] = []
         self._table = table
-        # of each part, an added token or what is between two: its first character and token, and its words
+        # for each part (an added token or the text between two): its first character and token, and its words
         self._characters: list[int] = []
         self._tokens: list[int] = []
         self._words: list[Sequence[str]] = []
@@ -71,7 +71,7 @@ class Tokens:
         return None if token is None else token - 1
 
     def end(self, token: int) -> int:
-        """Return the character behind an added token."""
+        """Return the character after an added token."""
         part = bisect_right(self._tokens, token) - 1
         return self._characters[part] + len(self._words[part][0])
 
@@ -84,14 +84,14 @@ class Tokens:
 
 
 class Words:
-    """Turns texts into tokens; threads may share it."""
+    """Turn texts into tokens; thread-safe."""
 
     def __init__(self, backend: Any, added: Sequence[re.Pattern[str]], cuts: Sequence[Cut]):
         self._added, self._cuts = added, cuts
         self._table = _Table(backend)
 
     def encode(self, text: str) -> Tokens | None:
-        """Return a text as tokens, or None where it holds characters that are left to the library."""
+        """Return a text as tokens, or None if it contains characters that are left to the library."""
         tokens, character = Tokens(self._table), 0
         for part, added in self._parts(text):
             if not added and _OTHERS.search(part):
@@ -138,9 +138,9 @@ class _Table(dict[str, tuple[int, ...]]):
 
 
 def of(backend: Any) -> Words | None:
-    """Return a table of words for a tokenizer of the library `tokenizers`, or None where it takes other steps.
+    """Return a table of words for a tokenizer of the library `tokenizers`, or None if it has other steps.
 
-    What it gives is held against the library's on some random texts first.
+    Its results are first compared with the library's on random texts.
     """
     said = json.loads(backend.to_str())
     model, normalizer, step = said["model"], said["normalizer"], said["pre_tokenizer"]
@@ -158,7 +158,7 @@ def of(backend: Any) -> Words | None:
     cuts = [_cut(part) for part in steps]
     if None in cuts:
         return None
-    # looked for before the text is normalized, then after; of several the longest
+    # matched before the text is normalized, then after; the longest match wins
     kinds = [[re.escape(token.content) for token in tokens if token.normalized is after] for after in (False, True)]
     added = [re.compile(f"({'|'.join(sorted(kind, key=len, reverse=True))})") for kind in kinds if kind]
     words = Words(backend, added, [cut for cut in cuts if cut is not None])
@@ -189,11 +189,11 @@ def _agree(words: Words, backend: Any, added: Sequence[str]) -> bool:
 
 
 def _cut(step: dict[str, Any]) -> Cut | None:
-    """Return what a pre-tokenizer (of tokenizer.json) does to a text, or None where it is not to be done here."""
+    """Return a pre-tokenizer step (of tokenizer.json) as a function of a text, or None if it is not supported."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         pattern = _GPT2 if step["use_regex"] else None
         if pattern is None:
-            return lambda text: [text]  # earlier steps have cut it
+            return lambda text: [text]  # earlier steps have split the text
     elif step["type"] == "Digits":
         pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
     elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
@@ -206,7 +206,7 @@ def _cut(step: dict[str, Any]) -> Cut | None:
 
 
 def _cut_by(pattern: re.Pattern[str]) -> Cut:
-    """Return a function that cuts a text into what matches and what is between."""
+    """Return a function that splits a text into matches and the text between them."""
 
     def cut(text: str) -> list[str]:
         found: list[str] = pattern.findall(text)
@@ -222,14 +222,14 @@ def _cut_by(pattern: re.Pattern[str]) -> Cut:
 
 
 def _translated(pattern: str) -> re.Pattern[str] | None:
-    """Return an expression of Oniguruma, as tokenizers use it, in Python's syntax, or None where the two may differ."""
+    """Return an Oniguruma expression, as tokenizers use it, in Python's syntax, or None where the two may differ."""
     inside = doubtful = False
 
     def part(found: re.Match[str]) -> str:
         nonlocal inside, doubtful
         kind, escaped, opens, closes, other = found.groups()
         if opens or closes:
-            doubtful |= inside is bool(opens)  # a class in a class
+            doubtful |= inside is bool(opens)  # a nested class
             inside = bool(opens)
         elif other:
             doubtful |= not (inside and other in "^$")
@@ -242,7 +242,7 @@ def _translated(pattern: str) -> re.Pattern[str] | None:
         return found[0]
 
     python = _PARTS.sub(part, pattern)
-    if doubtful or "[]" in python or "[^]" in python:  # a class of nothing that is known here
+    if doubtful or "[]" in python or "[^]" in python:  # an empty class
         return None
     try:
         translated = re.compile(python)
@@ -252,7 +252,7 @@ def _translated(pattern: str) -> re.Pattern[str] | None:
 
 
 def _class_of(characters: Iterable[str]) -> str:
-    """Return the inside of a character class, as ranges."""
+    """Return the content of a character class, as ranges."""
     ranges: list[tuple[int, int]] = []
     for code in sorted(map(ord, characters)):
         first, last = ranges.pop() if ranges and ranges[-1][1] == code - 1 else (code, code)
@@ -261,9 +261,9 @@ def _class_of(characters: Iterable[str]) -> str:
 
 
 def _characters() -> dict[str, str]:
-    """Return the characters that are cut into words here, with their category.
+    """Return the characters that are supported here, with their category.
 
-    It is the same in every Unicode since 3.2, or 6; none is a mark, a control, or changed by normalization (NFC).
+    Their category is the same in every Unicode since 3.2, or 6; none is a mark, a control, or changed by NFC.
     """
     old, now = unicodedata.ucd_3_2_0.category, unicodedata.category
     found = (chr(code) for first, end in _BLOCKS for code in range(first, end))
@@ -273,7 +273,7 @@ def _characters() -> dict[str, str]:
 
 
 def _bytes() -> list[str]:
-    """Return the character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    """Return the character for each byte in a byte-level vocabulary (GPT-2's)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (code for code in range(256) if code not in shown)
     signs = {code: chr(code) for code in shown} | {code: chr(0x100 + index) for index, code in enumerate(others)}

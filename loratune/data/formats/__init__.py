@@ -1,4 +1,4 @@
-"""How a data row is read. A new format is one file here and one word in this union."""
+"""Formats: how a data row is read. A new one is one file here and one word in this union."""
 
 from __future__ import annotations
 

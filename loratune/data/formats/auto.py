@@ -1,4 +1,4 @@
-"""Formats recognised by the columns of a row."""
+"""The format `auto`: recognised from the columns of a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
 from loratune.data.formats.text import Text
 
-# columns that name a format, the surest first
+# columns that identify a format, the most certain first
 _KNOWN: tuple[tuple[tuple[str, ...], Chat | Instruction | Completion | Text], ...] = (
     (("messages",), Chat()),
     (("conversations",), Chat()),
@@ -33,10 +33,10 @@ class Auto(Section):
     type: Literal["auto"] = "auto"
 
     def recognise(self, row: Mapping[str, Any]) -> Chat | Instruction | Completion | Text:
-        """Return the format a row's columns stand for.
+        """Return the format that a row's columns match.
 
         Raises:
-            RowError: when they stand for none, or for one that has nothing to imitate.
+            RowError: when they match none, or one without an answer to imitate.
         """
         some = {name for name, value in row.items() if has_content(value)}
         given = {name for name, value in row.items() if value is not None}
@@ -45,7 +45,7 @@ class Auto(Section):
         if {"text", "label"} <= given and not any(set(columns) <= some for columns, _ in _KNOWN[:-1]):
             raise RowError("label", "makes these rows of a classifier; for plain text say `format: text`")
         check_good(row)
-        # a merged data set has the columns of all its parts, null or empty in the rows of the others
+        # a merged data set has the columns of all its parts, null or empty in other parts' rows
         for names in (some, given, row.keys()):
             for columns, found in _KNOWN:
                 if set(columns) <= names:
@@ -54,5 +54,5 @@ class Auto(Section):
         raise RowError("", f"no format has these columns ({there}); say which with `data.format`")
 
     def read(self, row: Mapping[str, Any]) -> Example:
-        """Return the row, read as the format its columns stand for."""
+        """Return the row, read in the format that its columns match."""
         return self.recognise(row).read(row)

@@ -1,4 +1,4 @@
-"""What every format returns, and what it raises when a row can't be read."""
+"""Types that formats return, and the error for a row that can't be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class RowError(Exception):
-    """A row that can't be read: the field it is about and what was expected."""
+    """A row that can't be read: the field concerned and what was expected."""
 
     def __init__(self, field: str, message: str):
         super().__init__(f"`{field}` {message}" if field else message)
@@ -21,10 +21,10 @@ class Conversation:
     """Messages for the model's own chat template.
 
     Attributes:
-        messages: as the template gets them: `role`, `content` and whatever else the row gave.
-        trained: one flag per message; True where the model is to learn the message.
+        messages: as passed to the template: `role`, `content` and other keys of the row.
+        trained: one flag per message; True if the message is trained.
         tools: JSON schemas of the functions the assistant may call, or None.
-        whole: every token is trained, whoever says it.
+        whole: every token is trained, of any role.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -35,7 +35,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Plain:
-    """Text that goes to the tokenizer as it is.
+    """Text that is tokenized as it is.
 
     Attributes:
         segments: (text, trained) in order.
@@ -48,7 +48,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, each behind it."""
+    """Two answers to one prompt, each after the prompt."""
 
     chosen: Conversation | Plain
     rejected: Conversation | Plain
@@ -59,22 +59,22 @@ Example = Conversation | Plain | Pair
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in a row for a value that can't be had: nobody may ever ask for it, and who does is told `why`."""
+    """Replaces a value that can't be read; reading its column is an error with the reason `why`."""
 
     why: str
 
 
 _JSON = (int, float, list, dict, type(None))
-BAD = ("label", "kto_tag")  # columns in which a row of answers liked and disliked says which it is
+BAD = ("label", "kto_tag")  # columns that mark an answer as liked or disliked
 
 
 def has_content(value: Any) -> bool:
-    """Return whether a value says anything: null, blank text and empty lists and objects don't."""
+    """Return whether a value has content: null, blank text and empty lists and objects have none."""
     return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
 
 
 def check_good(row: Mapping[str, Any]) -> None:
-    """Check that a row doesn't say that its answer is a bad one.
+    """Check that a row does not mark its answer as bad.
 
     Raises:
         RowError: when it does.
@@ -89,7 +89,7 @@ def check_good(row: Mapping[str, Any]) -> None:
 
 
 def unread(row: Mapping[str, Any], used: Collection[str]) -> list[str]:
-    """Return the columns of a row that hold something and are not among those used."""
+    """Return the columns of a row with content that are not among those used."""
     return [name for name, value in row.items() if name not in used and has_content(value)]
 
 
@@ -119,11 +119,11 @@ def parsed(text: str, name: str) -> Any:
 
 
 class KeyTwice(ValueError):
-    """A JSON object that names a key twice: readers keep the last of the two in silence."""
+    """A JSON object with a duplicate key, of which readers silently keep the last."""
 
 
 def key_twice(pairs: list[tuple[str, Any]]) -> str | None:
-    """Return the first key that stands twice in the pairs of a JSON object, or None."""
+    """Return the first duplicate key in the pairs of a JSON object, or None."""
     if len(dict(pairs)) == len(pairs):
         return None
     return next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
@@ -136,7 +136,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def why_no_json(error: Exception) -> str:
-    """Say in a few words what `json.loads` stumbled over."""
+    """Return a short description of an error of `json.loads`."""
     if isinstance(error, KeyTwice):
         return str(error)
     if isinstance(error, json.JSONDecodeError):
@@ -145,7 +145,7 @@ def why_no_json(error: Exception) -> str:
 
 
 def named(value: Any) -> str:
-    """Name the kind of a JSON value for a message."""
+    """Return the name of a JSON value's type, for a message."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -90,12 +90,12 @@ def joined(row: Mapping[str, Any], parts: Mapping[str, list[Any]], learned: str)
     """Return several columns of messages as one conversation.
 
     Args:
-        row: they are of.
+        row: with these columns.
         parts: columns in order.
-        learned: the one whose assistant turns are trained.
+        learned: the column whose assistant turns are trained.
 
     Raises:
-        RowError: when a message can't be read, or nothing is to be trained.
+        RowError: when a message can't be read, or nothing is trained.
     """
     messages: list[dict[str, Any]] = []
     trained: list[bool] = []
@@ -111,7 +111,7 @@ def joined(row: Mapping[str, Any], parts: Mapping[str, list[Any]], learned: str)
 
 
 def known_tools(row: Mapping[str, Any], template: str) -> tuple[str, ...]:
-    """Return the columns of tools that a chat template shows."""
+    """Return the columns of tools that a chat template renders."""
     if not re.search(r"\btools\b", template):
         return ()
     return ("tools",) if has_content(row.get("tools")) else ("tools", "functions")
@@ -132,7 +132,7 @@ def lost_keys(turns: list[Any], name: str, template: str) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _is_named(key: str, template: str) -> bool:
-    """Return whether a chat template names a key anywhere: what it does with it is shown by `inspect`."""
+    """Return whether a chat template mentions a key; `inspect` shows what it does with it."""
     return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) is not None
 
 
@@ -152,7 +152,7 @@ def _list(turns: Any, name: str) -> Any:
 def _with_system(
     row: Mapping[str, Any], messages: tuple[dict[str, Any], ...], trained: tuple[bool, ...], name: str
 ) -> tuple[tuple[dict[str, Any], ...], tuple[bool, ...]]:
-    """Return the messages behind the system prompt that stands in a column of its own, if any."""
+    """Return the messages, after the system prompt of a separate column, if any."""
     system = row.get("system")
     if not has_content(system):
         return messages, trained
@@ -170,7 +170,7 @@ def _is_sharegpt(turn: Mapping[str, Any]) -> bool:
 
 
 def _is_trained(turn: Mapping[str, Any], name: str) -> bool:
-    """Return what `train` (true or false) or `weight` (0 or 1) of a message says; without them it is trained."""
+    """Return whether a message is trained: its `train` (true or false) or `weight` (0 or 1), else true."""
     for key, allowed in (("train", (True, False)), ("weight", (0, 1))):
         value = turn.get(key)
         if value is not None:
@@ -245,7 +245,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
-    """Return the calls with `arguments` as an object: templates write it as JSON themselves."""
+    """Return the calls with `arguments` as an object, which templates convert to JSON themselves."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RowError(name, f"must be a list of calls, given {named(calls)}")
     read = []

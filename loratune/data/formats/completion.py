@@ -48,7 +48,7 @@ class Completion(Section):
         return Plain(((prompt, False), (completion, True)))
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
-        """Return the columns with content, and the keys of messages, that `read` leaves out."""
+        """Return the columns with content, and the keys of messages, that `read` does not use."""
         used = [self.prompt, self.completion, *(name for name in BAD if row.get(name) is True)]
         if not isinstance(row.get(self.prompt), list):
             return unread(row, used)

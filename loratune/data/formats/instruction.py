@@ -47,12 +47,12 @@ class Instruction(Section):
         return Conversation(tuple(messages), tuple(m["role"] == "assistant" for m in messages))
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
-        """Return the columns with content that `read` leaves out."""
+        """Return the columns with content that `read` does not use."""
         used = (self.instruction, self._more(row), self.output, self.system, self.history)
         return unread(row, (*used, *(name for name in BAD if row.get(name) is True)))
 
     def _more(self, row: Mapping[str, Any]) -> str:
-        """Return the column of the input: Dolly's rows and those of questions about a text name it `context`."""
+        """Return the column of the input, which Dolly's rows and question answering data call `context`."""
         missing = self.input == self.instruction or not has_content(row.get(self.input))
         other = self.input == "input" and missing and "context" not in (self.instruction, self.output, self.system)
         return "context" if other else self.input

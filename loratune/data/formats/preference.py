@@ -15,8 +15,8 @@ from loratune.data.formats.chat import joined, known_tools, lost_keys
 class Preference(Section):
     """Rows of a prompt, the chosen and the rejected answer; of each answer every token is compared.
 
-    Texts go to the tokenizer as they are. Lists of messages go through the chat template; where there is no prompt,
-    it is what both conversations begin with.
+    Texts are tokenized as they are. Lists of messages are rendered by the chat template; without a prompt column, the
+    prompt is the common prefix of both conversations.
     """
 
     type: Literal["preference"] = "preference"
@@ -25,7 +25,7 @@ class Preference(Section):
     rejected: str = Field("rejected", description="column with the other answer")
 
     def read(self, row: Mapping[str, Any]) -> Pair:
-        """Return the two answers, each behind the prompt.
+        """Return the two answers, each after the prompt.
 
         Raises:
             RowError: when a column is missing or of another kind than the others, an answer is empty, or both are the
@@ -38,7 +38,7 @@ class Preference(Section):
         return pair
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
-        """Return the columns with content, and the keys of messages, that `read` leaves out."""
+        """Return the columns with content, and the keys of messages, that `read` does not use."""
         names = (self.prompt, self.chosen, self.rejected)
         if not isinstance(row.get(self.chosen), list):
             return unread(row, names)
@@ -76,7 +76,7 @@ class Preference(Section):
 
 
 def _apart(one: list[Any], other: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return what two lists of messages begin with alike, and what is left of each."""
+    """Return the common prefix of two lists of messages, and the rest of each."""
     common = 0
     while common < min(len(one), len(other)) - 1 and one[common] == other[common]:
         common += 1

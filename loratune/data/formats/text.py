@@ -29,5 +29,5 @@ class Text(Section):
         return Plain(((text, True),), divisible=True)
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
-        """Return the columns with content that `read` leaves out."""
+        """Return the columns with content that `read` does not use."""
         return unread(row, (self.text,))
