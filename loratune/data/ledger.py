@@ -1,4 +1,4 @@
-"""What became of every row that was read: one line each in ledger.jsonl, and the sums."""
+"""The ledger: what became of every row that was read, one line each in ledger.jsonl, and totals."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Fate = Literal["kept", "cut", "split", "by turn", "dropped", "duplicate", "skipp
 
 @dataclass
 class Counts:
-    """Sums over the rows of a set: read = kept + dropped + skipped + deduplicated + refused + held out, always.
+    """Totals over the rows of a set: read = kept + dropped + skipped + deduplicated + refused + held out, always.
 
-    `kept` counts rows that are trained on in whole or in part; `truncated`, `split` and `by_turn` are among them, and
-    so are `duplicates` unless the recipe drops them.
+    `kept` counts rows that are trained on in full or in part; it includes `truncated`, `split` and `by_turn`, and
+    `duplicates` unless the recipe drops them.
     """
 
     read: int = 0
     kept: int = 0
     dropped: int = 0  # too long
-    skipped: int = 0  # can't be read, and the recipe skips such rows
+    skipped: int = 0  # unusable, and the recipe skips such rows
     deduplicated: int = 0
-    refused: int = 0  # the reason why there will be no run
+    refused: int = 0  # these prevent the run
     held_out: int = 0
     truncated: int = 0
     split: int = 0
@@ -34,24 +34,24 @@ class Counts:
     lost_tokens: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    first: list[str] = field(default_factory=list)  # places of the first rows that were not kept whole
+    first: list[str] = field(default_factory=list)  # places of the first rows that were not kept in full
 
     @property
     def lost(self) -> int:
-        """Number of rows of which nothing is trained, against the user's wish."""
+        """Number of rows that are lost although the user wants to train on them."""
         return self.dropped + self.skipped
 
     def as_json(self) -> dict[str, Any]:
-        """Return the sums as JSON data."""
+        """Return the totals as JSON data."""
         return asdict(self)
 
 
 class Ledger:
-    """Records the fate of each row of a set: a line each in a text file, and the sums.
+    """Record the fate of each row of a set: a line each in a text file, and totals.
 
     Args:
-        name: of the set, as it stands in each line.
-        lines: where the lines go.
+        name: of the set, written in each line.
+        lines: the file for the lines.
     """
 
     def __init__(self, name: str, lines: IO[str]):
@@ -63,11 +63,11 @@ class Ledger:
         """Record a row.
 
         Args:
-            place: where it stands.
+            place: where it came from.
             fate: what became of it.
-            tokens: its length.
-            lost: tokens of it that are not trained because of this.
-            reason: why, where it was not kept whole.
+            tokens: length of the row.
+            lost: tokens of it that are lost by this.
+            reason: why, if it was not kept in full.
         """
         counts = self.counts
         counts.read += 1
@@ -88,6 +88,6 @@ class Ledger:
         if reason and len(counts.first) < 5:
             counts.first.append(f"{place}: {reason}")
         line: dict[str, Any] = {"set": self.name, "place": str(place), "fate": fate, "tokens": tokens}
-        if reason:  # it may tell what the row says
+        if reason:  # it may quote the row
             line |= {"lost": lost, "reason": redact(reason)}
         self._lines.write(json.dumps(line) + "\n")

@@ -1,7 +1,7 @@
-"""A long text in pieces that are tokenized one after the other, so that memory does not grow with it.
+"""Cut a long text into pieces that are tokenized one after the other, so that memory stays bounded.
 
-While a text is tokenized each of its bytes takes up to 170 bytes of memory: the tokens' names, offsets and alignments.
-A text is cut between two words, where the tokenizer gives the same tokens for what stands around the cut as without it.
+Tokenizing takes up to 170 bytes of memory for each byte of the text: names, offsets and alignments of tokens. A text is
+cut between two words, where the tokens around the cut are the same as without it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from loratune.data.formats import RowError
 
 LONG = 1 << 20  # characters that are tokenized at once
-_AROUND = 64  # characters on each side of a cut that are looked at
-_TRIES = 256  # places that are tried for a cut
+_AROUND = 64  # characters on each side of a cut that are compared
+_TRIES = 256  # places that are tried for one cut
 _WINDOW = 1 << 12  # characters that are searched for such places at once
 
 _BETWEEN = re.compile(r"(?<=\n)(?=\S)|(?<=\w)(?= \w)|(?<=\w)(?=[^\w\s])")
-_SPACE = re.compile(r"(?<=\w) (?=\w)")  # a tokenizer that puts a space before every text puts it there
+_SPACE = re.compile(r"(?<=\w) (?=\w)")  # for a tokenizer that adds a space before every text
 
 
 def pieces(text: str, ids: Callable[[str], Sequence[int]], puts_space: bool) -> Iterator[str]:
@@ -26,10 +26,10 @@ def pieces(text: str, ids: Callable[[str], Sequence[int]], puts_space: bool) -> 
     Args:
         text: of any length.
         ids: returns a text's token ids.
-        puts_space: whether the tokenizer puts a space before every text: then a space between two pieces is left out.
+        puts_space: whether the tokenizer adds a space before every text; then the space between two pieces is omitted.
 
     Raises:
-        RowError: when it can't be cut, as one word is as long as that.
+        RowError: when it can't be cut, as it has a word of that length.
     """
     places, start = _SPACE if puts_space else _BETWEEN, 0
     while len(text) - start > LONG:
@@ -40,7 +40,7 @@ def pieces(text: str, ids: Callable[[str], Sequence[int]], puts_space: bool) -> 
 
 
 def _cut(text: str, start: int, ids: Callable[[str], Sequence[int]], places: re.Pattern[str]) -> tuple[int, int]:
-    """Return where the next piece ends, and where the one after it starts: as late as may be."""
+    """Return the end of the next piece, as late as possible, and the start of the one after it."""
     tries = 0
     for last in range(start + LONG, start, -_WINDOW):
         found = list(places.finditer(text, max(last - _WINDOW, start + 1), last))

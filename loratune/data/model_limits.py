@@ -1,4 +1,4 @@
-"""Whether rows are within a model's reach: its embedding knows their tokens, its positions are enough for them."""
+"""Check that rows fit a model: token ids within its embedding, lengths within its positions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from loratune.models import generate
 
 
 def check(net: Any, rows: Rows, remedy: str, before: int = 0) -> str | None:
-    """Check that rows can be run through a model; return what is to be told of those longer than its positions.
+    """Check that a model can process rows; return a note on rows longer than its positions.
 
     Args:
         net: the model.
         rows: to train on or to evaluate on.
-        remedy: what can be done about a row that is too long.
+        remedy: for a row that is too long.
         before: virtual tokens before each row, which take positions.
 
     Raises:
-        DataError: when a token has no row in the embedding, or a row is longer than a table of positions.
+        DataError: when a token id is outside of the embedding, or a row is longer than a table of position embeddings.
     """
     known = net.get_input_embeddings().weight.shape[0]
     if (first := rows.first_beyond(known)) is not None:

@@ -1,7 +1,7 @@
-"""How much of a Parquet file may be unpacked at once, read off the headers of its pages before any is unpacked.
+"""How many rows of a Parquet file are read at once: from its page headers, before any page is decompressed.
 
-A page is unpacked whole, by the size that stands in its header: a few kilobytes may be two gigabytes. A page of numbers
-into a dictionary is small, too, and stands for as many of the dictionary's values.
+A page is decompressed as a whole, to the size in its header: a few kilobytes may become two gigabytes. A small page of
+dictionary indices may also expand to as many large values.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, BinaryIO
 
 from loratune.errors import DataError, Place, Problem, shorten
 
-PAGE = 128 << 20  # bytes of a page, unpacked; most programs write 1 MB, few 100 MB
-BATCH = 128 << 20  # bytes of a batch of rows, roughly
-_HEADER = (256, 1 << 16, 1 << 24)  # bytes that are read of a header: the smallest and largest value may stand in it
-_DICTIONARY = 2  # kind of a page
+PAGE = 128 << 20  # bytes of a decompressed page; most programs write 1 MB, few 100 MB
+BATCH = 128 << 20  # approximate bytes of a batch of rows
+_HEADER = (256, 1 << 16, 1 << 24)  # bytes read of a header, which may contain the smallest and largest value
+_DICTIONARY = 2  # type of a page
 
 
 @dataclass(frozen=True)
 class Page:
-    """The header of a page: its kind, its bytes unpacked and in the file, its number of values."""
+    """The header of a page: its type, its bytes decompressed and in the file, its number of values."""
 
     kind: int
     unpacked: int
@@ -29,11 +29,11 @@ class Page:
 
 
 def rows_at_once(metadata: Any, file: BinaryIO, name: str, most: int) -> int:
-    """Return how many rows of a Parquet file are read at once.
+    """Return how many rows of a Parquet file to read at once.
 
     Args:
         metadata: of `pyarrow.parquet`.
-        file: open; where it stands does not matter.
+        file: open, at any position.
         name: of the file, for a message.
         most: rows.
 
@@ -43,23 +43,23 @@ def rows_at_once(metadata: Any, file: BinaryIO, name: str, most: int) -> int:
     for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
         for index in range(group.num_columns):
             chunk, repeats = group.column(index), metadata.schema.column(index).max_repetition_level > 0
-            each = chunk.num_values / max(group.num_rows, 1) if repeats else 1.0  # values of a row
+            each = chunk.num_values / max(group.num_rows, 1) if repeats else 1.0  # values per row
             for page in _pages(chunk, file):
-                # a run of equal numbers takes no space in a page, but eight bytes each in memory
+                # a run of equal indices takes no space in a page, but eight bytes each in memory
                 size = max(page.unpacked, 8 * page.values if repeats else 0)
                 if size > PAGE:
                     column = shorten(chunk.path_in_schema)
                     told = f"column `{column}` takes {size:,} bytes at once, unpacked; at most {PAGE:,} are read"
                     hint = "is it damaged, or a trap? else write it in smaller pages, or without that column"
                     raise DataError(Problem(told, Place(name), hint))
-                # any row may be the largest of a dictionary; others share what a page holds
+                # any row may have the dictionary's largest value; without one, rows share the page
                 value = page.unpacked if page.kind == _DICTIONARY else size / max(page.values, 1)
                 most = min(most, int(BATCH / max(value * each, 1)))
     return max(most, 1)
 
 
 def _pages(chunk: Any, file: BinaryIO) -> Iterator[Page]:
-    """Yield the headers of the pages of a column in a row group, as far as they can be read: pyarrow tells the rest."""
+    """Yield a column chunk's page headers, as far as they can be read; pyarrow reports errors in the rest."""
     place = chunk.data_page_offset
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         place = min(place, chunk.dictionary_page_offset)
@@ -71,7 +71,7 @@ def _pages(chunk: Any, file: BinaryIO) -> Iterator[Page]:
             try:
                 page = header.page()
                 break
-            except IndexError:  # it is longer, or the file ends here
+            except IndexError:  # the header is longer, or the file ends here
                 continue
         else:
             return
@@ -82,7 +82,7 @@ def _pages(chunk: Any, file: BinaryIO) -> Iterator[Page]:
 
 
 class _Compact:
-    """Reads a header in Thrift's compact protocol; an IndexError where the bytes end before it does."""
+    """Read a header in Thrift's compact protocol; raise IndexError if the bytes end before it does."""
 
     def __init__(self, given: bytes):
         self._given = given
@@ -105,7 +105,7 @@ class _Compact:
         return found
 
     def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # a boolean is in its type
+        if kind in (1, 2):  # a boolean's value is in its type
             return None
         if kind in (4, 5, 6):
             return self._zigzag()

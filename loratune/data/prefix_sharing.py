@@ -1,10 +1,10 @@
-"""Rows of a step that begin alike: in a pack each token is computed once. A pure function of their tokens.
+"""Prefix sharing: pack rows such that a common prefix is computed once. A pure function of their tokens.
 
-What a token becomes depends on what stands before it in its row, and on nothing else. So rows with a common beginning
-(a system prompt, a question with several answers, a chat and how it goes on) have all of it in common there, and the
-gradients that come back to it add up. And on what stands behind the last trained token of a row no loss depends.
+The states of a token depend only on the tokens before it in its row. So rows with a common prefix (a system prompt, a
+question with several answers, a chat and its continuation) have the same states there, and the gradients that flow back
+to them add up. Tokens after the last label token of a row influence no loss and are left out.
 
-Source: the idea is that of shared-prefix training (Prefix Grouper, arXiv:2506.05433), here for beginnings that branch.
+Source: the idea is that of shared-prefix training (Prefix Grouper, arXiv:2506.05433), here for prefixes that branch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-REPEATS = 8  # times that a token is in memory on average where attention reads the keys of each row, at most
+REPEATS = 8  # most copies of a token, on average, where attention gathers the keys of each row
 
-# how the rows of a micro-batch are put together: side by side, padded to the longest; behind one another; or such that
-# what they begin with alike stands there once
+# layout of the rows of a micro-batch: padded to the longest; packed; or packed with common prefixes included once
 Layout = Literal["padded", "packed", "shared"]
 
 
@@ -34,7 +33,7 @@ class Row(Protocol):
 
 
 class Sample(Protocol):
-    """Rows that stay in one pack."""
+    """Rows that must be in the same pack."""
 
     @property
     def rows(self) -> tuple[Row, ...]: ...
@@ -45,17 +44,17 @@ S = TypeVar("S", bound=Sample)
 
 @dataclass(frozen=True)
 class Shared:
-    """A pack in which what rows have in common stands once.
+    """A pack that contains common prefixes once.
 
-    The rows are laid in an order in which each begins as the one before it, as far as it begins as any of them; it adds
-    the rest, its own tokens, behind those of all before it.
+    The rows are ordered such that each has its longest common prefix with the row directly before it. It adds its
+    remaining, own tokens to the end of the pack.
 
     Attributes:
         ids: of the tokens, int32, (tokens,).
         positions: of the tokens in their rows, int64, (tokens,).
-        order: the rows that add any, in the order they are laid.
-        own: how many tokens each of these adds.
-        places: where the tokens of each row stand, as far as its loss depends on them; in the order the rows were
+        order: the rows that add tokens, in the order of the pack.
+        own: number of tokens that each of these adds.
+        places: indices in the pack of each row's tokens, as far as its loss depends on them; in the order the rows were
             given, int64, (tokens of the row,) each.
     """
 
@@ -67,13 +66,13 @@ class Shared:
 
 
 def needed(row: Row) -> int:
-    """Return how many tokens of a row its loss depends on, at least one: the last trained one is only foretold."""
+    """Return how many tokens of a row its loss depends on, at least one: the last label token is only predicted."""
     trained = np.flatnonzero(row.trained)
     return max(1, int(trained[-1])) if len(trained) else 1
 
 
 def lay(rows: Sequence[Row]) -> Shared:
-    """Lay rows into a pack such that what they have in common stands in it once."""
+    """Pack rows such that common prefixes are included once."""
     sequences = [row.ids[: needed(row)] for row in rows]
     before, places = np.empty(0, np.int32), np.empty(0, np.int64)
     ids, positions, order, own = [], [], [], []
@@ -94,12 +93,12 @@ def lay(rows: Sequence[Row]) -> Shared:
 
 
 def cut(samples: Sequence[S], tokens: int) -> list[list[S]]:
-    """Cut samples into packs of about the same size, of at most so many tokens where more than one is in them.
+    """Cut samples into packs of similar size, of at most `tokens` tokens unless one sample alone has more.
 
-    Nor have the rows of a pack more than REPEATS times as many if what they share is counted for each of them.
+    With shared tokens counted for each row, the rows of a pack have at most REPEATS times as many.
 
     Returns:
-        The samples of each pack; those that begin alike stand together.
+        The samples of each pack; those with a common prefix are adjacent.
     """
     within = [_in_order([row.ids[: needed(row)] for row in sample.rows]) for sample in samples]
     order = _alike([sequences[0] for sequences in within])
@@ -121,7 +120,7 @@ def cut(samples: Sequence[S], tokens: int) -> list[list[S]]:
 
     parts = filled(tokens)
     too_few, limit = sum(sizes) // REPEATS // len(parts), tokens
-    while limit - too_few > 1:  # parts of about the same size take less memory than one small rest
+    while limit - too_few > 1:  # parts of similar size: their peak is lower than with a small last one
         middle = (too_few + limit) // 2
         found = filled(middle)
         if len(found) == len(parts):
@@ -132,23 +131,23 @@ def cut(samples: Sequence[S], tokens: int) -> list[list[S]]:
 
 
 def computed(rows: Sequence[Row]) -> int:
-    """Return how many tokens a pack of rows has."""
+    """Return the number of tokens of a pack of rows."""
     return len(lay(rows).ids)
 
 
 def _in_order(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return sequences in an order in which those that begin alike are neighbours."""
+    """Return sequences sorted such that those with a common prefix are adjacent."""
     return [sequences[index] for index in _alike(sequences)]
 
 
 def _alike(sequences: Sequence[np.ndarray]) -> list[int]:
-    """Return the numbers of sequences in an order in which those that begin alike are neighbours."""
-    keys = [sequence.astype(">i4").tobytes() for sequence in sequences]  # big-endian: by the first token that differs
+    """Return the indices of sequences, sorted such that those with a common prefix are adjacent."""
+    keys = [sequence.astype(">i4").tobytes() for sequence in sequences]  # big-endian sorts by the first different token
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """Return how many tokens two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]
     return int(differ.argmax()) if differ.any() else length

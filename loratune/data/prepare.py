@@ -1,4 +1,4 @@
-"""What becomes of the rows of one block: read, tokenized, and fitted to the longest length.
+"""Prepare the rows of one block: read, tokenize, and fit them to the maximum length.
 
 A pure function of the block, the tokenizer and the recipe's `data`, so that any process can do any block.
 """
@@ -31,8 +31,8 @@ from loratune.data.row_files import TEXT, Block, RawRow, bytes_of
 from loratune.data.section import Data
 from loratune.errors import Place
 
-LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, which take up to a gigabyte of memory to mask
-MESSAGES = 2048  # of a conversation: a template is rendered once for each, with all that stand before it
+LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, whose mask takes up to a gigabyte to compute
+MESSAGES = 2048  # messages of a conversation: for each, the template renders all before it
 
 
 Reader = Chat | Instruction | Completion | Text | Preference
@@ -40,17 +40,17 @@ Reader = Chat | Instruction | Completion | Text | Preference
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row that was read, and what is left of it to train on.
+    """A row that was read, and the tokenized rows made of it.
 
     Attributes:
-        place: where it stands.
-        fate: what became of it; that it is a duplicate is found out later.
-        reason: why it was not kept whole, or "".
-        format: what it was read as, or "" where that is not known.
-        tokens: its length, whatever was cut.
-        content: a 63-bit number for what it says: rows of the same tokens and masks have the same.
-        pieces: the rows to train on; none where it is lost.
-        unread: columns, and keys of messages, that hold something and that nobody reads.
+        place: where it came from.
+        fate: what became of it; duplicates are detected later.
+        reason: why it was not kept in full, or "".
+        format: it was read in, or "" if unknown.
+        tokens: its length before any cut.
+        content: a 63-bit hash: the same for rows with the same tokens and masks.
+        pieces: the rows to train on; none if it is lost.
+        unread: columns, and keys of messages, that have content but are not read.
     """
 
     place: Place
@@ -64,7 +64,7 @@ class Prepared:
 
 
 def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
-    """Return what becomes of each row of a block, in order."""
+    """Return each row of a block, prepared, in order."""
     found: list[Prepared | None] = []
     read: list[tuple[Example, str, Place]] = []
     unread: list[tuple[str, ...]] = []
@@ -87,12 +87,12 @@ def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
 
 
 def _parts(example: Example) -> tuple[Conversation | Plain, ...]:
-    """Return what of a row is tokenized by itself."""
+    """Return the parts of a row that are tokenized separately."""
     return (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
 
 
 def _together(encoded: Sequence[list[Row] | RowError]) -> list[Row] | RowError:
-    """Return the rows of all parts of a row, or what is wrong with the first that can't be used."""
+    """Return the rows of all parts of a row, or the error of the first unusable part."""
     found: list[Row] = []
     for some in encoded:
         if isinstance(some, RowError):
@@ -125,7 +125,7 @@ def _check_size(example: Conversation | Plain) -> None:
 
 
 def _type(example: Example, chosen: Reader) -> str:
-    """Return what a row was read as: prompt and completion may be messages."""
+    """Return the name of a row's format: prompt and completion may be messages."""
     if isinstance(example, Conversation) and isinstance(chosen, Completion):
         return Chat().type
     return chosen.type
@@ -150,7 +150,7 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
 
 
 def _content(encoded: Sequence[Row]) -> int:
-    """Return a 63-bit number for the tokens of a row and which of them are trained."""
+    """Return a 63-bit hash of the tokens of a row and which of them are trained."""
     digest = hashlib.blake2b(digest_size=8)
     for row in encoded:
         digest.update(np.ascontiguousarray(row.ids).data)
@@ -158,12 +158,12 @@ def _content(encoded: Sequence[Row]) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
-# what is told of a row that was not kept whole
+# messages about a row that was not kept in full
 _TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "cut to {:,}", "split": "split"}
 
 
 def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
-    """Return what becomes of a row (one, or one per turn) under `max_length`, and what is left of it."""
+    """Return the fate of a row (one, or one per turn) under `max_length`, and the rows left of it."""
     pair = isinstance(example, Pair)
     if all(len(row.ids) <= data.max_length for row in encoded):
         return ("kept" if pair or len(encoded) == 1 else "by turn"), list(encoded)
@@ -176,13 +176,13 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
         cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
         if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
             left.append(cut)
-    if pair and len(left) < 2:  # one answer alone is compared with nothing
+    if pair and len(left) < 2:  # one answer alone can't be compared
         left = []
     return ("cut" if left else "dropped"), left
 
 
 def _split(row: Row, max_length: int) -> list[Row]:
-    """Cut a row into pieces of about one length: a last one of one token would teach nothing."""
+    """Cut a row into pieces of similar length: nothing is learned from a last piece of one token."""
     number = -(-len(row.ids) // max_length)
     cuts = [len(row.ids) * piece // number for piece in range(number + 1)]
     return [Row(row.ids[start:end], row.trained[start:end], row.place) for start, end in pairwise(cuts)]

@@ -1,8 +1,8 @@
-"""Tokenized rows on disk: an Arrow file that is mapped, not loaded, in a folder of the cache that can be found again.
+"""Cache of tokenized rows: Arrow files that are memory-mapped, not loaded.
 
-A folder holds `rows.arrow`, `ledger.jsonl`, and `about.json` with digests of all three. It is written beside its place,
-flushed to the disk and renamed, so that it is whole or isn't there. Its name is a hash of everything that decides what
-is in it.
+A folder has `rows.arrow`, `ledger.jsonl`, and `about.json` with digests of all three. It is written under a temporary
+name, flushed to the disk and renamed, so that it is complete or does not exist. Its name is a hash of everything that
+its content depends on.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from loratune.system import files
 
 BATCH = 1 << 20  # tokens of an Arrow batch
 _FILES = ("rows.arrow", "ledger.jsonl")
-_NAME = re.compile(r"[0-9a-f]{32}|\.[a-z0-9_]{8}")  # the hash of its rows, or of `mkdtemp`
-UNUSED = 30 * 86400  # seconds after which a folder nobody asked for is taken away
+_NAME = re.compile(r"[0-9a-f]{32}|\.[a-z0-9_]{8}")  # a hash, or a name of `mkdtemp`
+UNUSED = 30 * 86400  # seconds after which an unused folder is deleted
 _SCHEMA = pa.schema(
     {
         "ids": pa.list_(pa.int32()),
         "trained": pa.list_(pa.bool_()),
         "length": pa.int32(),
-        "count": pa.int32(),  # tokens that can be trained
-        "weight": pa.float64(),  # how often the row is seen per epoch
-        "content": pa.int64(),  # the same for rows that say the same
-        "record": pa.int64(),  # number of the row that was read: pieces of one share it
+        "count": pa.int32(),  # label tokens
+        "weight": pa.float64(),  # how often the row occurs per epoch
+        "content": pa.int64(),  # the same for rows with the same content
+        "record": pa.int64(),  # index of the row that was read: pieces of one share it
         "source": pa.string(),
         "line": pa.int32(),
     }
@@ -46,11 +46,11 @@ _SCHEMA = pa.schema(
 
 
 class Writer:
-    """Writes rows to a folder that is not in its place yet.
+    """Write rows to a temporary folder of the cache.
 
     Args:
         parent: the cache.
-        passing: whether `parent` is not ours to tidy: the folder goes when nobody holds it.
+        passing: whether the folder is temporary: it is deleted when no longer used, and `parent` is not tidied.
 
     Raises:
         StorageError: when it can't be written.
@@ -97,7 +97,7 @@ class Writer:
         self._waiting, self._tokens = [], 0
 
     def commit(self, about: dict[str, Any], name: str | None) -> Store:
-        """Finish the folder, give it its name (None: it goes when nobody holds it) and open it."""
+        """Finish the folder, give it its name (None: it is deleted when no longer used) and open it."""
         self._flush()
         with writing(self.folder):
             self._close()
@@ -118,7 +118,7 @@ class Writer:
         return Store(target)
 
     def discard(self) -> None:
-        """Take the folder away; what its disk did not take is no matter any more."""
+        """Delete the folder; write errors no longer matter."""
         with suppress(OSError):
             self._close()
         _remove(self.folder)
@@ -131,10 +131,10 @@ class Writer:
 
 
 class Store:
-    """The rows of a folder, mapped into memory.
+    """The rows of a folder, memory-mapped.
 
     Attributes:
-        about: what was written with the rows.
+        about: metadata written with the rows.
         ledger: the file with a line for each row that was read.
         lengths, trained, weights, contents, records: columns of the schema (`trained`: `count`), each of shape (rows,).
     """
@@ -154,7 +154,7 @@ class Store:
             weakref.finalize(self, _remove, folder)
 
     def row(self, number: int) -> Row:
-        """Return a row: a copy, so that a reader may write to it."""
+        """Return a row, as a writable copy."""
         batch, index = self._where(number)
         return batch.row(index)
 
@@ -169,9 +169,9 @@ class Store:
         return max((batch.largest for batch in self._batches), default=0)
 
     def tails(self, width: int) -> dict[tuple[int, ...], int]:
-        """Return the last `width` trained tokens of the rows, each with the number of rows that end so.
+        """Return the different last `width` trained tokens of rows, each with the number of rows that end with them.
 
-        They are those of the last trained span; -1 stands before one that is shorter.
+        They are those of the last trained span, padded with -1 on the left if it is shorter.
         """
         found: dict[tuple[int, ...], int] = {}
         for batch in self._batches:
@@ -211,7 +211,7 @@ class _Batch:
         bits = np.unpackbits(self._bits[start >> 3 : -(-(past + self._first_bit) >> 3)], bitorder="little")
         trained = bits[start & 7 : (start & 7) + past - first].view(np.bool_)
         places = np.flatnonzero(trained) + first
-        after = np.searchsorted(places, self._offsets[1:])  # how many trained tokens stand before the end of each row
+        after = np.searchsorted(places, self._offsets[1:])  # number of trained tokens before the end of each row
         some = after > np.searchsorted(places, self._offsets[:-1])
         last, begin = places[after[some] - 1], self._offsets[:-1][some]
         back = last[:, None] - np.arange(width)[::-1]  # (rows, width)
@@ -228,15 +228,15 @@ class _Batch:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    """Return numbers without a copy; `to_numpy` would import pandas."""
+    """Return an array as NumPy without a copy; `to_numpy` would import pandas."""
     return np.from_dlpack(array)
 
 
 def find(parent: Path, name: str) -> Store | None:
-    """Return the rows of that name, or None where there are none; note that they are in use.
+    """Return the rows of that name, or None if there are none; record that they are in use.
 
     Raises:
-        Damaged: when they are there and not as they were written.
+        Damaged: when they are not as they were written.
     """
     folder = parent / name
     if not folder.exists():
@@ -253,7 +253,7 @@ class Damaged(Exception):
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether a folder holds what was written to it: every byte is read, at the speed of memory."""
+    """Return whether a folder has exactly what was written to it; every byte is read."""
     try:
         about = json.loads(files.text(folder / "about.json"))
         seal = about.pop("seal")
@@ -275,7 +275,7 @@ def _digest(file: Path) -> str:
 
 
 def _tidy(parent: Path) -> None:
-    """Take away what nobody asked for in a month, and what a killed process left a day ago; nothing of another name."""
+    """Delete folders unused for a month, and what a killed process left a day ago; other names are kept."""
     for folder in parent.iterdir():
         if folder.is_symlink() or not folder.is_dir() or not _NAME.fullmatch(folder.name):
             continue
@@ -286,7 +286,7 @@ def _tidy(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete the files that are written into a folder of rows, and the folder where nothing else lies in it."""
+    """Delete the files of a folder of rows, and the folder if nothing else is in it."""
     with suppress(OSError):
         for name in (*_FILES, "about.json"):
             (folder / name).unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into a message."""
+    """Turn an OSError of writing into a StorageError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Rows out of files and hub data sets, each with the place it stands at."""
+"""Read rows from files and hub data sets, each with its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loratune.system import files as opening
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it was read, and where: `value` is None when the line holds no row (`problem` says why)."""
+    """A row as it was read, with its place; `value` is None if the line is no row (`problem` says why)."""
 
     place: Place
     value: dict[str, Any] | None
@@ -34,15 +34,15 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a source, still as lines where they are lines: another process may read them.
+    """Some rows of a source; those of a .jsonl file as raw lines, which another process may parse.
 
     Attributes:
-        lines: of a .jsonl file, whole ones.
+        lines: complete lines of a .jsonl file.
         place: the file and the number of the first line.
-        ready: rows that are read already, of the other kinds of files.
-        size: bytes of the file that this is (packed ones of a .gz file).
+        ready: rows of other kinds of files, read already.
+        size: bytes of the file that this block is (compressed ones of a .gz file).
         weight: of the source.
-        large: whether a row of it may be so long that it is not to be read beside others.
+        large: whether it may have a row so long that no other block should be prepared at the same time.
     """
 
     lines: bytes = b""
@@ -62,7 +62,7 @@ class Block:
                 yield _json_line(line, replace(self.place, line=number))
 
     def head(self, number: int) -> tuple[Block, int]:
-        """Return the block without what is behind its first `number` rows, and how many rows it has then."""
+        """Return the block cut to its first `number` rows, and how many rows it then has."""
         if self.ready:
             return replace(self, ready=self.ready[:number]), min(number, len(self.ready))
         kept, found = [], 0
@@ -74,14 +74,14 @@ class Block:
         return replace(self, lines=b"".join(kept)), found
 
 
-BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work can be shared out
-READY = 256  # rows of a block of the other kinds
-LARGE = 1 << 20  # bytes of a block: more only where one row is
-LONGEST = 16 << 20  # bytes of a line, which is a row: reading and tokenizing it takes a hundred times as much memory
-TEXT = 64 << 20  # bytes of a .txt file, which is one row, too, and has no lists and objects in it
+BLOCK = 1 << 18  # bytes of lines read at once: some hundred rows, so that work can be distributed
+READY = 256  # rows of a block of other kinds of files
+LARGE = 1 << 20  # bytes of a block; more only if one row has more
+LONGEST = 16 << 20  # bytes of a line (a row): reading and tokenizing it takes a hundred times as much memory
+TEXT = 64 << 20  # bytes of a .txt file, which is also one row, but without lists and objects
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _PAPERS = ("readme", "license", "licence", "notice", "copying", "requirements", "changelog")  # .txt that are no rows
-WHOLE = 1 << 29  # bytes, unpacked, of a packed table, which is read whole before its first row is known
+WHOLE = 1 << 29  # decompressed bytes of a compressed table, which is read as a whole before its first row
 
 
 def read(source: Source) -> Iterator[RawRow]:
@@ -98,7 +98,7 @@ def blocks(source: Source, name: str = "train") -> Iterator[Block]:
         name: of the set of rows; see `chosen`.
 
     Raises:
-        DataError: when a file can't be read at all, or a hub data set can't be had.
+        DataError: when a file can't be read at all, or a hub data set can't be loaded.
     """
     left = source.max_rows
     for block in _blocks(source, name):
@@ -124,12 +124,12 @@ def _blocks(source: Source, name: str) -> Iterator[Block]:
 
 
 def _ready(rows: Iterable[RawRow], size: int = 0, each: float = 0.0) -> Iterator[Block]:
-    """Yield rows in blocks, a long row in one of its own.
+    """Yield rows in blocks; a long row is a block of its own.
 
     Args:
         rows: that are read.
-        size: bytes of the file that the first block stands for, as it was read whole.
-        each: bytes of the file that a row stands for.
+        size: bytes of a file that was read as a whole; they count for the first block.
+        each: bytes of the file per row.
     """
     ready: list[RawRow] = []
     length = 0
@@ -145,7 +145,7 @@ def _ready(rows: Iterable[RawRow], size: int = 0, each: float = 0.0) -> Iterator
 
 
 def bytes_of(value: object) -> int:
-    """Return how many bytes the texts in a value take as UTF-8, whatever they stand in; what is no text takes eight."""
+    """Return the UTF-8 bytes of all texts in a nested value; anything else counts eight."""
     size, left = 0, [value]
     while left:
         one = left.pop()
@@ -161,16 +161,16 @@ def bytes_of(value: object) -> int:
 
 
 def files(path: Path) -> list[Path]:
-    """Return the files with rows to train on that a path, folder or glob stands for; see `chosen`."""
+    """Return the training files of a path, folder or glob; see `chosen`."""
     return list(chosen(path).files)
 
 
 def chosen(path: Path, name: str = "train") -> Choice:
-    """Return the data files a path, folder or glob stands for, sorted by name, and what is left out of a folder.
+    """Return the data files of a path, folder or glob, sorted by name, and what is left out of a folder.
 
     Args:
         path: absolute.
-        name: of the set of rows: `train`, or another for rows that are held out; of a folder, its split is read.
+        name: of the set of rows: `train`, or another for held-out rows; it selects the split of a folder.
 
     Raises:
         DataError: when there are none.
@@ -214,7 +214,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _papers(found: list[Path]) -> set[Path]:
-    """Return the texts that come with a data set and are no rows, where a folder has files of rows, too."""
+    """Return the texts of a folder, such as README, that are no rows, if it also has files of rows."""
     texts = {file for file in found if _suffix(file) == ".txt"}
     if len(texts) == len(found):
         return set()
@@ -225,7 +225,7 @@ def _is_file(path: Path) -> bool:
     """Return whether a path is a regular file.
 
     Raises:
-        DataError: when it is a pipe or a device, or its name is not UTF-8: no place could be written with it.
+        DataError: when it is a pipe or a device, or its name is not UTF-8, so that no place could name it.
     """
     if not opening.is_utf8(path):
         raise DataError(Problem("its name is not UTF-8", Place(opening.shown(path)), "rename it"))
@@ -255,7 +255,7 @@ def _file(path: Path) -> Iterator[Block]:
 
 
 def _whole(stream: BinaryIO | gzip.GzipFile, name: str, hint: str | None = None, most: int = WHOLE) -> bytes:
-    """Read a file whole; a packed one may be a thousand times its size."""
+    """Read a whole file; a compressed one may expand to a thousand times its size."""
     found = stream.read(most + 1)
     if len(found) > most:
         raise DataError(Problem(f"is longer than {most:,} bytes", Place(name), hint))
@@ -294,7 +294,7 @@ def _no_utf8(name: str, line: int) -> DataError:
 def _json_line(line: bytes, place: Place) -> RawRow:
     keys = _Keys()
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=keys)  # given bytes, it would guess at UTF-16
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=keys)  # given bytes, it would also detect UTF-16
     except UnicodeDecodeError:
         return RawRow(place, None, "not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -303,10 +303,10 @@ def _json_line(line: bytes, place: Place) -> RawRow:
 
 
 class _Keys:
-    """Reads JSON objects, and remembers those that name a key twice: `json` keeps the last of the two in silence."""
+    """Read JSON objects and record duplicate keys, of which `json` silently keeps the last."""
 
     def __init__(self) -> None:
-        self._twice: list[tuple[dict[str, Any], str]] = []  # with the objects, so that no other takes their id
+        self._twice: list[tuple[dict[str, Any], str]] = []  # with the objects, so that no other gets their id
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -315,7 +315,7 @@ class _Keys:
         return value
 
     def twice(self, value: Any) -> str | None:
-        """Return a key that stands twice in an object of a row, or None."""
+        """Return a duplicate key of an object in a row, or None."""
         if not self._twice:
             return None
         known = {id(one): key for one, key in self._twice}
@@ -338,7 +338,7 @@ def _object(value: Any, place: Place, keys: _Keys) -> RawRow:
 
 
 def _json(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
-    """Yield the objects of a list, which is read as far as the next one needs."""
+    """Yield the objects of a JSON list, which is read incrementally."""
     name, number = str(path), 0
     try:
         for value, keys in _Listed(stream):
@@ -352,7 +352,7 @@ def _json(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
 
 
 class _NoList(Exception):
-    """What is wrong with a list, and the line, if it is known."""
+    """An error in a JSON list, with the line, if it is known."""
 
     def __init__(self, told: str, line: int = 0):
         super().__init__(told)
@@ -360,17 +360,17 @@ class _NoList(Exception):
 
 
 class _Listed:
-    """Yields each value of the JSON list in a file, with its keys."""
+    """Yield each value of the JSON list in a file, with its keys."""
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile):
         self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0
-        self._lines = 1  # lines up to where `_text` begins
+        self._lines = 1  # lines before `_text`
         self._ended = False
 
     def __iter__(self) -> Iterator[tuple[Any, _Keys]]:
         if self._next() != "[":
-            self._value()  # an error, if there is one
+            self._value()  # raises the error, if there is one
             if self._next():
                 raise self._wrong("Extra data", self._at)
             raise _NoList("a .json file must hold a list of objects")
@@ -388,9 +388,9 @@ class _Listed:
             raise self._wrong("Extra data", self._at)
 
     def _next(self) -> str:
-        """Return the next character that is no white space, and stand there; nothing at the end."""
+        """Move to the next character that is no white space and return it; "" at the end."""
         while True:
-            self._at = _JSON_SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            self._at = _JSON_SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # always matches
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 
@@ -409,12 +409,12 @@ class _Listed:
                 raise _NoList(f"no JSON: {why_no_json(error)}") from None
             else:
                 length = end - self._at
-                if end < len(self._text) or not self._more():  # a number may go on
+                if end < len(self._text) or not self._more():  # a number may continue
                     self._at += length
                     return value, keys
 
     def _more(self) -> bool:
-        """Read as much again as is left, and return whether there was more."""
+        """Read as many characters as are buffered, and return whether there were any."""
         self._lines += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
         if len(self._text) > LONGEST:
@@ -439,7 +439,7 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
             reader = csv.reader(lines, strict=True)
             for cells in reader:
                 lines.length = 0
-                # a row ends below its start where a cell holds lines
+                # a row has several lines if a cell has line breaks
                 place, line = Place(name, line), reader.line_num + 1
                 if not cells:
                     continue
@@ -458,10 +458,10 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
 
 
 class _Lines:
-    """Yields the lines of a text; a row of them that is too long is an error, not read on.
+    """Yield the lines of a text; a row that is too long is an error as soon as the limit is reached.
 
     Attributes:
-        length: characters since whoever reads began a row.
+        length: characters since the start of the current row.
     """
 
     def __init__(self, text: io.TextIOWrapper, name: str):
@@ -478,7 +478,7 @@ class _Lines:
 
 
 def _first_not_utf8(path: Path) -> int:
-    """Return the number of the first line that is not UTF-8: decoding runs ahead of reading rows."""
+    """Return the number of the first line that is not UTF-8; the reader does not know it, as decoding runs ahead."""
     number, decoder = 1, codecs.getincrementaldecoder("utf-8")()
     with opening.opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
         while part := stream.readline(BLOCK):
@@ -495,7 +495,7 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(file, buffer_size=BLOCK)  # without a buffer it reads a column of a row group whole
+        table = pq.ParquetFile(file, buffer_size=BLOCK)  # without a buffer it reads whole column chunks
         _check_names(table.schema_arrow, Place(name))
         at_once = parquet_pages.rows_at_once(table.metadata, file, name, READY)
         batches = table.iter_batches(batch_size=at_once, use_threads=False)
@@ -514,7 +514,7 @@ def _of_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
 
 
 def _check_names(schema: Any, place: Place) -> None:
-    """Check the names of columns and of the keys of objects in them, of any depth, as `_check_columns` does."""
+    """Check the names of columns and of keys of objects in them, at any depth, with `_check_columns`."""
     import pyarrow as pa
 
     _check_columns(schema.names, place)
@@ -528,7 +528,7 @@ def _check_names(schema: Any, place: Place) -> None:
 
 
 def _check_columns(names: list[str], place: Place, what: str = "columns") -> None:
-    """Check that no two columns have one name: the last would win in silence."""
+    """Check that column names are unique: of duplicates, the last would silently win."""
     twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice is not None:
         raise DataError(Problem(f"two {what} are named `{shorten(twice)}`", place, "rename one of them"))
@@ -542,7 +542,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
 def _as_written(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of an Arrow table without the nulls inside its objects.
 
-    All objects of a column have the keys of any of them there: what a tool's schema never said stands in it as null.
+    In Arrow all objects of a column have the keys of all others: keys that an object did not have are null.
     """
     return {name: _without_nulls(value) for name, value in row.items()}
 
@@ -554,16 +554,16 @@ def _without_nulls(value: Any) -> Any:
 
 
 def hub(source: Source) -> Any:
-    """Return a hub data set, from the local cache of `datasets` where it is there.
+    """Return a hub data set, from the local cache of `datasets` if it is there.
 
     Raises:
-        DataError: when it can't be had.
+        DataError: when it can't be loaded.
     """
     import datasets
 
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:  # the hub client raises dozens of kinds: all mean the same to the user
+    except Exception as error:  # the hub client raises dozens of classes, which mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             Problem(

@@ -1,4 +1,4 @@
-"""Rows that stay in one micro-batch, as an objective compares them with one another."""
+"""Samples: rows that stay in one micro-batch, as an objective compares them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from loratune.errors import Place
 
 @dataclass(frozen=True)
 class Sample:
-    """One row, or a chosen and a rejected one.
+    """One row, or a pair of a chosen and a rejected row.
 
     Attributes:
-        rows: in the order the objective wants them.
-        values: numbers known of it before training, such as log p under the base.
+        rows: in the objective's order.
+        values: known before training, such as log p under the base.
     """
 
     rows: tuple[Row, ...]
@@ -23,12 +23,12 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """How many tokens its rows have together."""
+        """Total tokens of its rows."""
         return sum(len(row.ids) for row in self.rows)
 
     @property
     def padded(self) -> int:
-        """How many tokens its rows take side by side, each padded to the longest."""
+        """Total tokens of its rows, each padded to the longest."""
         return len(self.rows) * max(len(row.ids) for row in self.rows)
 
     @property

@@ -40,7 +40,7 @@ Sources = Annotated[
 
 
 class TurnMarks(Section):
-    """What stands around the assistant's turns, for a chat template that does not tell."""
+    """The text around the assistant's turns, for a chat template that does not mark them."""
 
     assistant: str = Field(min_length=1, description="text the template writes before each answer")
     end: str = Field(

@@ -1,4 +1,4 @@
-"""Which files of a data folder belong to a set of rows, by the names of splits, and what is told of the others."""
+"""Choose the files of a data folder by the names of splits, and report what is left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# words of a file's or folder's name that the library `datasets` takes for a split, too
+# words in names of files and folders that mean a split, as in the library `datasets`
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -20,7 +20,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """The files of a folder that are read, and what is to be told of the choice, a line each."""
+    """The files of a folder that are read, and lines to print about the choice."""
 
     files: tuple[Path, ...]
     told: tuple[str, ...] = ()
@@ -29,13 +29,13 @@ class Choice:
 def choose(folder: Path, files: Sequence[Path], name: str) -> Choice:
     """Choose among the data files of a folder.
 
-    Training rows are those of no other split; held-out rows those of the validation split, else of the test split, else
-    of what is not named for training. A folder that holds nothing of that kind is read whole.
+    Training rows are those not named for another split; held-out rows those of the validation split, else of the test
+    split, else those not named for training. A folder without such files is read completely.
 
     Args:
-        folder: as it was named.
-        files: of it, all those that may be rows.
-        name: of the set of rows: `train`, or another for rows that are held out.
+        folder: as it was given.
+        files: all its files that may have rows.
+        name: of the set of rows: `train`, or another for held-out rows.
     """
     splits = {file: of(file.relative_to(folder)) for file in files}
     found = set(splits.values())
@@ -54,7 +54,7 @@ def choose(folder: Path, files: Sequence[Path], name: str) -> Choice:
 
 
 def of(path: Path) -> str | None:
-    """Return the split a file is named for: by the first such word of its name, else of the folders, inmost first."""
+    """Return the split a file is named for: from its name, else from its folders, innermost first."""
     for part in reversed(path.parts):
         for word in _BETWEEN.split(part.lower()):
             if word in _WORDS:
@@ -63,7 +63,7 @@ def of(path: Path) -> str | None:
 
 
 def no_rows(folder: Path, hidden: Sequence[Path], papers: Sequence[Path]) -> Iterator[str]:
-    """Yield a line where files of a folder were left out that look like data and are none."""
+    """Yield a line on files of a folder that look like data but are none."""
     if hidden or papers:
         kinds = [kind for kind, files in (("hidden", hidden), ("texts beside rows", papers)) if files]
         yield f"{_names(folder, [*hidden, *papers])} left out: {' or '.join(kinds)}"
@@ -77,6 +77,6 @@ def _names(folder: Path, files: Sequence[Path]) -> str:
 
 
 def _kinds(splits: dict[Path, str | None], left: Sequence[Path]) -> str:
-    """Return what files that are left out are named for."""
+    """Return the splits that files left out are named for."""
     kinds = sorted({splits[file] or "none" for file in left})
     return f"{'another split' if len(kinds) == 1 else 'other splits'}, {' and '.join(kinds)}"

@@ -1,4 +1,4 @@
-"""Arrow tables to rows, some megabytes at a time: what takes a byte there may take a hundred as values of Python."""
+"""Convert Arrow tables to rows, a few megabytes at a time: a byte may become a hundred as Python objects."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from loratune.data.formats.base import Unreadable
 from loratune.errors import shorten
 
-Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be had
+Value = tuple[dict[str, Any] | None, str]  # a row, or None and why it can't be read
 
 
 def values(batch: Any, most: int) -> Iterator[Value]:
     """Yield the rows of an Arrow batch.
 
-    Bytes that are too long, dates that Python has no value for and text that is not UTF-8 are `Unreadable`: whoever
-    needs that column refuses the row.
+    Binary values that are too long, dates that Python can't represent and text that is not UTF-8 become `Unreadable`: a
+    format that needs the column refuses the row.
 
     Args:
         batch: of any types.
-        most: bytes of a row; a longer one is None, with what is too long in it.
+        most: bytes of a row; for a longer one None is yielded, and which part is too long.
     """
     for part in _parts(_decoded(batch), most):
         if part.nbytes > most:
@@ -29,7 +29,7 @@ def values(batch: Any, most: int) -> Iterator[Value]:
 
 
 def _parts(batch: Any, most: int) -> Iterator[Any]:
-    """Yield a batch in parts of at most so many bytes, or of one row."""
+    """Yield a batch in parts of at most `most` bytes, or of one row."""
     if batch.num_rows <= 1 or batch.nbytes <= most:
         yield batch
         return
@@ -39,7 +39,7 @@ def _parts(batch: Any, most: int) -> Iterator[Any]:
 
 
 def _decoded(batch: Any) -> Any:
-    """Return a batch with values in the place of numbers into a dictionary, which is whole in every part."""
+    """Return a batch with values instead of dictionary indices, as each part would carry the whole dictionary."""
     import pyarrow as pa
 
     if not any(pa.types.is_dictionary(kind) for kind in batch.schema.types):
@@ -49,7 +49,7 @@ def _decoded(batch: Any) -> Any:
 
 
 def _long(row: Any, most: int) -> Value:
-    """Return a row that is too long without its pictures and the like, if that makes it short enough."""
+    """Return a row that is too long without its binary values, such as images, if that makes it short enough."""
     import pyarrow as pa
 
     columns, held = list(row.columns), dict[str, Any]()
@@ -66,7 +66,7 @@ def _long(row: Any, most: int) -> Value:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Return whether there are bytes, not text, in a column of this type."""
+    """Return whether a column of this type contains binary values."""
     import pyarrow as pa
 
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
@@ -84,7 +84,7 @@ def _of_column(column: Any) -> list[Any]:
     try:
         found: list[Any] = column.to_pylist()
         return found
-    except Exception:  # a time zone that nobody knows is another kind of error for every library of them
+    except Exception:  # for an unknown time zone each library raises another class
         return [_of_value(value) for value in column]
 
 

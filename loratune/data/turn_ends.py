@@ -1,8 +1,8 @@
-"""The tokens at which an answer ends: those that end the turns a run trained, its template's, and the base's own.
+"""End tokens of answers: those that end a run's trained turns, its template's, and the base's own.
 
-A chat template may end its turns with another token than the end of text its base was trained with (`<|im_end|>` beside
-`<|endoftext|>`). The model learns to write that token, so whoever generates must stop at it: this program, and through
-generation_config.json every other.
+A chat template may end turns with another token than the end of text its base was trained with (`<|im_end|>` instead of
+`<|endoftext|>`). The model learns to write that token, so every program that generates must stop at it: this one, and
+others through generation_config.json.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from loratune.errors import Place
 from loratune.models import fingerprint
 from loratune.models.end_tokens import joined
 
-BEHIND = 4  # last trained tokens of a row that are looked at: templates write a line end behind the token
-RARE = 0.01  # part (0-1) of the rows: what ends fewer is where a row was cut, not the end of a turn
+BEHIND = 4  # last trained tokens of a row to search: templates may write a line end after the end token
+RARE = 0.01  # fraction (0-1) of the rows: a rarer last token comes from a cut row and ends no turn
 _CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 _ASK, _SAY = {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
 _USE = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _PROBES: tuple[tuple[dict[str, Any], ...], ...] = (
     (_ASK, _SAY),
-    (_ASK, _SAY, _ASK, _SAY),  # a turn may end where the next one begins
+    (_ASK, _SAY, _ASK, _SAY),  # a turn may end with the start of the next one
     (_ASK, _USE),
     (_ASK, _USE, {"role": "tool", "name": "look", "content": "So."}, _SAY),
 )
 
 
 def of_rows(rows: Rows, encoder: Encoder) -> tuple[int, ...]:
-    """Return the special tokens that end what is trained in rows, the most frequent first; those of cut rows left out.
+    """Return the special tokens that end the trained spans of rows, most frequent first, without those of cut rows.
 
-    Only the last trained span of a row counts: a template may write one turn in several.
+    Only the last trained span of a row counts, as one turn may have several spans.
     """
     found: dict[int, int] = {}
     blank: dict[int, bool] = {}
@@ -56,7 +56,7 @@ def of_template(encoder: Encoder) -> tuple[int, ...]:
         try:
             row = encoder.encode(Conversation(messages, trained), Place("chat template"))
         except RowError:
-            continue  # it knows no tools, or ends its turns without a token of their own
+            continue  # it does not support tools, or has no token that ends turns
         last = int(np.flatnonzero(row.trained)[-1])
         if (end := _end(row.ids[: last + 1].tolist(), encoder, {})) is not None:
             found[end] = None
@@ -64,18 +64,18 @@ def of_template(encoder: Encoder) -> tuple[int, ...]:
 
 
 def of_folder(folder: Path | None, encoder: Encoder) -> tuple[int, ...]:
-    """Return the ends that a run recorded beside its adapter or model, and those of the template it is asked with.
+    """Return the end tokens recorded beside an adapter or model, and those of its chat template.
 
-    Without a record (an adapter of another program, or no folder at all) the template alone tells.
+    Without a record (an adapter of another program, or no folder) only the template's are known.
     """
     about = fingerprint.read(folder) if folder is not None else None
     return joined((about or {}).get("turn_ends", {}).values(), of_template(encoder))
 
 
 def _end(tail: Iterable[int], encoder: Encoder, blank: dict[int, bool]) -> int | None:
-    """Return the special token at the end of some tokens, white space behind it apart, or None where it is another.
+    """Return the special token at the end of some tokens, ignoring white space after it, or None.
 
-    `blank` remembers which tokens are white space: rows that were cut end in as many ways as there are rows.
+    `blank` caches which tokens are white space: cut rows end in as many ways as there are rows.
     """
     for token in reversed([one for one in tail if one >= 0]):
         if token in encoder.special:

@@ -1,6 +1,6 @@
-"""Blocks of rows prepared side by side: small data in threads, large data in as many processes as there are cores.
+"""Prepare blocks of rows in parallel: small data in threads, large data in as many processes as there are cores.
 
-Tokenizing holds no lock of Python's, so that threads help and start at once; the rest of the work waits for that lock.
+Tokenizing releases Python's global interpreter lock, so threads help and start at once; the rest holds the lock.
 A worker is `python -m loratune.data.workers` with a pipe in and a pipe out.
 """
 
@@ -25,33 +25,33 @@ from loratune.data.section import Data
 from loratune.errors import SetupError
 from loratune.system import child_process, limits
 
-SMALL = 8 << 20  # bytes of data files that are read before processes would have started
-AHEAD = 2  # blocks per worker on their way, so that none waits for the next
+SMALL = 8 << 20  # bytes of data files that threads read before processes would have started
+AHEAD = 2  # blocks in flight per worker, so that none waits for the next
 
 
 def number(size: int) -> int:
-    """Return how many processes prepare so many bytes of data files best; 1: threads of this one."""
+    """Return the best number of processes for `size` bytes of data files; 1: threads of this one."""
     return limits.cores() if size > SMALL else 1
 
 
 def prepared(
     blocks: Iterable[Block], data: Data, encoder: Encoder, processes: int
 ) -> Iterator[tuple[Block, list[Prepared]]]:
-    """Yield each block with what became of its rows, in order.
+    """Yield each block with its prepared rows, in order.
 
     Args:
         blocks: of a source.
-        data: how rows are read and fitted.
+        data: how rows are read and fitted to `max_length`.
         encoder: of the base model's tokenizer.
-        processes: how many; below 2 threads of this one do it.
+        processes: number of them; below 2 threads of this one are used.
 
     Raises:
-        SetupError: when a worker dies, for want of memory most likely.
+        SetupError: when a worker dies, most likely because memory ran out.
     """
     if processes > 1:
         yield from _by_processes(blocks, data, encoder, processes)
         return
-    threads = ThreadPoolExecutor(limits.cores() + 1)  # one more: while the others tokenize it renders
+    threads = ThreadPoolExecutor(limits.cores() + 1)  # one more: it renders while the others tokenize
     one_by_one = _one_by_one(lambda block: prepare(block, data, encoder))
     try:
         yield from _windowed(blocks, lambda block: threads.submit(one_by_one, block), limits.cores() + 2)
@@ -60,7 +60,7 @@ def prepared(
 
 
 def _one_by_one(work: Callable[[Block], list[Prepared]]) -> Callable[[Block], list[Prepared]]:
-    """Return a function that does the same, but large blocks one after the other, as each takes much memory."""
+    """Return a function that does the same, but handles large blocks one at a time, as each takes much memory."""
     lock = threading.Lock()
 
     def done(block: Block) -> list[Prepared]:
@@ -91,7 +91,7 @@ def _by_processes(
         yield from _windowed(blocks, lambda block: threads.submit(ask, block), AHEAD * number)
     finally:
         for worker in workers:
-            worker.kill()  # before the threads, which wait for them
+            worker.kill()  # before the threads end, which wait for them
         threads.shutdown(cancel_futures=True)
         for worker in workers:
             worker.close()
@@ -100,7 +100,7 @@ def _by_processes(
 def _windowed(
     blocks: Iterable[Block], submit: Callable[[Block], Future[list[Prepared]]], width: int
 ) -> Iterator[tuple[Block, list[Prepared]]]:
-    """Yield results in order, at most `width` on their way: memory does not depend on how many there are."""
+    """Yield results in order, with at most `width` in flight, so that memory is bounded."""
     waiting: deque[tuple[Block, Future[list[Prepared]]]] = deque()
     for block in blocks:
         waiting.append((block, submit(block)))
@@ -155,14 +155,14 @@ class _Worker:
 
 
 def _serve() -> None:
-    """Answer blocks from stdin on stdout until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides
+    """Prepare blocks from stdin and write results to stdout until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     answers = child_process.answers()
     requests = sys.stdin.buffer
     data, tokenizer = pickle.load(requests)
     encoder = Encoder(tokenizer, own=True)
-    gc.freeze()  # what is there stays
-    gc.set_threshold(100_000)  # rows leave nothing behind that only a collection would find
+    gc.freeze()  # existing objects stay
+    gc.set_threshold(100_000)  # rows create no reference cycles
     while True:
         try:
             block = pickle.load(requests)
