@@ -30,13 +30,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row taken apart: number (from 1) among the rows kept, place, length and trained tokens, pieces in order."""
+    """A row taken apart.
+
+    Attributes:
+        number: from 1, among the rows kept; both answers of a pair have the same.
+        place: where it came from.
+        tokens: its length.
+        trained_tokens: of them, those with a label.
+        pieces: in order.
+        answer: of a pair: `chosen` or `rejected`; else empty.
+    """
 
     number: int
     place: str
     tokens: int
     trained_tokens: int
     pieces: tuple[Piece, ...]
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,13 @@ class Inspection:
     """Some training rows of a recipe as the model will see them, and counts over all of them.
 
     Attributes:
-        rows: number of rows.
+        rows: number of rows; a pair is one.
         tokens: in all rows.
         trained_tokens: of them, those with a label.
-        longest: tokens of the longest row.
-        shown: the rows that were asked for, taken apart.
+        longest: tokens of the longest row (of pairs: of the longest answer with its prompt).
+        shown: the rows that were asked for, taken apart; of a pair the chosen answer, then the rejected one.
         unread: column that nobody reads -> number of rows that have it.
+        pairs: whether rows are pairs of a chosen and a rejected answer.
     """
 
     rows: int
@@ -58,6 +69,7 @@ class Inspection:
     longest: int
     shown: tuple[Shown, ...]
     unread: dict[str, int]
+    pairs: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the inspection as JSON data."""
@@ -73,9 +85,9 @@ def inspect(
 
     Args:
         recipe: from `load_recipe`; its base model is asked for the tokenizer only.
-        row: number of the one row to show, from 1; None for the first `number`.
+        row: number of the one row (or pair) to show, from 1; None for the first `number`.
         random: show `number` rows drawn with the recipe's seed instead of the first.
-        number: how many rows to show.
+        number: how many rows (or pairs) to show.
         trust_remote_code: run code that comes with the base model's tokenizer.
         on_event: called with each event; None: lines go to Python's logging. What it raises comes out as it is.
 
@@ -97,32 +109,36 @@ def inspect(
         for line in rows.told_unread(held_out):
             report.problem(line)
         shown = tuple(
-            take_apart(rows, index, tokenizer, encoder)
-            for index in _chosen(len(rows), row, number, recipe.train.seed if random else None)
+            one
+            for index in _chosen(rows.samples, row, number, recipe.train.seed if random else None, rows.per_sample > 1)
+            for one in take_apart(rows, index, tokenizer, encoder)
         )
         counts, longest = rows.counts, int(rows.lengths.max())
-        return Inspection(len(rows), counts.tokens, counts.trained_tokens, longest, shown, rows.unread)
+        return Inspection(
+            rows.samples, counts.tokens, counts.trained_tokens, longest, shown, rows.unread, rows.per_sample > 1
+        )
 
 
-def _chosen(rows: int, row: int | None, number: int, seed: int | None) -> Sequence[int]:
+def _chosen(rows: int, row: int | None, number: int, seed: int | None, pairs: bool) -> Sequence[int]:
     """Return which of so many rows to show, counted from 0; see `inspect`."""
     if row is not None:
         if not 1 <= row <= rows:
-            raise UsageError(f"no row {row}: there are {rows:,}, counted from 1")
+            raise UsageError(f"no {'pair' if pairs else 'row'} {row}: there are {rows:,}, counted from 1")
         return [row - 1]
     if seed is not None:
         return [int(index) for index in np.random.default_rng(seed).permutation(rows)[:number]]
     return range(min(number, rows))
 
 
-def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Shown:
-    """Return one row with its tokens joined into pieces of one kind."""
-    row = rows[index]
-    pieces = tuple(
-        Piece(tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
-        for ids, trained, special in _runs(row, encoder)
-    )
-    return Shown(index + 1, str(row.place), len(row.ids), row.count(), pieces)
+def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Iterator[Shown]:
+    """Yield one row, or both of a pair, with tokens joined into pieces of one kind."""
+    sample = rows.sample(index).rows
+    for answer, row in zip(("chosen", "rejected") if len(sample) > 1 else ("",), sample, strict=True):
+        pieces = tuple(
+            Piece(tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
+            for ids, trained, special in _runs(row, encoder)
+        )
+        yield Shown(index + 1, str(row.place), len(row.ids), row.count(), pieces, answer)
 
 
 def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
@@ -143,13 +159,21 @@ def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
 def as_text(inspection: Inspection, colour: bool) -> str:
     """Return the rows for a terminal: trained tokens in green, or in [[ ]] where there is no colour."""
     lines = [
-        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
+        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
         f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
     ]
     for row in inspection.shown:
-        lines += ["", f"row {row.number}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} label tokens", ""]
+        lines += ["", f"{_named(row)}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} label tokens", ""]
         lines.append("".join(_coloured(piece) if colour else _bracketed(piece) for piece in _joined(row.pieces)))
     return "\n".join(lines)
+
+
+def _counted(inspection: Inspection) -> str:
+    return f"{inspection.rows:,} {'pairs' if inspection.pairs else 'rows'}"
+
+
+def _named(row: Shown) -> str:
+    return f"pair {row.number} {row.answer}" if row.answer else f"row {row.number}"
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[Piece]:
@@ -193,9 +217,9 @@ def as_html(inspection: Inspection, title: str) -> str:
             f'<span class="{"t " * p.trained}{"s" * p.special}">{html.escape(p.text)}</span>' for p in row.pieces
         )
         place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
-        blocks.append(f'<h2>row {row.number}</h2><p class="place">{place}</p><pre>{body}</pre>')
+        blocks.append(f'<h2>{_named(row)}</h2><p class="place">{place}</p><pre>{body}</pre>')
     summary = (
-        f"{inspection.rows:,} rows, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} of them trained, "
+        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} of them trained, "
         f"longest row {inspection.longest:,} tokens"
     )
     return _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(blocks))

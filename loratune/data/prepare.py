@@ -141,6 +141,9 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     if not all(row.count() for row in encoded):
         error = RowError("", "has no trained token: nothing would be learned from it")
         return _unusable(place, error, data, format)
+    if isinstance(example, Pair) and _are_same(encoded):
+        error = RowError("", "has two answers of the same tokens: nothing would be learned from them")
+        return _unusable(place, error, data, format)
     fate, pieces = _fit(encoded, example, data)
     told = _TOLD.get(fate)
     longest = max(len(row.ids) for row in encoded)
@@ -176,9 +179,14 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
         cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
         if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
             left.append(cut)
-    if pair and len(left) < 2:  # one answer alone can't be compared
+    if pair and (len(left) < 2 or _are_same(left)):  # one answer alone can't be compared
         left = []
     return ("cut" if left else "dropped"), left
+
+
+def _are_same(rows: Sequence[Row]) -> bool:
+    """Return whether the rows of a pair are the same tokens: texts may differ in what the template leaves out."""
+    return np.array_equal(rows[0].ids, rows[1].ids)
 
 
 def _split(row: Row, max_length: int) -> list[Row]:

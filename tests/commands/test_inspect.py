@@ -16,7 +16,7 @@ from loratune import recipe
 from loratune.cli import app
 from loratune.commands import inspect
 from loratune.errors import UsageError
-from tests import tiny
+from tests import pairs, tiny
 
 
 @pytest.fixture
@@ -103,3 +103,23 @@ def test_rows_are_read_without_torch(path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CODE], cwd=path.parent, capture_output=True, text=True)
     lengths = [row.tokens for row in inspect.inspect(recipe.load(path), number=5).shown]
     assert (done.stdout.strip(), done.stderr) == (f"False {lengths}", "")
+
+
+def test_a_pair_is_one_row_with_its_answers_named(tmp_path: Path, base: Path) -> None:
+    written = tiny.write_recipe(tmp_path, base, objective="dpo")
+    tiny.write_jsonl(tmp_path / "train.jsonl", pairs.rows(5))
+    loaded = recipe.load(written)
+    found = inspect.inspect(loaded, row=2)
+    assert (found.rows, found.pairs) == (5, True)
+    assert [(row.number, row.answer, row.place[-2:]) for row in found.shown] == [
+        (2, "chosen", ":2"),
+        (2, "rejected", ":2"),
+    ]
+    assert ["".join(p.text for p in row.pieces if p.trained)[:3] for row in found.shown] == ["yes", "no "]
+    text = inspect.as_text(found, colour=False)
+    assert text.startswith("5 pairs, ") and "\npair 2 chosen  " in text and "\npair 2 rejected  " in text
+    assert "<h2>pair 2 rejected</h2>" in inspect.as_html(found, "pairs")
+    assert [row.number for row in inspect.inspect(loaded, number=2).shown] == [1, 1, 2, 2]
+    assert {row.number for row in inspect.inspect(loaded, random=True, number=5).shown} == {1, 2, 3, 4, 5}
+    with pytest.raises(UsageError, match="no pair 6: there are 5, counted from 1"):
+        inspect.inspect(loaded, row=6)

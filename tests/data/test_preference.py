@@ -139,3 +139,25 @@ def test_values_follow_their_pairs(tmp_path: Path) -> None:
     some = rows.take(np.array([2, 3, 8, 9]))
     assert [some.sample(i).values["known"] for i in range(2)] == [1.0, 4.0]
     assert [some.sample(i).place for i in range(2)] == [rows.sample(1).place, rows.sample(4).place]
+
+
+def _stored(folder: Path, rows: list[dict[str, Any]], template: str = tiny.CHATML, **fields: Any) -> dataset.Rows:
+    path = tiny.write_jsonl(folder / "rows.jsonl", rows)
+    section = Data.model_validate({"train": str(path), "format": "preference", **fields})
+    return dataset.of(section, 0, Encoder(tiny.tokenizer(template)))[0]
+
+
+def test_answers_that_the_template_makes_the_same_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant", "content": "good "}]}]
+    trimmed = tiny.CHATML.replace("message['content']", "message['content'] | trim")
+    with pytest.raises(DataError, match="rows.jsonl:1: has two answers of the same tokens"):
+        _stored(tmp_path, rows, trimmed)
+
+
+def test_answers_that_are_the_same_once_cut_are_dropped(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q ", "chosen": "a long answer, good", "rejected": "a long answer, bad"},
+        {"prompt": "q ", "chosen": "good", "rejected": "bad"},
+    ]
+    found = _stored(tmp_path, rows, max_length=12, on_long="truncate", max_lost=1)
+    assert (found.samples, found.counts.dropped, found.counts.truncated) == (1, 1, 0)
