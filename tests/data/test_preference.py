@@ -150,7 +150,7 @@ def _stored(folder: Path, rows: list[dict[str, Any]], template: str = tiny.CHATM
 def test_answers_that_the_template_makes_the_same_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant", "content": "good "}]}]
     trimmed = tiny.CHATML.replace("message['content']", "message['content'] | trim")
-    with pytest.raises(DataError, match="rows.jsonl:1: has two answers of the same tokens"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: has two answers of the same tokens"):
         _stored(tmp_path, rows, trimmed)
 
 
