@@ -117,7 +117,8 @@ def test_a_pair_is_one_row_with_its_answers_named(tmp_path: Path, base: Path) ->
     ]
     assert ["".join(p.text for p in row.pieces if p.trained)[:3] for row in found.shown] == ["yes", "no "]
     text = inspect.as_text(found, colour=False)
-    assert text.startswith("5 pairs, ") and "\npair 2 chosen  " in text
+    assert text.startswith("5 pairs, ")
+    assert "\npair 2 chosen  " in text
     assert "\npair 2 rejected  " in text
     assert "<h2>pair 2 rejected</h2>" in inspect.as_html(found, "pairs")
     assert [row.number for row in inspect.inspect(loaded, number=2).shown] == [1, 1, 2, 2]
