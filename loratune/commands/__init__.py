@@ -1,1 +1,1 @@
-"""What a person asks for beside training, one file each."""
+"""The commands besides `train`, one file each."""

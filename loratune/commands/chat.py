@@ -1,4 +1,4 @@
-"""Talk to a model: one answer, or a conversation with adapters swapped on one loaded base."""
+"""`loratune chat`: one answer, or a conversation in which adapters are swapped on one loaded base."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def chat(
 
     Args:
         name: run folder, adapter folder, or model.
-        prompt: answer this and return; None for a conversation, which reads from stdin.
+        prompt: to answer; None for a conversation, which reads from stdin.
         system: system prompt.
-        base: base model to use instead of the one that is written down.
+        base: base model to use instead of the recorded one.
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy.
-        seed: of the random choices above temperature 0.
+        seed: of sampling above temperature 0.
         allow_base_mismatch: use another base than the adapter was trained on.
         trust_remote_code: run code that comes with the base model.
-        on_event: called with each event, also with each piece of an answer as it is written; None: of a prompt lines go
-            to Python's logging, a conversation is printed. What it raises comes out as it is.
+        on_event: called with each event, and with each piece of an answer; None: for a prompt lines go to Python's
+            logging, a conversation is printed. An exception it raises is passed through.
 
     Returns:
         The last answer.
 
     Raises:
-        LoratuneError: any of its kinds.
+        LoratuneError: any of its subclasses.
     """
     shown = console.Terminal() if prompt is None and on_event is None else nullcontext(on_event)
     with shown as hear:
@@ -88,7 +88,7 @@ def _in_a_row(talk: Conversation, tell: Report) -> str:
 
 
 def _on_terminal(talk: Conversation, tell: Report) -> str:
-    """Hold a conversation: nothing but its end, or Ctrl-C twice where nothing is said, ends it."""
+    """Hold a conversation; it ends with the end of input, or with Ctrl-C twice on an empty line."""
     chat_input.edit_lines()
     tell.note(HELLO)
     answer, warned = "", False

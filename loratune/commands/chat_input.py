@@ -1,4 +1,4 @@
-"""What a person types or pastes on a terminal, one message at a time; each line of a file or a pipe is one."""
+"""Input of a chat, one message at a time: typed or pasted on a terminal, or a line of a file or pipe."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from types import FrameType
 from loratune.errors import UsageError
 from loratune.system import files
 
-WAIT = 0.05  # seconds within which the next line of a paste is there
+WAIT = 0.05  # seconds within which the next line of a paste arrives
 PROMPT = "> "
 LONGEST = 4 << 20  # characters of a message
-_EDITS = importlib.util.find_spec("readline") is not None  # a Python can be built without it
+_EDITS = importlib.util.find_spec("readline") is not None  # Python can be built without it
 
 
 def interactive() -> bool:
-    """Return whether somebody types."""
+    """Return whether input comes from a terminal."""
     return sys.stdin.isatty()
 
 
 def edit_lines() -> None:
-    """Let a person edit lines and go back to earlier ones, and keep what is pasted together until Enter is pressed."""
+    """Enable line editing and history, and keep a paste together until Enter is pressed."""
     if _EDITS:
         import readline
 
@@ -35,12 +35,12 @@ def edit_lines() -> None:
 def read() -> str | None:
     """Return the next message, or None at the end of input.
 
-    Lines that are there at once were pasted, and are one message: with bracketed paste the terminal says so, else what
-    comes within a moment counts. Ctrl-C takes back what was typed: the message is empty then.
+    Pasted lines are one message: with bracketed paste the terminal marks them, else lines that arrive within a moment
+    count as pasted. Ctrl-C discards what was typed: the message is empty then.
 
     Raises:
-        KeyboardInterrupt: at Ctrl-C, where nothing was typed.
-        UsageError: when it is not UTF-8, or longer than anything a model reads.
+        KeyboardInterrupt: at Ctrl-C on an empty line.
+        UsageError: when it is not UTF-8, or longer than any model supports.
     """
     if not interactive():
         line = _read_line()
@@ -49,7 +49,7 @@ def read() -> str | None:
     typed: list[str] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if _EDITS:  # only now: once `input` has returned the line is gone
+        if _EDITS:  # saved here: once `input` has returned the line is lost
             import readline
 
             typed.append(readline.get_line_buffer())
@@ -78,7 +78,7 @@ def read() -> str | None:
 def _line(prompt: str) -> str:
     if sys.stdout.isatty():
         return _checked(input(prompt))
-    sys.stderr.write(prompt)  # answers go to a file: the prompt is no part of them
+    sys.stderr.write(prompt)  # on stderr: answers may go to a file, and the prompt is no part of them
     sys.stderr.flush()
     line = _read_line()
     if not line:
@@ -93,6 +93,6 @@ def _read_line() -> str:
 def _checked(line: str) -> str:
     if len(line) > LONGEST:
         raise UsageError(f"a message of more than {LONGEST:,} characters", "does a line end in the input?")
-    if not files.is_utf8(line):  # `cli.main` has bytes that are none kept apart
+    if not files.is_utf8(line):  # `cli.main` keeps other bytes as surrogates
         raise UsageError("what was read is not UTF-8", "give it as UTF-8")
     return line

@@ -1,4 +1,4 @@
-"""A conversation with one loaded base: what was said, which adapter answers, and the commands of a person."""
+"""A conversation with one loaded base: its messages, the adapter that answers, and the chat commands."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HELP = "\n".join(f"{f'{name} {argument}':24}{what}" for name, (argument, what) i
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded adapter (or the model as it was opened), and how it is asked.
+    """A loaded adapter (or the model as it was opened), with its tokenizer and end tokens.
 
     Attributes:
         folder: of the adapter, resolved; None for a model without one.
-        peft: its name within PEFT; None for a model without adapter.
+        peft: its name in PEFT; None for a model without adapter.
         encoder: with its tokenizer and chat template.
-        ends: tokens at which its answers end.
+        ends: end tokens of its answers.
     """
 
     folder: Path | None
@@ -46,21 +46,21 @@ class Speaker:
 
     @classmethod
     def of(cls, folder: Path | None, peft: str | None, tokenizer: Any) -> Speaker:
-        """Return who answers with a tokenizer; `folder` is where a run wrote down how answers end, if any did."""
+        """Return a speaker for a tokenizer; `folder` is where a run recorded end tokens, if any did."""
         encoder = Encoder(tokenizer)
         return cls(folder, peft, encoder, turn_ends.of_folder(folder, encoder))
 
 
 class Conversation:
-    """Messages so far, the model they go to, and the adapters loaded on it.
+    """The messages so far, the model, and the adapters loaded on it.
 
     Args:
-        loaded: the model that was opened, its adapter on it.
-        what: what it was opened as.
+        loaded: the opened model, with its adapter.
+        what: the subject it was opened from.
         system: system prompt, or None.
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy.
-        allow_base_mismatch: take adapters that were trained on another base.
+        allow_base_mismatch: accept adapters that were trained on another base.
         write: called with each piece of an answer.
 
     Raises:
@@ -81,16 +81,16 @@ class Conversation:
         self.alone = what.adapter is None  # whether the base answers without an adapter
         self._loads = len(self.adapters)
         self.turns: list[dict[str, Any]] = []
-        self.room: int | None = None  # tokens the last answer was limited to, as the model has no more positions
+        self.room: int | None = None  # tokens the last answer was limited to by the model's positions
         self.system: str | None = None
         if system:
             self._set_system(system)
 
     @base_model.or_out_of_memory("/reset forgets what was said; shorter answers (--max-new-tokens) take less, too")
     def say(self, text: str) -> str:
-        """Answer a message, passing the answer on as it is written, and remember both.
+        """Answer a message, passing on each piece of the answer, and keep both.
 
-        An answer that is interrupted is remembered as far as it came; without any of it the message is forgotten, too.
+        Of an interrupted answer the part generated so far is kept; if there is none, the message is dropped, too.
 
         Raises:
             UsageError: when the chat template refuses the conversation.
@@ -129,10 +129,10 @@ class Conversation:
 
     @base_model.or_out_of_memory("fewer adapters at once, or close other programs")
     def command(self, line: str) -> str:
-        """Carry out a line that begins with `/` and return what to tell.
+        """Run a command, a line that begins with `/`; return the text to print.
 
         Raises:
-            LoratuneError: when there is no such command, or it can't be done; the conversation is as it was.
+            LoratuneError: when there is no such command, or it fails; the conversation is unchanged then.
         """
         word, _, argument = line.partition(" ")
         argument = argument.strip()
@@ -156,9 +156,9 @@ class Conversation:
         raise UsageError(f"unknown command `{shorten(word)}`", f"{hint} A space before it sends it as a message")
 
     def _ids(self, messages: list[dict[str, Any]], text: str) -> list[int]:
-        """Return the tokens a model is asked with: as its rows began, with the generation prompt."""
+        """Return the model's input tokens: as in training, with the generation prompt."""
         encoder = self.active.encoder
-        if not encoder.turns.template:  # the text goes on; nothing else could be shown
+        if not encoder.turns.template:  # without a template the text is continued
             ids: list[int] = encoder.tokenizer(_whole(text), add_special_tokens=False).input_ids
             return [encoder.tokenizer.bos_token_id, *ids] if encoder.adds_bos else ids
         try:
@@ -197,13 +197,13 @@ class Conversation:
         speaker = self.adapters[name]
         try:
             self.loaded.model.set_adapter(speaker.peft, inference_mode=True)
-        except (ValueError, KeyError, RuntimeError) as error:  # it can't stand beside those that are loaded
+        except (ValueError, KeyError, RuntimeError) as error:  # it does not combine with those that are loaded
             raise ModelError(Problem(f"PEFT can't use it: {shorten(str(error), 300)}", Place(name))) from None
         self.active, self.alone = speaker, False
         return "\n".join([*notes, f"now: {name} (loaded: {', '.join(self.adapters)})"])
 
     def _load(self, what: opened_model.Subject, folder: Path, notes: list[str]) -> str:
-        """Load an adapter on the base; return the name it is shown by, and add to `notes` what is to be told."""
+        """Load an adapter on the base; return its name, and add lines to print to `notes`."""
         self._check_biases("another adapter")
         if self.adapters and adapter_files.changes_biases(folder):
             raise UsageError(Problem("brings bias vectors, which would change the others", Place(str(folder)), ALONE))
@@ -220,7 +220,7 @@ class Conversation:
         return name
 
     def _check_biases(self, other: str) -> None:
-        """Refuse to let another answer where an adapter has put bias vectors in the place of the base's own."""
+        """Refuse to change the adapter if a loaded one has overwritten the base's bias vectors."""
         for name, one in self.adapters.items():
             if one.folder is not None and adapter_files.changes_biases(one.folder):
                 raise UsageError(
@@ -228,7 +228,7 @@ class Conversation:
                 )
 
     def _unused(self, folder: Path) -> str:
-        """Return the end of a folder's path, as short as no other adapter is shown by it."""
+        """Return the shortest end of a folder's path that is not the name of another adapter."""
         parts = folder.parts
         return next(
             (name for depth in range(1, len(parts)) if (name := "/".join(parts[-depth:])) not in self.adapters),
@@ -237,10 +237,10 @@ class Conversation:
 
 
 def _whole(text: str) -> str:
-    """Return a text that can be tokenized.
+    """Return a text, checked that it can be tokenized.
 
     Raises:
-        UsageError: when it is empty, or holds half a character, as bytes that are no UTF-8 are read.
+        UsageError: when it is empty, or has half a character, from bytes that are not UTF-8.
     """
     if not text:
         raise UsageError("there is nothing to answer: the message is empty")

@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows: the base beside the adapter, on the same rows, with intervals."""
+"""`loratune eval`: compare base and adapter on the same held-out rows, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from loratune.runs import outputs
 from loratune.system import files, regex_match, startup, storage
 from loratune.training import memory_use
 
-EXAMPLES = 3  # answers that are shown side by side
-SHOWN = 66  # characters of each
+EXAMPLES = 3  # answers that are printed side by side
+SHOWN = 66  # characters of each that are printed
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,14 @@ def evaluate(
         name: run folder, adapter folder, or model.
         data: rows to evaluate on; None for the run's held-out rows.
         format: how a row is read; None for the run's, else `chat`.
-        base: base model to compare with, instead of the one that is written down.
+        base: base model to compare with, instead of the recorded one.
         limit: evaluate the first rows only.
         generate: also answer each row's last trained turn and compare.
         max_new_tokens: longest answer in tokens.
         batch_size: answers generated at once.
         temperature: 0 is greedy.
-        regex: adds `regex`: what the pattern finds in answer and reference is the same.
-        choices: adds `choice`: the choice named first in answer and reference is the same.
+        regex: adds the metric `regex`: the pattern finds the same in answer and reference.
+        choices: adds the metric `choice`: the first choice named is the same in answer and reference.
         out: file for the predictions; None for predictions.jsonl in the run folder (predictions-step-000200.jsonl for
             a checkpoint), for anything but a run in the current folder.
         allow_base_mismatch: measure on another base than it was trained on; recorded in the result.
@@ -181,7 +181,7 @@ def evaluate(
         Scores of the base and of the adapter (or of the model alone, where no base is known).
 
     Raises:
-        LoratuneError: any of its kinds.
+        LoratuneError: any of its subclasses.
     """
     tell = Report(on_event)
     wish = _Wish(generate, max_new_tokens, batch_size, temperature, regex, choices)
@@ -196,7 +196,7 @@ def evaluate(
 
 
 def _predictions(what: Subject, data: str | None, out: Path | None) -> Path:
-    """Return the file for the predictions, checked before anything takes time."""
+    """Return the file for the predictions, checked before anything slow."""
     inputs = outputs.inputs_of(what.recipe) if what.recipe else []
     inputs = [("--data", data), *inputs] if data is not None else inputs
     return outputs.predictions(what.name, out, what.base.base, inputs)
@@ -205,7 +205,7 @@ def _predictions(what: Subject, data: str | None, out: Path | None) -> Path:
 def _prepared(
     what: Subject, data: str | None, format: str | None, limit: int | None, wish: _Wish, tell: Report
 ) -> _Task:  # fmt: skip
-    """Read the rows and make questions of them, before any model is loaded."""
+    """Read the rows and derive questions from them, before any model is loaded."""
     encoder = Encoder(opened_model.tokenizer(what))
     rows = _rows(what, data, format, encoder, limit)
     for line in _about(rows):
@@ -213,14 +213,14 @@ def _prepared(
     questions = _questions(rows, encoder.tokenizer) if wish.generate else {}
     ends = turn_ends.of_folder(what.folder, encoder) if questions else ()
     references = [reference for _, reference in questions.values()]
-    # a pattern that takes for ever is found on the references most likely
+    # a pattern that takes too long most likely shows on the references
     found = regex_match.found(wish.regex, references) if wish.regex and questions else []
     wanted = dict(zip(questions, found, strict=True)) if found else {}
     return _Task(what, rows, encoder, questions, ends, wanted)
 
 
 def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _Measured:
-    """Measure one system after the other; a question that leaves no room for an answer leaves the task."""
+    """Measure one system after the other; questions that leave no room for an answer are removed from the task."""
     done = _Measured()
     for system, loaded in _systems(task.what, allow_mismatch):
         for line in loaded.notes:
@@ -237,7 +237,7 @@ def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _
                 loaded, task.questions, wish.max_new_tokens, wish.batch_size, wish.temperature, progress, task.ends
             )
         matches = _matches(wish.regex, answers, tell) if wish.regex and task.wanted else {}
-        if not matches:  # none of this system, none of another: they would be compared
+        if not matches:  # not of one system alone: systems are compared
             task.wanted = {}
             for row in (row for rows_of in done.per_row.values() for row in rows_of):
                 row.pop("regex", None)
@@ -247,7 +247,7 @@ def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _
 
 
 def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
-    """Return what was measured, and write the predictions into a file, where one is given and anything was asked."""
+    """Return the evaluation, and write the predictions to `path`, if given and there are any."""
     rows, questions = task.rows, task.questions
     scores = {system: _scores(values) for system, values in found.per_row.items()}
     path = path if questions else None
@@ -288,7 +288,7 @@ def _cell(score: Score) -> str:
 
 
 def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder, limit: int | None) -> Rows:
-    """Return the rows to evaluate on: those named, else those the run held out."""
+    """Return the rows to evaluate on: those given, else the run's held-out rows."""
     known: Recipe | None = what.recipe
     if path is None:
         if known is None:
@@ -300,7 +300,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
         local = files.local(path)
         there, pattern = files.there(local), glob.has_magic(path)
         source = {"path": str(local.resolve()) if there or pattern else path}
-        beside = "/" in path and local.parent.is_dir()  # a name in a folder that is there is none of the hub
+        beside = "/" in path and local.parent.is_dir()  # a name in an existing folder is no hub id
         if not (there or pattern) and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or beside):
             raise DataError(f"no data at `{path}`")
         fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
@@ -319,7 +319,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
 
 
 def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str | None]:
-    """Return what the pattern finds in each answer; nothing, and told, where it takes too long: the rest is kept."""
+    """Return what the pattern finds in each answer; if it takes too long, nothing, with a note: other metrics stay."""
     try:
         return dict(zip(answers, regex_match.found(regex, list(answers.values())), strict=True))
     except UsageError as error:
@@ -328,21 +328,21 @@ def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str
 
 
 def _about(rows: Rows) -> Iterator[str]:
-    """Yield what a person must know of the rows, as `train` tells it."""
+    """Yield notes on the rows, as `train` prints them."""
     if rows.damaged:
         yield DAMAGED
     yield from rows.told_unread()
 
 
 def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_model.Loaded]]:
-    """Yield what is compared: the base, then the adapter on it; or the original, then the model."""
+    """Yield the systems to compare: the base, then the adapter on it; or the original base, then the full model."""
     if what.adapter is not None:
         loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
-        if adapter_files.changes_biases(what.adapter):  # those of the base are lost with it
+        if adapter_files.changes_biases(what.adapter):  # it overwrites those of the base
             yield "base", loaded
             loaded.model = opened_model.attach(loaded.model, what.adapter, "default")
         else:
-            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")  # now, as it may not fit
+            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")  # first, as it may not fit
             with loaded.model.disable_adapter():
                 yield "base", loaded
         loaded.model.eval()
@@ -361,10 +361,10 @@ def _ready(loaded: base_model.Loaded) -> base_model.Loaded:
 
 
 def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most: int, tell: Report) -> Questions:
-    """Return the questions that leave a position for an answer; tell what is longer than the model's positions.
+    """Return the questions that leave a position for an answer; report rows longer than the model's positions.
 
     Raises:
-        DataError: when a row can't be run through the model.
+        DataError: when the model can't process a row.
     """
     before = generate.virtual_tokens(loaded.model)  # of the adapter, though the base is measured first
     if told := model_limits.check(loaded.model, rows, "leave them out, or shorten them", before):
@@ -382,7 +382,7 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
 
 
 def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
-    """Return sums of each sample: nats, right tokens, trained tokens; of a pair also whether the chosen is likelier."""
+    """Return sums for each sample: nats, correct tokens, label tokens; of a pair whether the chosen is likelier."""
     policy, device = Policy(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
     order = np.argsort(-rows.sizes, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(rows.samples)]
@@ -412,9 +412,9 @@ def _questions(rows: Rows, tokenizer: Any) -> Questions:
 
 
 def _question(row: Row, tokenizer: Any) -> tuple[list[int], str] | None:
-    """Return the tokens before a row's last trained turn and that turn's text, or None where nothing leads to it.
+    """Return the tokens before a row's last trained turn and that turn's text, or None if nothing precedes it.
 
-    The model is asked with exactly the tokens it was trained behind, so that no second rendering can differ.
+    The prompt is exactly the tokens of the training row, so that no second render can differ.
     """
     trained = np.flatnonzero(row.trained)
     start = end = int(trained[-1])
@@ -430,7 +430,7 @@ def _add_comparisons(
     sums: list[dict[str, float]], answers: dict[int, str], questions: Questions,
     wanted: dict[int, str | None], matches: dict[int, str | None], choices: Sequence[str] | None,
 ) -> None:  # fmt: skip
-    """Add to the sums of each row how its answer compares with its reference."""
+    """Add to the sums of each row the metrics of its answer against its reference."""
     for index, answer in answers.items():
         reference = questions[index][1]
         match = metrics.regex_match(matches[index], wanted[index], reference) if wanted else None

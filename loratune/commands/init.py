@@ -1,4 +1,4 @@
-"""What `loratune init` writes: a commented recipe, its schema and twenty rows that show the shape of the data."""
+"""`loratune init`: write a commented recipe, its schema and twenty rows that show the format of the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loratune.errors import Place, Problem, StorageError, UsageError
 from loratune.runs import outputs
 from loratune.system import files
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where none is named: 270 MB, Apache-2.0, trains on a CPU in minutes
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the default: 270 MB, Apache-2.0, trains on a CPU in minutes
 
 # Twenty rows with a visible effect: a support desk that always answers in the same short, signed way.
 _ROWS = [
@@ -68,15 +68,14 @@ def write(folder: Path, base: str = BASE) -> list[Path]:
     """Write recipe.yaml, loratune.schema.json and data/train.jsonl.
 
     Args:
-        folder: where; made when missing. A relative local `base` is named relative to it.
+        folder: where; created if missing. A relative local `base` is written relative to it.
         base: base model to put into the recipe.
 
     Returns:
         The paths written.
 
     Raises:
-        UsageError: when one of the files is there already, or the folder is one that stays as it is; nothing is written
-            then.
+        UsageError: when one of the files exists already, or the folder is protected; nothing is written then.
         StorageError: when a file can't be written.
     """
     if files.there(files.local(base)):
@@ -97,7 +96,7 @@ def write(folder: Path, base: str = BASE) -> list[Path]:
     for path, text in made.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("x", encoding="utf-8") as stream:  # follows no link to nowhere
+            with path.open("x", encoding="utf-8") as stream:  # does not follow a dangling link
                 stream.write(text)
         except OSError as error:
             raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None

@@ -1,4 +1,4 @@
-"""Rows as the model will see them: every token, the trained ones marked, with where each row came from."""
+"""`loratune inspect`: show rows as the model sees them, every token, with the trained ones marked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loratune.system import startup
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one kind: their text, how many they are, whether they are trained or special."""
+    """Adjacent tokens of one kind: their text, their number, whether they are trained or special."""
 
     text: str
     tokens: int
@@ -30,7 +30,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row taken apart.
+    """A row in pieces.
 
     Attributes:
         number: from 1, among the rows kept; both answers of a pair have the same.
@@ -58,8 +58,8 @@ class Inspection:
         tokens: in all rows.
         trained_tokens: of them, those with a label.
         longest: tokens of the longest row (of pairs: of the longest answer with its prompt).
-        shown: the rows that were asked for, taken apart; of a pair the chosen answer, then the rejected one.
-        unread: column that nobody reads -> number of rows that have it.
+        shown: the rows that were asked for, in pieces; of a pair the chosen answer, then the rejected one.
+        unread: column that is not read -> number of rows that have it.
         pairs: whether rows are pairs of a chosen and a rejected answer.
     """
 
@@ -81,10 +81,10 @@ def inspect(
     recipe: Recipe, row: int | None = None, random: bool = False, number: int = 3, trust_remote_code: bool = False,
     on_event: Listener | None = None,
 ) -> Inspection:  # fmt: skip
-    """Read and tokenize a recipe's training rows, as `train` does, and take some of them apart.
+    """Read and tokenize a recipe's training rows, as `train` does, and show some of them in pieces.
 
     Args:
-        recipe: from `load_recipe`; its base model is asked for the tokenizer only.
+        recipe: from `load_recipe`; of its base model only the tokenizer is loaded.
         row: number of the one row (or pair) to show, from 1; None for the first `number`.
         random: show `number` rows drawn with the recipe's seed instead of the first.
         number: how many rows (or pairs) to show.
@@ -96,7 +96,7 @@ def inspect(
 
     Raises:
         UsageError: when there is no such row.
-        DataError: when the rows can't be used, as `train` would say.
+        DataError: when the rows can't be used, as in `train`.
     """
     report = Report(on_event)
     with startup.quiet(), report.unchanged():
@@ -120,7 +120,7 @@ def inspect(
 
 
 def _chosen(rows: int, row: int | None, number: int, seed: int | None, pairs: bool) -> Sequence[int]:
-    """Return which of so many rows to show, counted from 0; see `inspect`."""
+    """Return the indices (from 0) of the rows (or pairs) to show; see `inspect`."""
     if row is not None:
         if not 1 <= row <= rows:
             raise UsageError(f"no {'pair' if pairs else 'row'} {row}: there are {rows:,}, counted from 1")
@@ -142,7 +142,7 @@ def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Iter
 
 
 def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
-    """Yield neighbouring tokens that are alike, so that letters of several tokens are decoded together."""
+    """Yield runs of tokens of one kind, so that characters of several tokens are decoded together."""
     run: list[int] = []
     kind = (False, False)
     for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
@@ -157,7 +157,7 @@ def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
 
 
 def as_text(inspection: Inspection, colour: bool) -> str:
-    """Return the rows for a terminal: trained tokens in green, or in [[ ]] where there is no colour."""
+    """Return the rows for a terminal: trained tokens in green, or in [[ ]] without colour."""
     lines = [
         f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
         f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
@@ -177,7 +177,7 @@ def _named(row: Shown) -> str:
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Yield pieces with neighbours of one `trained` joined: what is special is seen by its spelling."""
+    """Yield pieces, with adjacent ones of the same `trained` joined; special tokens show by their text."""
     text, tokens, trained = "", 0, False
     for piece in pieces:
         if tokens and piece.trained != trained:
@@ -210,7 +210,7 @@ pre {{ font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 
 
 def as_html(inspection: Inspection, title: str) -> str:
-    """Return the rows as one page that needs nothing else."""
+    """Return the rows as a self-contained HTML page."""
     blocks = []
     for row in inspection.shown:
         body = "".join(

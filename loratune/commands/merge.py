@@ -1,4 +1,4 @@
-"""An adapter folded into its base, compared with base + adapter before anything is kept."""
+"""`loratune merge`: merge an adapter into its base, and compare the result with base + adapter before it is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loratune.runs import model_card, outputs
 from loratune.system import files, startup, storage  # fmt: skip
 from loratune.system.version import VERSION
 
-# Largest difference of two logits over the largest logit that rounding explains: measured on merges of trained
+# Largest difference of two logits, relative to the largest logit, that rounding causes: measured on merges of trained
 # adapters, see docs/checks.md.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -51,7 +51,7 @@ class Merge:
     """A merged model.
 
     Attributes:
-        folder: where it lies.
+        folder: of the model.
         dtype: precision of its weights: `bfloat16`, `float16` or `float32`.
         difference: largest difference between a logit of base + adapter and the same logit of the merged model.
         relative: that difference over the largest logit of base + adapter, 0 for none.
@@ -82,7 +82,7 @@ def merge(
         name: run folder or adapter folder.
         out: folder for the merged model; must not exist, or be empty.
         dtype: precision of the merged weights; auto: that of the base on disk.
-        base: base model to use instead of the one that is written down.
+        base: base model to use instead of the recorded one.
         tolerance: largest difference of a logit relative to the largest logit; None: by dtype.
         allow_base_mismatch: merge into another base than it was trained on; recorded beside the merged model.
         trust_remote_code: run code that comes with the base model.
@@ -92,7 +92,7 @@ def merge(
         The merge and how far it is from base + adapter on a few prompts.
 
     Raises:
-        UsageError: when `out` is not empty or lies in a checkpoint or base, or there is no adapter to merge.
+        UsageError: when `out` is not empty or is inside of a checkpoint or base, or there is no adapter to merge.
         ModelError: when the merged model differs by more than the tolerance; nothing is left behind then.
         StorageError: when the folder can't be written.
     """
@@ -122,7 +122,7 @@ def merge(
 
 
 def _check(target: Path, dtype: str) -> None:
-    """Check what was asked for before anything is loaded."""
+    """Check the arguments before anything is loaded."""
     if files.there(target) and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
@@ -132,13 +132,13 @@ def _check(target: Path, dtype: str) -> None:
 def _differences(
     wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], limit: float, tell: Report
 ) -> tuple[float, float, float]:
-    """Return the largest difference of a logit, that over the largest logit, and the part of equal next tokens.
+    """Return the largest difference of a logit, the same relative to the largest logit, and top-1 agreement (0-1).
 
     Args:
         wanted: logits of base and adapter for each prompt, (1, tokens, vocabulary).
         found: the same of the merged model.
         limit: largest relative difference.
-        tell: prints them.
+        tell: called with a line on them.
 
     Raises:
         ModelError: when they differ by more, or are no numbers.
@@ -159,10 +159,9 @@ def _differences(
 
 
 def _dtype(name: str, base: Path) -> torch.dtype:
-    """Return the precision to merge in: the one asked for, or for auto that of most weights of the base on disk.
+    """Return the precision of the merged weights: as asked for; for auto that of most weights of the base on disk.
 
-    A config may name none, or another. Only where the files hold weights in few bits is it asked: it names the
-    precision that they are computed in.
+    A config may name none, or another. It is used only if the files are quantized: it names the compute precision.
     """
     if name != "auto":
         return _DTYPES[name]
@@ -186,9 +185,9 @@ def _fold(net: Any, adapter: Path) -> Any:
 
 @torch.no_grad()
 def _round(merged: Any, dtype: torch.dtype) -> None:
-    """Round weights to what the file will hold, still in float32.
+    """Round weights to the precision of the file, still stored as float32.
 
-    The comparison then sees the merge, not the arithmetic of a shorter precision.
+    The comparison then measures the merge, not arithmetic in a lower precision.
     """
     for tensor in merged.state_dict().values():
         if tensor.is_floating_point():

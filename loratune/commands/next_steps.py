@@ -1,4 +1,4 @@
-"""Which commands make sense after a training, an evaluation or a merge: only those that would not fail."""
+"""Suggested commands after a training, an evaluation or a merge: only those that would not fail."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def of_run(run: Path, names: Sequence[str]) -> list[str]:
 
 
 def of_merged(folder: Path) -> list[str]:
-    """Return the commands for a merged model: a talk, where it has a chat template."""
+    """Return the commands for a merged model: chat, if it has a chat template."""
     return [f"loratune chat {shown(folder)}"] if tokenizer_files.template_of(folder) else []
 
 
 def shown(path: Path) -> str:
-    """Return a path as a shell takes it, relative where it lies in the current folder."""
+    """Return a path quoted for a shell, relative if it is in the current folder."""
     whole, here = Path(os.path.abspath(path)), Path.cwd()
     return shlex.quote(str(whole.relative_to(here) if whole.is_relative_to(here) else whole))

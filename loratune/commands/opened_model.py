@@ -1,4 +1,4 @@
-"""What eval, merge and chat are pointed at: a run folder, an adapter folder, or a model."""
+"""Open the argument of eval, merge and chat: a run folder, an adapter folder, or a model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from loratune.system.paths import is_inside
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to use, taken apart.
+    """A model to use: its base, adapter and recipe.
 
     Attributes:
         name: as it was given.
-        base: how its base model is loaded (for a whole model: itself).
-        adapter: folder with adapter_config.json, or None for a whole model.
-        original: the base a fully fine-tuned model came from, where the run knows it.
-        recipe: of the run it came from, or None.
+        base: how its base model is loaded (for a full model: itself).
+        adapter: folder with adapter_config.json, or None for a full model.
+        original: the base of a fully fine-tuned model, if the run recorded it.
+        recipe: of its run, or None.
         trust: run code that comes with the base model.
     """
 
@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def folder(self) -> Path | None:
-        """Where what is written down about its base lies: the adapter, or the folder of a whole model."""
+        """The folder with the record of its base: the adapter's, or the full model's."""
         return self.adapter or (Path(self.base.base) if Path(self.base.base).is_dir() else None)
 
 
@@ -88,11 +88,11 @@ def open_subject(name: str, base: str | None = None, trust: bool = False) -> Sub
 
 
 def open_adapter(name: str, base: str | None = None, trust: bool = False) -> tuple[Subject, Path]:
-    """Find out what a name stands for that must be an adapter's; return that, and its folder.
+    """Open a name that must be an adapter; return the subject, and the adapter's folder.
 
     Raises:
-        ModelError: as `open_subject`, and when there is no such folder: an adapter is never on the hub.
-        UsageError: when it is a whole model.
+        ModelError: as `open_subject`, and when there is no such folder: adapters are not loaded from the hub.
+        UsageError: when it is a full model.
     """
     base_files.check_subject(name, hub=False)
     found = open_subject(name, base, trust)
@@ -105,13 +105,13 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
     """Load a subject's base model with its adapter on top, ready to use.
 
     Args:
-        subject: what `open_subject` returned.
-        exact: in float32 on the CPU and never quantized, whatever it was trained on: for a merge. Weights that are
-            stored in few bits become the matrices they stand for.
-        allow_mismatch: go on with another base than the one it was trained on.
+        subject: from `open_subject`.
+        exact: in float32 on the CPU and not quantized, however it was trained: for a merge. Weights stored quantized
+            are dequantized.
+        allow_mismatch: accept another base than it was trained on.
 
     Returns:
-        The model; its notes are to be told.
+        The model, with notes to print.
 
     Raises:
         ModelError: when the adapter doesn't fit the base.
@@ -125,11 +125,11 @@ def load(subject: Subject, exact: bool = False, allow_mismatch: bool = False) ->
 
 
 def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = False) -> base_model.Loaded:
-    """Load a subject's base model without its adapter, which is checked all the same; see `load`."""
+    """Load a subject's base model without its adapter, which is checked nevertheless; see `load`."""
     full = {"quantization": NoQuantization(), "dtype": "float32", "attention": "auto"}
     section = subject.base.model_copy(update=full) if exact else subject.base
     if subject.adapter is not None:
-        adapter_files.check(subject.adapter)  # before minutes go into loading the base
+        adapter_files.check(subject.adapter)  # before the base is loaded, which takes minutes
     loaded = base_model.load(section, where=torch.device("cpu") if exact else None, trust=subject.trust)
     loaded.tokenizer = tokenizer(subject)
     if exact and loaded.quantization != "none":
@@ -144,31 +144,31 @@ def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = Fals
 
 
 def check_base(subject: Subject, loaded: base_model.Loaded, section: Model, allow_mismatch: bool) -> None:
-    """Hold a loaded base against the one a subject was trained on; what there is to tell is added to its notes.
+    """Compare a loaded base with the one a subject was trained on; add notes to it.
 
     Raises:
-        BaseMismatchError: when it is another one, and that was not allowed.
+        BaseMismatchError: when it is another one that was not allowed.
     """
     if subject.folder is None:
         return
-    tokenizer = loaded.tokenizer if subject.adapter is not None else None  # a whole model has its own
+    tokenizer = loaded.tokenizer if subject.adapter is not None else None  # a full model has its own
     found = fingerprint.compare(subject.folder, section, allow_mismatch, tokenizer)
     loaded.notes += found.notes
     loaded.base_differs = found.differences
 
 
 def tokenizer(subject: Subject) -> Any:
-    """Return the tokenizer saved with the adapter, whose template may be another than the base's, else the base's."""
+    """Return the tokenizer saved with the adapter, which may have another template, else the base's."""
     saved = subject.adapter if subject.adapter and (subject.adapter / "tokenizer_config.json").is_file() else None
     return tokenizing.load(subject.base, str(saved) if saved else None, subject.trust)
 
 
 def attach(net: Any, folder: Path, name: str) -> Any:
-    """Put an adapter on a base model (or one more on a PeftModel) under a name; return the PeftModel.
+    """Load an adapter on a base model (or one more on a PeftModel) under a name; return the PeftModel.
 
     Raises:
         ModelError: when its tensors don't fit the base, one is missing, too many or not finite, or it changes nothing.
-        SafetyError: when it is a pickle, or its config would run or fetch code.
+        SafetyError: when it is a pickle, or its config would run or download code.
     """
     with torch_compile.later():
         from peft import PeftConfig, PeftModel
@@ -193,7 +193,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                 if own:
                     lora_linear.join(net)
         adapter_files.check_complete(net, folder, name)
-    except BaseException as error:  # its files come from elsewhere: PEFT can fail over them in any way
+    except BaseException as error:  # foreign files: PEFT can fail on them in any way
         _detach(net, name, known)
         if isinstance(error, (LoratuneError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
             raise
@@ -204,7 +204,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
 
 
 def _detach(net: Any, name: str, known: bool) -> None:
-    """Take off what is left of an adapter that could not be loaded, so that the model is what it was before."""
+    """Remove the parts of an adapter that failed to load, so that the model is as before."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -224,7 +224,7 @@ def _detach(net: Any, name: str, known: bool) -> None:
 
 
 def _recipe(folder: Path) -> Recipe | None:
-    """Return the recipe of the run that a folder is, or lies in as a checkpoint."""
+    """Return the recipe of a run folder, or of the run of a checkpoint folder."""
     for place in (folder, folder.parent.parent):
         path = place / "recipe.yaml"
         if run_files.is_run(place) and path.is_file():
@@ -243,7 +243,7 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
         return _still_there(known.model)
     config = safety.read_object(folder / "adapter_config.json")
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not name and (about := fingerprint.read(folder)) is not None:  # of a base that has no name elsewhere
+    if not name and (about := fingerprint.read(folder)) is not None:  # for a base without a hub id
         name, revision = about["base"].get("name"), about["base"].get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(Problem("the adapter does not name its base model", Place(str(folder)), "name it with --base"))
@@ -257,7 +257,7 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
 
 
 def _still_there(section: Model) -> Model:
-    """Return the section of a base that was written down, or say that its folder is gone."""
+    """Return the section of a recorded base; raise an error if its folder is gone."""
     if os.path.isabs(section.base) and not files.there(Path(section.base)):
         told = "no such folder: the base it was trained on lay here"
         raise ModelError(Problem(told, Place(section.base), "name where it lies now with --base"))

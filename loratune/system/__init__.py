@@ -1,1 +1,1 @@
-"""Files, limits of a container, child processes and streams: what the operating system gives."""
+"""Access to the operating system: files, container limits, child processes and streams."""

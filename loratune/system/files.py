@@ -1,8 +1,8 @@
-"""Files of a user, opened to be read: only regular ones, and no more of them than fits.
+"""Read files of a user: only regular ones, and only up to a size limit.
 
-A pipe that nobody writes to is waited for without end, a device such as `/dev/zero` has none, and a name can be one
-that the system does not take. All of these end in an OSError whose `strerror` says which, as every other file that
-can't be read does: the messages of the callers need no case of their own.
+Reading a pipe without a writer never returns, a device such as `/dev/zero` has no end, and a name may be invalid for
+the system. All of these raise an OSError with a `strerror`, like other unreadable files, so that callers need no
+special cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loratune.errors import Place, Problem, UsageError, shorten
 
-TEXT = 32 << 20  # bytes of a text that is read whole: a config, an index, a list of files
+TEXT = 32 << 20  # bytes of a text file: a config, an index, a list of files
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -28,13 +28,13 @@ _KINDS = {
 
 
 def opened(path: str | Path) -> io.BufferedReader:
-    """Open a regular file to be read.
+    """Open a regular file for reading.
 
     Raises:
         OSError: when there is none, or it can't be read; also for a folder, pipe, socket or device.
     """
     _check(path, _status(path))
-    # not waiting: by now it may be a pipe
+    # non-blocking: it may have become a pipe
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(handle))
@@ -45,10 +45,10 @@ def opened(path: str | Path) -> io.BufferedReader:
 
 
 def read(path: str | Path, most: int = TEXT) -> bytes:
-    """Read a regular file whole.
+    """Read a whole regular file.
 
     Args:
-        path: of it.
+        path: of the file.
         most: bytes; a longer file is an error.
 
     Raises:
@@ -62,7 +62,7 @@ def read(path: str | Path, most: int = TEXT) -> bytes:
 
 
 def text(path: str | Path, most: int = TEXT) -> str:
-    """Read a regular UTF-8 file whole; see `read`.
+    """Read a whole regular UTF-8 file; see `read`.
 
     Raises:
         OSError: as `read`.
@@ -72,7 +72,7 @@ def text(path: str | Path, most: int = TEXT) -> str:
 
 
 def local(name: str | Path) -> Path:
-    """Return the path a name on the command line stands for, `~` replaced where there is such a user."""
+    """Return the path of a name on the command line, with `~` expanded if there is such a user."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -80,10 +80,10 @@ def local(name: str | Path) -> Path:
 
 
 def there(path: Path) -> bool:
-    """Return whether something is at a path.
+    """Return whether a path exists.
 
     Raises:
-        UsageError: when the system does not say: a name too long, a link to itself, a folder that may not be entered.
+        UsageError: when that can't be determined: a name too long, a link to itself, a folder without permission.
     """
     try:
         about = _status(path)
@@ -105,7 +105,7 @@ def odd(path: str | Path) -> str | None:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Return whether a name is UTF-8: others can be neither written into a recipe nor into a list of rows."""
+    """Return whether a name is UTF-8: others can't be written into a recipe or a ledger."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -114,18 +114,18 @@ def is_utf8(path: str | Path) -> bool:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path for a message: what is not UTF-8 in it as backslash, x and two digits."""
+    """Return a path for a message, with backslash, x and two digits for bytes that are not UTF-8."""
     try:
         return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half a character that no file has in its name
+    except UnicodeEncodeError:  # half a character, which no file name contains
         return ascii(str(path))
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and those in it, links followed, each folder once and in the order of names.
+    """Yield all files below a folder, links followed, each folder once, sorted by name.
 
     Raises:
-        OSError: when a folder can't be read: what lies in it would be missing in silence.
+        OSError: when a folder can't be read, as its files would silently be missing.
     """
     for place, _, names in _walk(folder):
         yield from (place / name for name in names)
@@ -148,7 +148,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def _walk(folder: Path, hidden: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Walk a folder as `os.walk` does, but each folder once, however many links lead to it, and no error in silence."""
+    """Walk a folder as `os.walk` does, but each folder once, however many links lead to it, and with errors raised."""
 
     def stop(error: OSError) -> None:
         raise error

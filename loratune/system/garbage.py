@@ -1,4 +1,4 @@
-"""Python's search for cyclic garbage, put off while modules are imported and a model is built."""
+"""Run Python's garbage collector rarely while modules are imported and a model is built."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NEW = 1_000_000  # objects that are made between two searches; Python's own number is 700
+NEW = 1_000_000  # new objects between two collections; Python's default is 700
 
 
 @contextmanager
 def seldom() -> Iterator[None]:
-    """Search seldom: nearly all that a start makes stays, and going through it took a fifth of its time."""
+    """Collect rarely: nearly all objects of a start stay, and scanning them took a fifth of its time."""
     before = gc.get_threshold()
     gc.set_threshold(NEW, *before[1:])
     try:

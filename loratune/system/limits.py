@@ -1,6 +1,6 @@
-"""What the control group of this process leaves it (a container, a CI job): memory and cores.
+"""Limits of this process's control group (a container, a CI job): memory and cores.
 
-Of Linux, in either version; elsewhere nothing is limited.
+For both versions of Linux's cgroups; on other systems there are no limits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOUNT = Path("/sys/fs/cgroup")
 
 
 def memory_left() -> int | None:
-    """Return what is left of the memory limit in bytes, or None where there is none."""
+    """Return the bytes left of the memory limit, or None without one."""
     found = []
     for folder, old in _groups("memory"):
         limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
@@ -30,7 +30,7 @@ def memory_left() -> int | None:
 
 
 def cores() -> int:
-    """Return how many cores this process may use: those it may run on, or what time of them it is given, rounded up."""
+    """Return how many cores this process may use: those it may run on, or its CPU quota rounded up, if less."""
     found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for folder, old in _groups("cpu"):
         try:
@@ -46,9 +46,9 @@ def cores() -> int:
 
 
 def _groups(kind: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders where limits of a kind may stand, and whether they are those of version 1.
+    """Yield the folders that may have limits of a kind, and whether they are of cgroup version 1.
 
-    A limit holds for all groups within; in a container the outermost folder is its own group, whatever it is called.
+    A limit applies to all nested groups; in a container the outermost folder is its own group, whatever its name.
     """
     for line in GROUPS.read_text().splitlines() if GROUPS.exists() else ():
         _, kinds, path = line.split(":", 2)

@@ -1,7 +1,7 @@
-"""What a regular expression finds in texts, in bounded time: it runs in a child process.
+"""Search texts for a regular expression in bounded time, in a child process.
 
-Python's `re` goes back over a text as often as a pattern such as `(a+)+$` allows, which can be longer than anybody
-waits, and nothing in this process could stop it.
+A pattern such as `(a+)+$` makes Python's `re` backtrack for an unbounded time, and nothing in the same process could
+stop it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check(pattern: str) -> None:
     """Check that a text is a regular expression, before anything is loaded.
 
     Raises:
-        UsageError: when it is none, or takes too long to be read.
+        UsageError: when it is none, or takes too long to compile.
     """
     if not pattern:
         raise UsageError("--regex is empty")
@@ -35,7 +35,7 @@ def check(pattern: str) -> None:
 
 
 def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> list[str | None]:
-    """Return what a pattern finds first in each text: its first group, else the whole match; None where nothing.
+    """Return a pattern's first match in each text: its first group, else the whole match; None without a match.
 
     Args:
         pattern: a regular expression of Python's `re`.
@@ -43,7 +43,7 @@ def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> lis
         patience: seconds for all of them.
 
     Raises:
-        UsageError: when the pattern is none, or takes too long on one of them.
+        UsageError: when the pattern is invalid, or takes too long.
         SetupError: when no child process can be started.
     """
     shown = shorten(pattern, 100)
@@ -62,7 +62,7 @@ def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> lis
 
 
 def end(patterns: Sequence[str], texts: Sequence[str], patience: float = PATIENCE) -> bool:
-    """Return whether patterns are matched against texts within so many seconds; what is none is passed over.
+    """Return whether patterns can be matched with texts within `patience` seconds; invalid ones are skipped.
 
     Raises:
         SetupError: when no child process can be started.
@@ -84,7 +84,7 @@ def _ask(asked: dict[str, Any], patience: float) -> subprocess.CompletedProcess[
 
 
 def _serve() -> None:
-    """Search as stdin asks and write what was found, or why the pattern is none, to stdout."""
+    """Search as requested on stdin; write the matches, or why the pattern is invalid, to stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     asked = json.load(sys.stdin)
     for one in asked.get("patterns", ()):

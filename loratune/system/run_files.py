@@ -1,6 +1,6 @@
-"""What a run writes into its folder, by name, and which inputs of a recipe would meet it there.
+"""Names of the files that a run writes into its folder, and which inputs of a recipe would collide with them.
 
-Whatever has another name is somebody's, and stays: it is neither overwritten nor taken away.
+Files with other names are the user's: they are neither overwritten nor deleted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from loratune.system import files
 
 CHECKPOINTS, MANIFEST = "checkpoints", "MANIFEST.json"
-REFERENCE = "reference_logps.json"  # of a run that is compared with the model before its first step
-RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl", REFERENCE)  # from its beginning
-PAPERS = ("README.md", "loss.svg")  # of a finished one
+REFERENCE = "reference_logps.json"  # of an objective that compares with the model before step 1
+RECORDS = ("run.json", "recipe.yaml", "metrics.jsonl", "ledger.jsonl", REFERENCE)  # written at the start
+PAPERS = ("README.md", "loss.svg")  # written at the end
 PREDICTIONS = "predictions.jsonl"
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
@@ -34,19 +34,19 @@ TRAINED = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model.safetensors",
     "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json", "loratune.json",
 )  # fmt: skip
-STATE = ("optimizer.safetensors", "optimizer.json", "state.json")  # of a checkpoint, beside what is trained
+STATE = ("optimizer.safetensors", "optimizer.json", "state.json")  # of a checkpoint, besides the trained weights
 
 _PREDICTIONS = re.compile(r"predictions(-step-\d+)?\.jsonl")
 _LEFT = re.compile(r"\.(staging|trash)-.+-[0-9a-f]{8}|\.replaced-(step-\d+|final)")
 
 
 def is_predictions(name: str) -> bool:
-    """Return whether an evaluation of a run or of a checkpoint gives its file this name."""
+    """Return whether this is the name of a file of predictions of a run or of a checkpoint."""
     return bool(_PREDICTIONS.fullmatch(name))
 
 
 def is_left_over(name: str) -> bool:
-    """Return whether a file or folder is named as one that was being written, put aside or deleted at a kill."""
+    """Return whether this is a temporary name of a file or folder left behind by a kill."""
     return bool(_LEFT.fullmatch(name))
 
 
@@ -69,7 +69,7 @@ def is_written(name: str) -> bool:
 
 
 def meets(path: Path, output: Path) -> str | None:
-    """Return how a file or folder lies to a run folder, links followed: `is`, `holds`, `lies in`, or None."""
+    """Return how a path relates to a run folder, links followed: `is`, `holds`, `lies in`, or None."""
     given, run = Path(os.path.realpath(path)), Path(os.path.realpath(output))
     if given == run or _same(given, run):
         return "is"
@@ -79,7 +79,7 @@ def meets(path: Path, output: Path) -> str | None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Return whether two paths are one place, also where upper and lower case are the same or it is mounted twice."""
+    """Return whether two paths are the same place, also with case-insensitive names or a second mount."""
     try:
         return one == other or os.path.samefile(one, other)
     except OSError:
@@ -87,17 +87,17 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a run, or did when it was killed."""
+    """Return whether a folder has a run, possibly a killed one."""
     return (folder / "run.json").is_file()
 
 
 def protected(folder: Path) -> str | None:
-    """Return what a folder is, if nothing may be written into it; None of a run and any other folder."""
+    """Return what a protected folder is (nothing may be written into it); None for a run and any other folder."""
     from huggingface_hub import constants
 
     if folder == Path(constants.HF_HUB_CACHE).resolve():
         return "the hub's cache"
-    if is_run(folder):  # a fully fine-tuned one holds a config.json, too
+    if is_run(folder):  # one of full fine-tuning has a config.json, too
         return None
     if (folder / MANIFEST).is_file() and (folder / "state.json").is_file():
         return "a checkpoint"
@@ -110,7 +110,7 @@ def protected(folder: Path) -> str | None:
 
 
 def is_read(source: Path, output: Path) -> bool:
-    """Return whether rows from a file, folder or glob would be read from files that a run writes into its folder."""
+    """Return whether a file, folder or glob of rows includes files that a run writes into its folder."""
     if not glob.has_magic(str(source)) or source.exists():
         how = meets(source, output)
         return how in ("is", "holds") or (how == "lies in" and _is_of_run(source, output))
@@ -121,7 +121,7 @@ def is_read(source: Path, output: Path) -> bool:
 
 
 def is_among(path: Path, source: Path) -> bool:
-    """Return whether a file is, or would be once it is written, among those a file, folder or glob stands for."""
+    """Return whether a file, existing or not yet, belongs to a file, folder or glob."""
     if not glob.has_magic(str(source)) or source.exists():
         return meets(path, source) in ("is", "lies in")
     whole, folder = PurePosixPath(os.path.abspath(source)).parts, Path(os.path.realpath(path.parent))
@@ -136,7 +136,7 @@ def _is_of_run(path: Path, output: Path) -> bool:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Return whether a path matches a pattern as of `glob`, part by part; `**` stands for any number of folders."""
+    """Return whether a path matches a glob pattern, part by part; `**` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

@@ -1,6 +1,6 @@
-"""What is set in this process and in other libraries while a call lasts: each with its reason, then taken back.
+"""Settings of this process and of other libraries during a call, each with its reason; restored afterwards.
 
-Whoever calls a function of the Python API has a process of their own, with its warnings, logging and random numbers.
+A caller of the Python API has their own warnings, logging and random numbers, which must not change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_PRODUCTS = 64  # kinds of matrix products oneDNN keeps ready: more than one pass over a layer has
+_PRODUCTS = 64  # primitives of matrix products that oneDNN caches: more than one pass over a layer needs
 _TOLD = ("transformers", "bitsandbytes", "huggingface_hub")  # a missing optional kernel, retries while offline
 _VARIABLES = (
     "TOKENIZERS_PARALLELISM",
@@ -25,7 +25,7 @@ _VARIABLES = (
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Set all that a training needs."""
+    """Apply all settings that a training needs."""
     with quiet(), computing(), own_accelerate():
         keep_few_products()
         expand_segments()
@@ -34,7 +34,7 @@ def training() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from writing between our lines; what matters of theirs is told by us."""
+    """Keep libraries from printing; we report what matters."""
     import transformers
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -46,9 +46,9 @@ def quiet() -> Iterator[None]:
     interval = tqdm.monitor_interval
     try:
         with warnings.catch_warnings():
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; nothing here forks
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns; we never fork
             told.disable_progress_bar()
-            tqdm.monitor_interval = 0  # else a bar leaves a thread behind, one that is not shown too
+            tqdm.monitor_interval = 0  # else a bar leaves a thread behind, even a hidden one
             for name in _TOLD:
                 logging.getLogger(name).setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|accelerate)\b.*")
@@ -74,9 +74,9 @@ def _set(variables: dict[str, str | None]) -> None:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Let a call set torch's threads, products and random numbers, and Python's and NumPy's, as it likes.
+    """Restore torch's threads, precision of products and random numbers, and Python's and NumPy's, after a call.
 
-    A generator of a GPU that is first used within starts afterwards from the caller's last `torch.manual_seed`.
+    A GPU first used during the call has its generator reset to the caller's last `torch.manual_seed`.
     """
     import random
 
@@ -110,10 +110,10 @@ def _is_used(cuda: Any) -> bool:
 
 @contextmanager
 def own_accelerate() -> Iterator[None]:
-    """Let a training have an accelerate that nothing in this process has used before, and give that use back.
+    """Give a training a fresh state of accelerate, and restore the caller's afterwards.
 
-    accelerate keeps one state for all its objects: without this a second training would be held to the precision of the
-    first, and the caller's own Accelerator to ours. Processes that have met stay together.
+    accelerate has one global state: without this a second training would be bound to the precision of the first, and
+    the caller's own Accelerator to ours. Connections between processes are kept.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -137,21 +137,21 @@ def own_accelerate() -> Iterator[None]:
 
 
 def keep_few_products() -> None:
-    """Let oneDNN keep few matrix products ready; to be called before the first.
+    """Limit oneDNN's cache of matrix products; must be called before the first product.
 
-    Each is made for a number of tokens and takes 0.6 MB, nearly every step has another number, and on its own oneDNN
-    keeps a thousand twice: between the places of activations, which then don't fit there any more.
+    Each entry is for one number of tokens and takes 0.6 MB. Nearly every step has a new number, and by default oneDNN
+    keeps a thousand entries, twice. They are allocated between activations, whose memory they fragment.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_PRODUCTS))
 
 
 def expand_segments() -> None:
-    """Let torch's allocator grow its segments; to be called before a GPU is first used.
+    """Use expandable segments in torch's CUDA allocator; must be called before a GPU is first used.
 
-    Nearly every step has another number of tokens, so each activation another size: in segments of fixed sizes up to
-    half a gigabyte of an 8B model's training would lie in pieces too small for the next. Not on Windows and with ROCm,
-    where torch has them in part or not at all, and warns.
+    Nearly every step has a new number of tokens, so activations have new sizes. With fixed segments, up to half a
+    gigabyte of an 8B model's training would be lost to fragmentation. Not on Windows and with ROCm, where torch
+    supports it partly or not at all, and warns.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""How files get onto the disk whole or not at all: text, JSON, and folders sealed by a manifest.
+"""Write files atomically: text, JSON, and folders sealed by a manifest.
 
-A folder is written beside its place, each file is flushed to the disk, `MANIFEST.json` with the size and sha256 of
-every file comes last, then the folder is renamed into place. So it is whole or isn't there. The manifest holds a sha256
-of itself as well: a flipped byte in it is noticed, too.
+A folder is written under a temporary name, each file is flushed to the disk, `MANIFEST.json` with the size and sha256
+of every file is written last, then the folder is renamed. So it is complete or does not exist. The manifest also has a
+sha256 of itself, so that a flipped byte in it is detected.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from loratune.system.paths import is_inside
 
 SCHEMA = 2
 MANIFEST = run_files.MANIFEST
-_APART = ".quarantine"  # where in `checkpoints` a folder lies that is no checkpoint any more
+_APART = ".quarantine"  # folder in `checkpoints` for damaged checkpoints and leftover files
 _NO_SEAL = "0" * 64
-_MARGIN = 64 * 1024  # bytes: folders, and blocks that are not full
+_MARGIN = 64 * 1024  # bytes for folders and partly filled blocks
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file, whole or not at all."""
+    """Write JSON to a file, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file without secrets, whole or not at all.
+    """Write a text file atomically, with secrets removed.
 
     Raises:
         StorageError: when the disk is full or the folder can't be written.
@@ -52,18 +52,18 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(path)))) from None
     finally:
-        _forget(staged)  # also when a signal ends it here
+        _forget(staged)  # also on a signal
 
 
 def check_place(path: Path) -> None:
-    """Check that a text file can be written at a path, before what goes into it is worked out.
+    """Check that a text file can be written at a path, before its content is computed.
 
     Raises:
         StorageError: when a folder or device is there, or the folder around it is not, or may not be written.
     """
     if os.path.isdir(path):
         raise StorageError(Problem("can't be written: is a folder", Place(str(path)), "name a file"))
-    if (kind := files.odd(path)) is not None:  # a rename would put a file in the place of `/dev/null`
+    if (kind := files.odd(path)) is not None:  # a rename would replace `/dev/null` by a file
         raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
     if not os.path.isdir(path.parent):
         raise StorageError(Problem("can't be written: no such folder", Place(str(path.parent)), "make it first"))
@@ -72,7 +72,7 @@ def check_place(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or return an empty one where the file is none."""
+    """Read a JSON object; return an empty one if the file is none."""
     try:
         value = json.loads(files.text(path))
     except (OSError, ValueError, RecursionError):
@@ -92,7 +92,7 @@ def check_space(folder: Path, needed: int, what: str, hint: str) -> None:
         folder: on that disk; it exists.
         needed: bytes.
         what: that will need them, for the message.
-        hint: what would do beside freeing some space.
+        hint: a remedy besides freeing space.
 
     Raises:
         StorageError: when there is less.
@@ -113,14 +113,14 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any], r
     Args:
         target: where the folder will be.
         write: fills the folder it is given.
-        about: what the manifest says beside its files.
-        replace: whether a folder that stands there is replaced; else it must be empty or missing.
+        about: further entries of the manifest.
+        replace: whether an existing folder is replaced; else it must be empty or missing.
 
     Returns:
         Bytes written.
 
     Raises:
-        StorageError: when anything can't be written; `target` is then as it was.
+        StorageError: when anything can't be written; `target` is unchanged then.
     """
     staging = _beside(target, "staging")
     try:
@@ -129,7 +129,7 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any], r
         write(staging)
         files = {f.relative_to(staging).as_posix(): _seal(f) for f in sorted(staging.rglob("*")) if f.is_file()}
         for file in files:
-            (staging / file).chmod(mode)  # safetensors leaves its files readable by their owner only
+            (staging / file).chmod(mode)  # safetensors makes its files readable by the owner only
         (staging / MANIFEST).write_text(_sealed({"schema": SCHEMA, **about, "files": files}), encoding="utf-8")
         _fsync(staging / MANIFEST)
         for folder in (*(f for f in staging.rglob("*") if f.is_dir()), staging):
@@ -148,9 +148,9 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any], r
 
 
 def _move(staging: Path, target: Path, replace: bool) -> None:
-    """Rename a folder to its place; one that stands there is put aside first, and comes back when that fails."""
+    """Rename a folder to its target; an existing one is moved aside first, and moved back if that fails."""
     if not (replace and target.exists()):
-        staging.rename(target)  # over an empty folder too
+        staging.rename(target)  # also replaces an empty folder
         return
     aside = target.with_name(f".replaced-{target.name}")
     take_away(aside)
@@ -164,7 +164,7 @@ def _move(staging: Path, target: Path, replace: bool) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Clear up what a killed process left in a folder: half-written files go, a folder put aside comes back."""
+    """Clean up after a killed process: delete partly written files, move back a folder that was moved aside."""
     for left in [file for file in folder.glob(".*") if run_files.is_left_over(file.name)]:
         target = left.with_name(left.name.removeprefix(".replaced-"))
         if left.name.startswith(".staging-"):
@@ -178,10 +178,10 @@ def sweep(folder: Path) -> None:
 
 
 def discard(folder: Path) -> Path | None:
-    """Delete a checkpoint: by a rename first, so that half a folder is never taken for a whole one.
+    """Delete a checkpoint, with a rename first, so that a partly deleted folder never looks complete.
 
     Returns:
-        Where it lies now with what was not written with it, or None when it is gone.
+        Where files are now that were not written with it, or None if all is deleted.
 
     Raises:
         StorageError: when it can't be renamed.
@@ -195,16 +195,16 @@ def discard(folder: Path) -> Path | None:
 
 
 def take_away(folder: Path, name: str | None = None) -> Path | None:
-    """Delete the files that were written into a folder, and the folder where nothing else lies in it.
+    """Delete the files that were written into a folder, and the folder if nothing else is in it.
 
-    A link is taken away, and never followed. What can't be deleted lies there until the next start.
+    A link is deleted, never followed. What can't be deleted stays until the next start.
 
     Args:
-        folder: with a manifest; where it is damaged or not there yet, its files are known by their names.
-        name: under which the rest is put into `.quarantine`; None: it stays where it is.
+        folder: with a manifest; if that is damaged or missing, its files are recognised by their names.
+        name: under which the rest is moved to `.quarantine`; None: it stays.
 
     Returns:
-        Where the rest lies, or None when nothing is left.
+        Where the rest is, or None if nothing is left.
     """
     if folder.is_symlink() or not folder.is_dir():
         _forget(folder)
@@ -212,7 +212,7 @@ def take_away(folder: Path, name: str | None = None) -> Path | None:
     named = set(files_of(folder))
     for place, folders, names in os.walk(folder, topdown=False):  # follows no links
         with contextlib.suppress(OSError):
-            for file in sorted(names, key=lambda one: one == MANIFEST):  # last: it names the others
+            for file in sorted(names, key=lambda one: one == MANIFEST):  # last, as it lists the others
                 path = Path(place, file)
                 known = path.relative_to(folder).as_posix()
                 if known == MANIFEST or (known in named if named else run_files.is_saved(known)):
@@ -228,7 +228,7 @@ def take_away(folder: Path, name: str | None = None) -> Path | None:
 
 
 def set_apart(folder: Path, name: str) -> Path | None:
-    """Move a folder of `checkpoints` into `.quarantine`; return where it lies then, or None if it stays."""
+    """Move a folder of `checkpoints` to `.quarantine`; return its new path, or None if that fails."""
     place = folder.parent / _APART / name
     number = 1
     while os.path.lexists(place):
@@ -245,7 +245,7 @@ def set_apart(folder: Path, name: str) -> Path | None:
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
     """Commit the final files of a run beside its checkpoints, then move them into the run folder, the manifest last.
 
-    What an earlier manifest of the folder names and the new one does not is taken away.
+    Files of the folder's earlier manifest that the new one does not list are deleted.
 
     Raises:
         StorageError: when anything can't be written.
@@ -257,7 +257,7 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
     try:
         for name in sorted(before - now - {MANIFEST}):
             (folder / name).unlink(missing_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # from here on it would speak of other files
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here on it would list other files
         for name in (*sorted(now), MANIFEST):
             (folder / name).parent.mkdir(exist_ok=True)
             (staging / name).replace(folder / name)
@@ -268,7 +268,7 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
 
 
 def own(folder: Path) -> set[str]:
-    """Return the final files of a run folder that a run wrote, also where a kill met it as it put them there."""
+    """Return the final files of a run folder that a run wrote, also if it was killed while moving them there."""
     named = {*files_of(folder), *files_of(folder / "checkpoints" / "final")}
     known = (folder / MANIFEST).is_file() and {MANIFEST, *run_files.PAPERS}
     return {name for name in {*named, *(known or ())} if _is_there(folder / name)}
@@ -279,7 +279,7 @@ def _is_there(path: Path) -> bool:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the files of a folder that its manifest names, none of them outside; nothing where there is none."""
+    """Return the files in a folder's manifest, none outside of the folder; empty without a manifest."""
     sealed = read_json(folder / MANIFEST).get("files")
     names = [name for name in sealed if is_inside(name)] if isinstance(sealed, dict) else []
     return [name for name in names if (folder / name).parent.resolve().is_relative_to(folder.resolve())]
@@ -290,7 +290,7 @@ def verify(folder: Path, alone: bool = False) -> str | None:
 
     Args:
         folder: that `commit` made.
-        alone: whether nothing else may lie in it.
+        alone: whether other files in it are an error.
     """
     try:
         text = files.text(folder / MANIFEST)
@@ -322,15 +322,15 @@ def verify(folder: Path, alone: bool = False) -> str | None:
 
 
 def why_not_written(error: Exception) -> str | None:
-    """Return why the disk took nothing, or None for an error of another kind."""
+    """Return why writing to the disk failed, or None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    found = re.search(r"([^:]+) \(os error \d+\)", str(error))  # as the writers of safetensors and tokenizers say it
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))  # the message of safetensors and tokenizers
     return found[1].strip() if found else None
 
 
 def _sealed(value: dict[str, Any]) -> str:
-    """Return JSON that holds the sha256 of its own text, with zeros in the place of the hash."""
+    """Return JSON with the sha256 of its own text, computed with zeros in place of the hash."""
     text = json.dumps({**value, "seal": _NO_SEAL}, indent=1)
     assert text.count(_NO_SEAL) == 1
     return text.replace(_NO_SEAL, _hash(text))
@@ -354,7 +354,7 @@ def _beside(path: Path, what: str) -> Path:
 
 
 def _forget(path: Path) -> None:
-    """Delete a file or folder; where that can't be done it lies there until the next start sweeps it up."""
+    """Delete a file or folder; if that fails it stays until the next start cleans up."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr of the command line: they hide secrets, and no training ends with them."""
+"""stdin, stdout and stderr of the command line: they hide secrets, and a lost stream does not stop a training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import TextIO
 from loratune.errors import StorageError
 from loratune.redact import redact
 
-_ESCAPED = "loratune-escaped"  # how text is written that an encoding has no bytes for
+_ESCAPED = "loratune-escaped"  # name of the error handler for text that an encoding can't represent
 
 
 class _Guarded(io.TextIOWrapper):
-    """A stream of text that hides secrets in all that is written to it, and outlives what it leads to.
+    """A text stream that hides secrets in all output, and survives the loss of its target.
 
-    A terminal that was closed, a full disk behind a log or a reader that has read enough end no training: what can't be
-    written to stderr is dropped, from then on all of it. stdout carries results: losing one is an error, unless it is
-    its reader that has gone.
+    A closed terminal, a full disk or a reader that has ended must not stop a training: if stderr can't be written, all
+    further output to it is dropped. stdout carries results: losing one is an error, unless its reader has ended.
     """
 
-    lost: OSError | None = None  # why what was written went nowhere
+    lost: OSError | None = None  # why output was lost
 
     def write(self, text: str) -> int:
         try:
@@ -40,13 +39,13 @@ class _Guarded(io.TextIOWrapper):
 
     def _lost(self, error: OSError) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # what is still in the buffer goes there, now or when Python ends
+        os.dup2(nowhere, self.fileno())  # the rest of the buffer goes there, now or when Python ends
         os.close(nowhere)
         self.lost = self.lost or error
 
 
 def _unwritable(error: UnicodeError) -> tuple[bytes, int]:
-    """Write what an encoding has no bytes for: of a file's name its own bytes, anything else as an escape."""
+    """Encode text that an encoding can't represent: bytes of a file's name unchanged, anything else as an escape."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
     plain = [bytes([ord(one) - 0xDC00]) if "\udc80" <= one <= "\udcff" else _escape(one) for one in letters]
@@ -58,7 +57,7 @@ def _escape(letter: str) -> bytes:
 
 
 def close() -> None:
-    """Write what is left to stdout; to be called when all is done, as libraries may pass over an error before.
+    """Flush stdout; called at the very end, as libraries may ignore earlier errors.
 
     Raises:
         StorageError: when a result could not be written there.
@@ -72,19 +71,19 @@ def close() -> None:
 
 
 def guard() -> None:
-    """Let stdout and stderr hide secrets, also in tracebacks and in what libraries print, and take any text.
+    """Make stdout and stderr hide secrets, also in tracebacks and output of libraries, and accept any text.
 
-    Streams that were closed before lead nowhere: else the next file that is opened would take their number, and get
-    what is meant for them.
+    Streams that were closed before are replaced by null devices: else the next opened file would get their file
+    descriptor, and their output.
     """
     codecs.register_error(_ESCAPED, _unwritable)
     while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(nowhere)
-    # for the rest of the process: nobody closes them
+    # never closed, for the rest of the process
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else what is not UTF-8 would end in the middle of a read
+        sys.stdin.reconfigure(errors="surrogateescape")  # else other bytes than UTF-8 would fail during a read
     sys.stdout, sys.stderr = (
         _Guarded(open(number, "wb"), "utf-8", _ESCAPED) if stream is None else _guarded(stream)  # noqa: SIM115
         for number, stream in ((1, sys.stdout), (2, sys.stderr))
