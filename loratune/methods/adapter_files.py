@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -141,10 +142,31 @@ def _check_config(config: Mapping[str, Any], place: Place) -> None:
         hint = "it may change what the adapter does: a newer PEFT may know it"
         raise ModelError(Problem(f"the installed PEFT does not know {listed(unknown, 3)}", place, hint))
     for key in _NUMBERS[kind]:
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or not config[key] > 0:
-            raise ModelError(
-                Problem(f"`{key}` must be a number above 0, given `{shorten(str(config.get(key)))}`", place)
-            )
+        value, kinds_of = config.get(key), (int, float) if key == "lora_alpha" else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds_of) or not 0 < value < math.inf:
+            wanted = "number" if key == "lora_alpha" else "whole number"
+            raise ModelError(Problem(f"`{key}` must be a {wanted} above 0, given `{shorten(str(value))}`", place))
+    if kind == "ADALORA":
+        _check_kept(config, place)
+    if kind == "PROMPT_TUNING":
+        for key, allowed in (("task_type", ("CAUSAL_LM",)), ("num_transformer_submodules", (None, 1))):
+            if config.get(key) not in allowed:
+                told = f"`{key}` {shorten(str(config.get(key)))}: read are soft prompts of causal language models"
+                raise ModelError(Problem(told, place))
+
+
+def _check_kept(config: Mapping[str, Any], place: Place) -> None:
+    """Check that AdaLoRA's `rank_pattern` says of each of `init_r` rows of a matrix whether it is left."""
+    pattern = config.get("rank_pattern")
+    if not pattern:
+        return
+    told = f"`rank_pattern` must hold a list of `init_r` ({config['init_r']:,}) times true or false for each matrix"
+    if not isinstance(pattern, dict):
+        raise ModelError(Problem(told, place))
+    for name, kept in pattern.items():
+        whole = isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
+        if not whole or len(kept) != config["init_r"]:  # PEFT first makes room for `init_r` rows, however many
+            raise ModelError(Problem(f"{told}; `{shorten(str(name), 120)}` has another", place))
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -174,10 +196,27 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
         raise ModelError(Problem(f"the config asks for rank {max(asked)}, the tensors have {max(ranks)}", place))
     if not tensors:
         raise ModelError(Problem("has no tensors in it", place))
+    if config["peft_type"] == "PROMPT_TUNING":
+        _check_prompt(tensors, config, place)
+    if config["peft_type"] == "ADALORA" and not any(bool(t.any()) for name, t in tensors.items() if "lora_E" in name):
+        raise ModelError(Problem("changes nothing: every E is zero", place, "it was not trained, or not saved whole"))
     rest = [n for n in tensors if not _FIRST.search(n) and not _SECOND.search(n) and "lora_magnitude_vector" not in n]
-    if second and not rest and not any(bool(tensors[name].any()) for name in second):
+    alone = not rest or config["peft_type"] == "ADALORA"  # whose E is nothing without B
+    if second and alone and not any(bool(tensors[name].any()) for name in second):
         hint = "it was not trained, or not saved whole"
         raise ModelError(Problem("changes nothing: every B matrix is zero", place, hint))
+
+
+def _check_prompt(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], place: Place) -> None:
+    """Check that the vectors are as many, and as wide, as the config says: PEFT first makes room for these."""
+    if "prompt_embeddings" not in tensors:
+        raise ModelError(Problem("has no `prompt_embeddings`", place, "is it whole?"))
+    found = tuple(tensors["prompt_embeddings"].shape)
+    asked = (config["num_virtual_tokens"], config.get("token_dim"))
+    if len(found) != 2 or found[0] != asked[0] or asked[1] not in (None, found[1]):
+        told = f"`prompt_embeddings` has the shape {found}, the config asks for {asked[0]:,} virtual tokens"
+        told += "" if asked[1] is None else f" of {shorten(str(asked[1]))} numbers"
+        raise ModelError(Problem(told, place))
 
 
 def _ranks(config: Mapping[str, Any]) -> list[int]:

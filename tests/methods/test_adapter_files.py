@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from loratune import recipe
 from loratune.commands import opened_model
 from loratune.errors import ModelError, SafetyError
+from loratune.methods import adapter_files
 from loratune.training import run
 from tests import tiny
 
@@ -289,3 +290,73 @@ def test_a_pickled_adapter_is_refused(whole: Path, base: Path, tmp_path: Path) -
     (folder / TENSORS).rename(folder / "adapter_model.bin")
     with pytest.raises(SafetyError, match="a pickle"):
         opened_model.load(opened_model.open_subject(str(folder), str(base)))
+
+
+def _peft(base: Path, folder: Path, kind: str) -> Path:
+    """Write an adapter of PEFT's own with numbers in it, and return its folder."""
+    net: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    made: Any = (
+        peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=9, target_modules=["q_proj"])
+        if kind == "ADALORA"
+        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    )
+    net = peft.get_peft_model(net, made)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    net.save_pretrained(folder)
+    return folder
+
+
+KEPT = "rank_pattern"
+SPOILT: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "PROMPT_TUNING",
+        {"num_virtual_tokens": 10**9},
+        "has the shape (5, 64), the config asks for 1,000,000,000 virtual",
+    ),
+    ("PROMPT_TUNING", {"token_dim": 10**9}, "the config asks for 5 virtual tokens of 1000000000 numbers"),
+    ("PROMPT_TUNING", {"num_virtual_tokens": 5.5}, "must be a whole number above 0, given `5.5`"),
+    ("PROMPT_TUNING", {"task_type": None}, "`task_type` None: read are soft prompts of causal language models"),
+    ("PROMPT_TUNING", {"task_type": "SEQ_2_SEQ_LM"}, "`task_type` SEQ_2_SEQ_LM: read are"),
+    ("PROMPT_TUNING", {"num_transformer_submodules": 2}, "`num_transformer_submodules` 2: read are"),
+    ("ADALORA", {KEPT: {"a": [True] * 3}}, "must hold a list of `init_r` (4) times true or false"),
+    ("ADALORA", {KEPT: {"a": [[1]] * 4}}, "must hold a list of `init_r` (4) times true or false"),
+    ("ADALORA", {KEPT: {"a": 4}}, "must hold a list of `init_r` (4) times true or false"),
+    ("ADALORA", {KEPT: [1]}, "must hold a list of `init_r` (4) times true or false"),
+    ("ADALORA", {KEPT: {"a": [True] * 4}, "init_r": 10**9}, "list of `init_r` (1,000,000,000) times true or false"),
+    ("ADALORA", {"init_r": 10**9}, "the config asks for rank 1000000000, the tensors have 4"),
+    ("ADALORA", {"lora_alpha": float("inf")}, "`lora_alpha` must be a number above 0, given `inf`"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "said"), SPOILT)
+def test_soft_prompts_and_adalora_of_other_tools(
+    base: Path, tmp_path: Path, kind: str, change: dict[str, Any], said: str
+) -> None:
+    """What PEFT would make room for, or read as something else, is refused before it does."""
+    folder = _peft(base, tmp_path / "adapter", kind)
+    adapter_files.check(folder)
+    config(lambda known, rng: known.update(change))(folder, random.Random(0))
+    with pytest.raises(ModelError) as caught:
+        adapter_files.check(folder)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "only", "said"),
+    [("ADALORA", "lora_E", "changes nothing: every E is zero"), ("ADALORA", "lora_B", "changes nothing: every B"),
+     ("PROMPT_TUNING", "", "has no `prompt_embeddings`")],
+)  # fmt: skip
+def test_tensors_of_other_tools_that_do_nothing(base: Path, tmp_path: Path, kind: str, only: str, said: str) -> None:
+    folder = _peft(base, tmp_path / "adapter", kind)
+    state = load_file(folder / TENSORS)
+    changed = {
+        f"{name}{'' if only else '.other'}": tensor * (only not in name if only else 1)
+        for name, tensor in state.items()
+    }
+    save_file(changed, folder / TENSORS)
+    with pytest.raises(ModelError) as caught:
+        adapter_files.check(folder)
+    assert said in str(caught.value)
