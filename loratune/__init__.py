@@ -68,8 +68,8 @@ __all__ = [
     "train",
 ]
 
-# The modules behind them have other names, as a module of the same name would take the function's place in the package.
-# what needs torch or pydantic is imported when it is first asked for, so that `import loratune` is quick (PEP 562)
+# The modules have other names, as a module of the same name would replace the function in the package.
+# names that need torch or pydantic are imported at first use, so that `import loratune` is fast (PEP 562)
 _LATE = {
     "Recipe": ("loratune.recipe", "Recipe"),
     "load_recipe": ("loratune.recipe", "load"),

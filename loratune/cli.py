@@ -1,4 +1,4 @@
-"""The command line: parse, call, and turn a LoratuneError into stderr and an exit code. Nothing else."""
+"""The command line: parse arguments, call, and turn a LoratuneError into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXIT_CODES = (
     "after a valid checkpoint"
 )
 
-MOST = 2**31 - 1  # the largest number that counts, lengths and seeds may be
+MOST = 2**31 - 1  # largest value of counts, lengths and seeds
 
 app = typer.Typer(
     name="loratune",
@@ -71,7 +71,7 @@ TrustCode = Annotated[
 
 
 def _no_nan(value: float | None) -> float | None:
-    if value is not None and math.isnan(value):  # it lies in every range
+    if value is not None and math.isnan(value):  # NaN passes every range check
         raise typer.BadParameter("nan is not a number")
     return value
 
@@ -336,7 +336,7 @@ def _problem(problem: errors.Problem) -> dict[str, Any]:
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Refuse a word that is not UTF-8: names and prompts are written into files and given to tokenizers."""
+    """Refuse an argument that is not UTF-8: names and prompts are written into files and tokenized."""
     for word in words:
         if not files.is_utf8(word):
             shown = errors.shorten(files.shown(word), 200)
@@ -344,9 +344,9 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _told(error: Exception) -> errors.LoratuneError | None:
-    """Return what a person is told of an error that no command has a message for, or None for a mistake of ours.
+    """Return the message for an error that no command handles, or None for a fault of loratune.
 
-    A file that can't be used, and memory that runs out, can meet any line of the program.
+    An unusable file, or memory that runs out, can occur anywhere.
     """
     if isinstance(error, errors.LoratuneError):
         return error
@@ -359,7 +359,7 @@ def _told(error: Exception) -> errors.LoratuneError | None:
 
 
 def _terminated(number: int, frame: Any) -> None:
-    """End on SIGTERM as on Ctrl-C: what is half-written is cleared up on the way out."""
+    """End on SIGTERM as on Ctrl-C, so that partly written files are cleaned up."""
     print("terminated", file=sys.stderr)
     sys.exit(signals.exit_code(number))
 

@@ -1,4 +1,4 @@
-"""What is printed: messages, progress and tables, sizes and times in words.
+"""Terminal output: messages, progress and tables, formatted sizes and times.
 
 Messages go to stderr, stdout is left to results. Secrets are redacted.
 """
@@ -21,12 +21,12 @@ from loratune.events import Answered, Begun, Counted, Ended, Evaluated, Event, S
 from loratune.redact import redact
 
 LABEL = 9  # columns of a label
-NARROW = 60  # columns of a terminal below which each figure has a line of its own
-QUIET = 15  # seconds between two lines about long work where there is no terminal
+NARROW = 60  # terminal columns below which each figure has its own line
+QUIET = 15  # seconds between two lines about long work without a terminal
 
 
 def duration(seconds: float) -> str:
-    """Write a time: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Format a time: `48 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes: `84.0 MB`."""
+    """Format a number of bytes: `84.0 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -100,9 +100,9 @@ class View:
 
 
 class Terminal:
-    """Prints what happens during a call: the listener of the command line, to be closed by `with`.
+    """Print the events of a call: the listener of the command line, used with `with`.
 
-    Answers go to stdout, all else to stderr; on a terminal work that goes on has a live view.
+    Answers go to stdout, everything else to stderr; on a terminal running work has a live view.
 
     Args:
         console: to print on instead of stderr.
@@ -111,10 +111,10 @@ class Terminal:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not os.environ.get("CI")
-        self._bar: Progress | None = None  # of what is counted, or of the steps
+        self._bar: Progress | None = None  # of a count, or of the steps
         self._view = View(self.console)
         self._training = False
-        self._told = 0.0  # seconds into what is counted: the last line about it
+        self._told = 0.0  # seconds of the count at its last printed line
         self._begun = Begun(0, 0, 1)
         self._evaluations: list[tuple[int, float]] = []
         self._steps, self._seconds = 0, 0.0
@@ -177,7 +177,7 @@ class Terminal:
             self._print(f"{told.label if index == 0 else '':{LABEL}}{line}", style)
 
     def _count(self, done: Counted) -> None:
-        """Show how far work is: on a terminal by a bar, elsewhere by a line now and then."""
+        """Show the progress of work: on a terminal a bar, elsewhere a line now and then."""
         if not self.live:
             if not done.over and done.seconds - self._told > QUIET:
                 self._told = done.seconds
@@ -217,7 +217,7 @@ class Terminal:
             self._print(self._line(step))
 
     def _show(self) -> None:
-        """Bring the live view up to the last step and evaluation."""
+        """Update the live view with the last step and evaluation."""
         if self._bar is not None and self._training and self._last is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._last.number)
             self._view.draw(Group(self._table(self._last), self._bar.get_renderable()))
@@ -266,7 +266,7 @@ class Terminal:
 
 
 def _metrics(step: StepDone | Evaluated) -> str:
-    """Return the other means of an objective that say how well it does."""
+    """Return the other metrics of an objective, formatted."""
     return "".join(f"{name} {step.metrics[name]:.2f}  " for name in ("accuracy", "margin") if name in step.metrics)
 
 
@@ -277,7 +277,7 @@ def _speed(done: Counted) -> str:
 
 
 def _write(text: str) -> None:
-    """Write a piece of an answer to stdout; to a terminal without what would steer it."""
+    """Write a piece of an answer to stdout; to a terminal without control characters."""
     if sys.stdout.isatty():
         text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
     sys.stdout.write(text)

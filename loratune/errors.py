@@ -1,4 +1,4 @@
-"""What can go wrong for a user, with the exit code of each kind, and how a problem is printed.
+"""Errors for the user, with the exit code of each class, and how a problem is printed.
 
 LoratuneError                 1  unexpected
 ├── UsageError                2  a command was called with words that don't fit
@@ -24,9 +24,9 @@ from loratune.redact import redact, redact_line
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands: a file (or `--set KEY`), with line and column counted from 1.
+    """A location: a file (or `--set KEY`), with line and column counted from 1.
 
-    `line` is 0 for a place without lines; `text` is the source line itself, shown with a caret.
+    `line` is 0 without a line; `text` is the source line, shown with a caret.
     """
 
     source: str
@@ -42,11 +42,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what, where, and what would do.
+    """One problem: what is wrong, where, and the remedy.
 
     Args:
         message: what is wrong, what was given and what is allowed; lower case, no final period.
-        place: where, or None when there is no place to point at.
+        place: where, or None.
         hint: the remedy, one phrase.
     """
 
@@ -63,7 +63,7 @@ class Problem:
         text = "".join(
             c if c.isprintable() else " " for c in redact_line(self.place.text)
         ).rstrip()  # a tab is one column
-        start = max(0, self.place.column - 61) if len(text) > 100 else 0  # keep the caret in sight on a long line
+        start = max(0, self.place.column - 61) if len(text) > 100 else 0  # keeps the caret visible on a long line
         number = str(self.place.line) if self.place.line else ""
         gutter = " " * len(number)
         caret = " " * (max(self.place.column, 1) - 1 - start) + "^"
@@ -74,7 +74,7 @@ class Problem:
 
 
 class LoratuneError(Exception):
-    """Something the user can mend, or must know: one or more problems and an exit code."""
+    """An error for the user: one or more problems and an exit code."""
 
     exit_code = 1
 
@@ -86,13 +86,13 @@ class LoratuneError(Exception):
 
 
 class UsageError(LoratuneError):
-    """A command was called with words that don't fit together."""
+    """A command was called with invalid or conflicting arguments."""
 
     exit_code = 2
 
 
 class RecipeError(LoratuneError):
-    """The recipe can't be used; holds every problem found in it."""
+    """The recipe can't be used; has every problem found in it."""
 
     exit_code = 2
 
@@ -128,7 +128,7 @@ class StorageError(LoratuneError):
 
 
 class RunFolderError(LoratuneError):
-    """The run folder is in use, or holds a run that must not be overwritten or goes by another recipe."""
+    """The run folder is in use, or has a run that must not be overwritten or has another recipe."""
 
     exit_code = 6
 
@@ -137,9 +137,9 @@ class Interrupted(LoratuneError):
     """A signal asked the training to end; a checkpoint was saved first.
 
     Args:
-        message: which, and where the training stopped.
+        message: the signal, and where the training stopped.
         exit_code: 130 for SIGINT, 143 for the others.
-        hint: how to go on.
+        hint: how to resume.
     """
 
     def __init__(self, message: str, exit_code: int, hint: str | None = None):
@@ -148,7 +148,7 @@ class Interrupted(LoratuneError):
 
 
 class SafetyError(LoratuneError):
-    """Refused, because it could run code that came with a model, or leads out of its folder."""
+    """Refused, because it could run code that comes with a model, or refers to a file outside of its folder."""
 
     exit_code = 7
 
@@ -160,9 +160,9 @@ class BaseMismatchError(LoratuneError):
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """Return text for a message: one line, at most `limit` characters, nothing that steers a terminal."""
+    """Return text for a message: one line, at most `limit` characters, no control characters."""
     text = " ".join(text[: 4 * limit].split())
-    if not text.isprintable():  # an escape sequence of the terminal, for one
+    if not text.isprintable():  # such as an escape sequence of the terminal
         text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -177,7 +177,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str | None:
 
 
 def one_edit(a: str, b: str) -> bool:
-    """Return whether one letter more, less, other or swapped with the next makes `a` out of `b`."""
+    """Return whether one inserted, deleted, replaced or swapped letter turns `b` into `a`."""
     short, long = sorted((a, b), key=len)
     same = next((i for i, (x, y) in enumerate(zip(short, long, strict=False)) if x != y), len(short))
     rest, other = short[same:], long[same:]
@@ -186,6 +186,6 @@ def one_edit(a: str, b: str) -> bool:
 
 
 def listed(words: Sequence[str], limit: int = 24) -> str:
-    """Write words for a message: `a`, `b`, `c`."""
+    """Format words for a message: `a`, `b`, `c`."""
     shown = ", ".join(f"`{word}`" for word in words[:limit])
     return f"{shown} and {len(words) - limit} more" if len(words) > limit else shown

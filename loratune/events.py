@@ -1,8 +1,8 @@
-"""What happens during a call, for whoever wants to know: the terminal, metrics.jsonl, the caller of the Python API.
+"""Events of a call, for the terminal, metrics.jsonl and callers of the Python API.
 
-There is one way: a `Report` is told by the code that works, and hands on an event for each thing it is told. The
-command line's listener prints them (`console.Terminal`). From Python `on_event` gets them; without one, lines go to
-Python's logging under the name `loratune`.
+The working code calls methods of a `Report`, which passes on an event for each call. The command line's listener prints
+them (`console.Terminal`). From Python `on_event` gets them; without one, lines go to Python's logging under the name
+`loratune`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from loratune.redact import redact
 
 @dataclass(frozen=True)
 class Told:
-    """A line for a person: what is done, how, and what must not be missed.
+    """A line of text: what is done, how, or a warning.
 
     Attributes:
         text: the line, without secrets.
-        problem: whether it must not be missed.
-        label: one word that stands before the text, such as `batches` in the start report; empty where none does, None
-            where the text is a line of its own.
+        problem: whether it is a warning.
+        label: one word before the text, such as `batches` in the start report; empty for a continuation of the label
+            above, None for a line without a label.
     """
 
     text: str
@@ -40,14 +40,14 @@ class Told:
 
 @dataclass(frozen=True)
 class Counted:
-    """How far long work is that has no steps, such as reading rows; told often.
+    """Progress of long work without steps, such as reading rows; sent often.
 
     Attributes:
-        what: is being done.
-        count: so many are done.
-        share: part (0-1) that is done, or None where nobody knows.
+        what: description of the work.
+        count: number done.
+        share: fraction (0-1) that is done, or None if unknown.
         seconds: since it began.
-        over: whether it has ended; `count` is then the last one told.
+        over: whether it has ended; `count` is final then.
     """
 
     what: str
@@ -65,7 +65,7 @@ class Begun:
         number: steps done before, in a run that is resumed; else 0.
         steps: of the whole run.
         every: steps between two printed lines (`train.log_every`).
-        evaluations: step and eval loss, in nats per trained token, of those done before in a run that is resumed.
+        evaluations: step and eval loss, in nats per trained token, of earlier evaluations of a resumed run.
     """
 
     number: int
@@ -76,19 +76,19 @@ class Begun:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step is done, over all processes; what `metrics.jsonl` holds of it.
+    """An optimizer step is done, over all processes; these fields are in `metrics.jsonl`.
 
     Attributes:
         number: of the step, from 1.
         steps: of the whole run.
-        epoch: how many epochs have been seen.
+        epoch: epochs done so far, with fraction.
         loss: before the step, in nats per trained token (`dpo`: per pair).
-        grad_norm: length of the gradient before clipping.
+        grad_norm: L2 norm of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows: in this step.
         tokens: in this step, without padding.
         trained_tokens: in this step, those with a label.
-        computed: tokens that went through the model: padding counts, what rows share counts once.
+        computed: tokens that went through the model: with padding, a shared prefix counted once.
         seconds: from the first micro-batch to the end of the optimizer's step.
         memory: peak memory of this process in bytes, of the GPU where there is one.
         metrics: other means of the objective, by name, such as `accuracy` of `dpo`.
@@ -132,11 +132,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint lies on the disk, whole.
+    """A complete checkpoint is on the disk.
 
     Attributes:
         number: of the step it was saved after.
-        folder: it lies in.
+        folder: of the checkpoint.
     """
 
     number: int
@@ -145,7 +145,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Answered:
-    """A piece of an answer, as it is written.
+    """A piece of an answer, sent while it is generated.
 
     Attributes:
         text: the piece; a line end comes after the last one.
@@ -156,7 +156,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Ended:
-    """A training is complete, and all of it lies on the disk.
+    """A training is complete, and all its files are on the disk.
 
     Attributes:
         folder: the run folder.
@@ -177,24 +177,24 @@ class Ended:
 
 Event = Told | Counted | Begun | StepDone | Evaluated | Saved | Answered | Ended
 Listener = Callable[[Event], None]
-Progress = Callable[..., None]  # called with the number so far and, where it is known, the part (0-1) that is done
+Progress = Callable[..., None]  # called with the number so far and, if known, the fraction (0-1) that is done
 
 
 def log(event: Event) -> None:
-    """Hand lines on to Python's logging: the listener of whoever named none. What must not be missed is a warning."""
+    """Pass lines to Python's logging, the default listener; problems become warnings."""
     if isinstance(event, Told) and event.text:
         logging.getLogger("loratune").log(logging.WARNING if event.problem else logging.INFO, "%s", event.line)
 
 
 class Report:
-    """Hands on what is told; silent on processes other than the first.
+    """Pass events to a listener; silent on processes other than the first.
 
     Args:
-        hear: gets each event; None: `log`.
-        active: whether this process tells anything.
+        hear: called with each event; None: `log`.
+        active: whether this process reports anything.
 
     Attributes:
-        raised: what the listener raised, or None. It is not called again then.
+        raised: the exception of the listener, or None. After one it is not called again.
     """
 
     def __init__(self, hear: Listener | None = None, active: bool = True):
@@ -203,7 +203,7 @@ class Report:
         self._hear = hear or log
 
     def tell(self, event: Event) -> None:
-        """Hand an event on. What the listener raises goes on as it is."""
+        """Pass an event on. An exception of the listener is raised unchanged."""
         if not self.active or self.raised is not None:
             return
         try:
@@ -213,12 +213,12 @@ class Report:
             raise
 
     def hear_again(self) -> None:
-        """Go on telling after an interrupt, which may meet the listener as anything else that runs."""
+        """Call the listener again after an interrupt, which may have occurred inside of it."""
         self.raised = None
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """End a call with what the listener raised, whatever was made of it on the way."""
+        """Raise the listener's own exception at the end of a call, even if other code has replaced it."""
         try:
             yield
         except BaseException as error:
@@ -228,28 +228,28 @@ class Report:
             raise self.raised
 
     def note(self, line: str) -> None:
-        """Tell a line."""
+        """Report a line."""
         self.tell(Told(redact(line)))
 
     def problem(self, line: str) -> None:
-        """Tell a line that must not be missed."""
+        """Report a warning."""
         self.tell(Told(redact(line), problem=True))
 
     def field(self, label: str, text: str, problem: bool = False) -> None:
-        """Tell a labelled text.
+        """Report a labelled text.
 
         Args:
-            label: of one word, or empty for what belongs to the label above.
-            text: what stands behind it.
-            problem: whether it must not be missed.
+            label: one word, or empty for a continuation of the label above.
+            text: after the label.
+            problem: whether it is a warning.
         """
         self.tell(Told(redact(text), problem, label))
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Progress]:
-        """Tell how many of something are done.
+        """Report how many of something are done.
 
-        Yields the function to call with the number so far and, where it is known, the part (0-1) that is done.
+        Yields the function to call with the number so far and, if known, the fraction (0-1) that is done.
         """
         began, last = time.perf_counter(), Counted(what, 0, None, 0.0)
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe, how one is loaded, what must hold between its sections, and its JSON schema."""
+"""The recipe: its sections, loading, checks between sections, and its JSON schema."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class EarlyStopping(Section):
 
 
 class Train(Section):
-    """How long, in what batches, and what is kept on the way."""
+    """Length of the training, batches, evaluation and checkpoints."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="number of steps, instead of `epochs`")
@@ -99,7 +99,7 @@ class Train(Section):
 
 
 class Recipe(Section):
-    """One training: everything that decides its result."""
+    """One training: everything that its result depends on."""
 
     model: Model = Field(description="the base model")
     method: Method = Field(Lora(), description="what is trained")
@@ -122,8 +122,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], settings: Sequence[
     """Read a recipe, from a YAML file or from a mapping of the same keys and values.
 
     Args:
-        source: the file, in which relative paths start at its folder; or a mapping, in which they start at the current
-            one, and in whose messages a key stands where a file has its line and column.
+        source: the file; relative paths in it start at its folder. Or a mapping; relative paths start at the current
+            folder, and messages name a key instead of line and column.
         settings: `a.b=value` assignments made before the recipe is checked.
 
     Returns:
@@ -138,7 +138,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], settings: Sequence[
         path = Path(source)
         tree = yaml_nodes.parse(yaml_nodes.read_text(path), str(path))
         folder = path.resolve().parent
-    if not files.is_utf8(folder):  # paths become absolute, and recipe.yaml in the run folder holds them
+    if not files.is_utf8(folder):  # paths become absolute, and are written into the run folder's recipe.yaml
         raise RecipeError(Problem("its folder's name is not UTF-8", Place(files.shown(folder)), "rename the folder"))
     return from_tree(tree, folder, settings)
 
@@ -160,7 +160,7 @@ def schema() -> dict[str, Any]:
     found = Recipe.model_json_schema(mode="validation")
     for name in sorted(
         _with_tag(found) - _defaults()
-    ):  # the tag has a default, but among several types it must be named
+    ):  # `type` has a default, but must be given where there are several types
         section = found["$defs"][name]
         section["required"] = ["type", *section.get("required", [])]
     return {**found, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "loratune recipe"}
@@ -179,7 +179,7 @@ def _defaults() -> set[str]:
 
 
 def _with_tag(node: Any) -> set[str]:
-    """Return the names of the sections that a JSON schema tells apart by their `type`."""
+    """Return the names of the sections that a JSON schema distinguishes by `type`."""
     if isinstance(node, list):
         return {name for item in node for name in _with_tag(item)}
     if not isinstance(node, dict):
@@ -189,7 +189,7 @@ def _with_tag(node: Any) -> set[str]:
 
 
 def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
-    """Yield what fits in each section but not together."""
+    """Yield problems between sections that are valid each."""
     method, train, data, model = recipe.method, recipe.train, recipe.data, recipe.model
     root = tree.root.plain()
 
@@ -237,7 +237,7 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
 
 
 def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:
-    """Return the recipe with local paths absolute; append a problem for each that leads nowhere."""
+    """Return the recipe with local paths absolute; append a problem for each that does not exist."""
     base = _base(recipe.model.base, folder, tree.place("model", "base"), problems)
     data: dict[str, Any] = {}
     for key in ("train", "eval"):
@@ -271,7 +271,7 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
 
 
 def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
-    """Yield what the run folder has in common with an input of the recipe, whose paths are absolute.
+    """Yield a problem for each input of the recipe that overlaps with the run folder; paths are absolute.
 
     A run would write into a base, delete it under --overwrite, or read its own files as rows the next time.
     """
@@ -304,7 +304,7 @@ def _find(value: str, folder: Path) -> tuple[Path, bool]:
     path = folder / files.local(value)
     try:
         return path, path.exists()
-    except OSError:  # a name too long, a folder that may not be entered
+    except OSError:  # a name too long, a folder without permission
         return path, False
 
 
@@ -358,7 +358,7 @@ def _matches(pattern: Path) -> bool:
     try:
         return bool(files.matching(str(pattern)))
     except OSError:
-        return True  # told with its place when the rows are read
+        return True  # reported when the rows are read
 
 
 def _looked_for(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What must not be shown: tokens, passwords in URLs, and what the environment keeps under such names.
+"""Hide secrets: tokens, passwords in URLs, and environment variables with such names.
 
 Every message, log line and text file passes through `redact`; a recipe that holds a secret is refused
 (`config/decode.py`).
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 HIDDEN = "***"
-SHORTEST = 8  # characters of a value of the environment that is hidden: shorter ones are words like `true`
+SHORTEST = 8  # characters of an environment variable's value to be hidden: shorter ones are words like `true`
 _NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _FIELD = r"(?:[\w-]*[_-])?(?:password|passwd|passphrase|secret|api[_-]?key|access[_-]?key|private[_-]?key|auth)|token"
 _SECRET_KEY = re.compile(
@@ -49,7 +49,7 @@ def redact(text: str) -> str:
 
 
 def redact_line(text: str) -> str:
-    """Return a line of a recipe with its secrets hidden, also what stands behind a key such as `password`."""
+    """Return a line of a recipe with its secrets hidden, also the value of a key such as `password`."""
     return _IN_LINE.sub(rf"\1{HIDDEN}", redact(text))
 
 
@@ -59,12 +59,12 @@ def names_secret(key: str) -> bool:
 
 
 def looks_secret(value: str) -> bool:
-    """Return whether a value is, or holds, a token or a URL with a password."""
+    """Return whether a value is, or contains, a token or a URL with a password."""
     return bool(_SHAPES.search(value) or _IN_URL.search(value) or _IN_QUERY.search(value))
 
 
 def _of_environment() -> Iterator[str]:
-    """Yield what the environment keeps under the name of a secret, as it is and as JSON, Python and URLs write it."""
+    """Yield values of environment variables named like secrets, plain and as JSON, Python and URLs encode them."""
     for name, value in os.environ.items():
         if len(value) < SHORTEST or not _NAMES.search(name) or (value.startswith("/") and os.path.exists(value)):
             continue

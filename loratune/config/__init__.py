@@ -1,1 +1,1 @@
-"""YAML to checked sections, each problem with its place; knows no recipe."""
+"""Parse YAML into checked sections and report each problem with its place; independent of the recipe's sections."""

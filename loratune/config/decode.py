@@ -1,4 +1,4 @@
-"""Nodes to frozen pydantic models: every problem at once, each with its place and its remedy."""
+"""Convert YAML nodes to frozen pydantic models; report all problems at once, each with place and remedy."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
     Args:
         model: the section to build.
         tree: what `parse` returned.
-        foreign: keys of other tools, each with what to write here instead.
+        foreign: keys of other tools, each with its replacement here.
 
     Raises:
         RecipeError: with every problem of the tree and of the values, in the order of their places.
-        SafetyError: in its place, when one of them leads out of a folder.
+        SafetyError: instead of it, when one of them refers to a file outside of its folder.
     """
     problems = list(tree.problems)
     kind: type[RecipeError | SafetyError] = RecipeError
@@ -50,7 +50,7 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
     try:
         result = model.model_validate(tree.root.plain())
     except ValidationError as error:
-        told = {problem.place for problem in problems}  # `012` need not be told to be no number as well
+        told = {problem.place for problem in problems}  # `012` is not reported a second time as no number
         found = [_problem(detail, tree, model, foreign or {}) for detail in error.errors(include_url=False)]
         problems += [problem for problem in found if problem and problem.place not in told]
         if any(detail["type"] == LEADS_OUT for detail in error.errors(include_url=False)):
@@ -64,7 +64,7 @@ def decode(model: type[M], tree: Tree, foreign: Mapping[str, str] | None = None)
 
 
 def _without_secrets(problems: list[Problem], root: Node) -> list[Problem]:
-    """Return the problems, with one for each secret in the recipe in the place of all that would show it."""
+    """Return the problems, with one for each secret in the recipe instead of all that would show it."""
     secrets = [(name, node) for name, node in _scalars(root) if _is_secret(name, node)]
     if not secrets:
         return problems
@@ -109,7 +109,7 @@ def _shown_without(problem: Problem, lines: Set[tuple[str, int]]) -> Problem:
 
 
 def in_order(problems: Sequence[Problem]) -> list[Problem]:
-    """Sort problems by their line and column and drop those said twice."""
+    """Sort problems by line and column, without duplicates."""
     unique = list(dict.fromkeys(problems))
     return sorted(unique, key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0))
 
@@ -173,7 +173,7 @@ def _problem(detail: ErrorDetails, tree: Tree, model: type[Section], foreign: Ma
 
 @dataclass(frozen=True)
 class _Spot:
-    """What a pydantic path leads to: the node, its name as a person writes it, and what is expected there."""
+    """The target of a pydantic path: the node, its dotted name in the recipe, and its expected type."""
 
     node: Node
     name: str
@@ -189,8 +189,8 @@ class _Spot:
 def _spot(model: type[Section], tree: Tree, loc: Sequence[str | int]) -> _Spot:
     """Follow a pydantic path through the tree.
 
-    The path also names the member of a union (`method`, `lora`, `r`), the index 0 of a value that stands for a list of
-    one, and the `path` that a bare word stands for: the text has none of them, and neither has the name.
+    The path also has the member of a union (`method`, `lora`, `r`), the index 0 of a value given instead of a list, and
+    the `path` that a bare word means. The YAML text has none of them, nor does the name.
     """
     node, names = tree.root, list[str]()
     annotation: Any = model
@@ -215,7 +215,7 @@ def _missing(key: str, above: _Spot) -> Problem | None:
     node = above.node
     known = list(above.section.model_fields) if above.section else []
     if isinstance(node.value, dict) and any(_typo(word, known) == key for word in node.value if word not in known):
-        return None  # the misspelt key is told
+        return None  # the misspelt key is reported
     description = above.section.model_fields[key].description if above.section else None
     if above.name == "the recipe":
         return Problem(f"the recipe needs the key `{key}`", Place(node.place.source), description)
@@ -223,7 +223,7 @@ def _missing(key: str, above: _Spot) -> Problem | None:
 
 
 def _typo(word: str, known: Sequence[str]) -> str | None:
-    """Return the known word that `word` surely means."""
+    """Return the known word that `word` most certainly means."""
     close, word = did_you_mean(word, known), word.lower()
     sure = close and (one_edit(word, close) or difflib.SequenceMatcher(None, word, close).ratio() >= 0.8)
     return close if sure else None
@@ -258,7 +258,7 @@ def _unknown_key(key: str, above: _Spot, tree: Tree, model: type[Section], forei
     message = f"unknown key `{shorten(key)}`" + (f" in `{inside}`" if inside else "")
     word = key.lower().replace("-", "_")
     close = did_you_mean(key, known)
-    if close and close.lower() == word:  # only its letters' case or a hyphen differ
+    if close and close.lower() == word:  # only case or a hyphen differs
         return Problem(message, place, f"did you mean `{close}`?")
     if word in foreign:
         return Problem(message, place, foreign[word])
@@ -303,11 +303,11 @@ def _unknown_type(spot: _Spot) -> Problem:
 def assign(tree: Tree, setting: str, model: type[Section]) -> None:
     """Put `a.b=value` from the command line into the tree of a `model`; the value follows the same YAML rules.
 
-    A value that stands for a whole section opens up: with `objective: sft` in the file,
+    A bare word for a section is expanded: with `objective: sft` in the file,
     `objective.label_smoothing=0.1` gives `{type: sft, label_smoothing: 0.1}`.
 
     Raises:
-        RecipeError: when the setting has no `=`, a step leads nowhere, or the value isn't YAML.
+        RecipeError: when the setting has no `=`, a key does not exist, or the value isn't YAML.
     """
     name, equals, text = setting.partition("=")
     path = name.strip().split(".")
@@ -358,7 +358,7 @@ def _move(node: Node, place: Place) -> None:
 
 
 def _default(path: Sequence[str], model: type[Section], place: Place, key: Place) -> Node:
-    """Return what a setting below a section the file leaves out starts from: the type it has then."""
+    """Return the initial node of a section that the file omits and a setting changes: its default type."""
     above = next(iter(sections_in(annotation_at(model, path[:-1]))), None)
     default = above.model_fields[path[-1]].default if above and path[-1] in above.model_fields else None
     tag = tag_of(type(default)) if isinstance(default, Section) else None
@@ -366,7 +366,7 @@ def _default(path: Sequence[str], model: type[Section], place: Place, key: Place
 
 
 def _open(node: Node, path: Sequence[str], step: str, model: type[Section], place: Place) -> None:
-    """Make room for `step` in a value that stands for a section or for a list of one."""
+    """Expand a bare word or single value, so that `step` can be set in it."""
     if node.value is None:
         node.value = {}
     elif not isinstance(node.value, (dict, list)):

@@ -1,4 +1,4 @@
-"""Keys of other tools, each with what says the same in a recipe here. Looked up in lower case with underscores."""
+"""Keys of other tools, each with its equivalent here. Looked up in lower case with underscores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of: the frozen base class, bare words, and types several of them share."""
+"""The building blocks of recipe sections: the frozen base class, bare words, and shared types."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class Complaint(NamedTuple):
-    """Something that fits in a section but not with another: what, the path of its key, and the remedy."""
+    """A value that is valid in its section but conflicts with another: message, path of its key, and remedy."""
 
     message: str
     path: tuple[str, ...]
@@ -37,10 +37,10 @@ class Complaint(NamedTuple):
 
 
 class BareWord:
-    """Lets a type be named alone: `format: chat` is `format: {type: chat}`.
+    """Allow a bare word for a type: `format: chat` is `format: {type: chat}`.
 
-    Stands behind `Field(discriminator="type")` in the annotation of a union of sections. `hints` maps words people
-    may try to a remedy; `default` is the type of a mapping that names none.
+    Used after `Field(discriminator="type")` in the annotation of a union of sections. `hints` maps words that people
+    may try to a remedy; `default` is the type of a mapping without one.
     """
 
     def __init__(self, hints: Mapping[str, str] | None = None, default: str | None = None):
@@ -62,7 +62,7 @@ class BareWord:
         return {"anyOf": [{"type": "string", "enum": self.words}, handler(schema)]}
 
 
-LEADS_OUT = "leads_out"  # pydantic's type of an error that is refused for safety
+LEADS_OUT = "leads_out"  # pydantic error type of a path outside of its folder, refused for safety
 
 
 def _inside(value: str) -> str:
@@ -112,7 +112,7 @@ Share = Annotated[
 
 
 def as_tuple(value: Any) -> Any:
-    """Let one value stand for a list of one; lists become tuples, so that a section stays frozen."""
+    """Turn a single value into a tuple of one, and lists into tuples, so that a section stays frozen."""
     if isinstance(value, list):
         return tuple(value)
     return value if isinstance(value, tuple) or value is None else (value,)
@@ -122,7 +122,7 @@ def as_tuple(value: Any) -> Any:
 
 
 def metadata_of(annotation: Any) -> tuple[Any, ...]:
-    """Return what stands behind the type in an Annotated."""
+    """Return the metadata of an Annotated type."""
     return annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
 
 
@@ -138,7 +138,7 @@ def sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def tag_of(section: type[Section]) -> str | None:
-    """Return the word in a section's `type`, or None where it has none."""
+    """Return the value of a section's `type`, or None if it has none."""
     info = section.model_fields.get("type")
     if info is None or typing.get_origin(info.annotation) is not Literal:
         return None
@@ -170,12 +170,12 @@ def annotation_at(model: type[Section], loc: Sequence[str | int]) -> Any:
 
 
 def declared(section: type[Section], name: str) -> Any:
-    """Return a field's annotation with the metadata pydantic strips off it."""
+    """Return a field's annotation with the metadata that pydantic strips."""
     info = section.model_fields[name]
     return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
 
 
-@cache  # a recipe of many unknown keys asks for each
+@cache  # called for each unknown key
 def all_keys(model: type[Section]) -> tuple[tuple[str, str | None, str], ...]:
     """Return (dotted section, its type where it has one, key) for every key below `model`."""
     return tuple(_keys(model, ""))

@@ -1,8 +1,8 @@
-"""YAML text to nodes that know where they stand.
+"""Parse YAML text into nodes with line and column.
 
 The YAML read here is the part that people and programs agree on: mappings, lists, strings, numbers, true/false and
 null. What YAML 1.1 reads in surprising ways is text (`yes`, `12:30`, `0x1F`), a number (`2e-4`) or a problem (`012`),
-and what can hide or explode (tags, merge keys, deep nesting, many aliases, huge files) is refused.
+and what can hide content or explode (tags, merge keys, deep nesting, many aliases, huge files) is refused.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MAX_DEPTH = 32
 MAX_ALIASES = 64
 MAX_NODES = 50_000
 
-WHOLE = "recipe"  # the place of a recipe that came in no file
+WHOLE = "recipe"  # place name of a recipe that is not from a file
 
 Scalar = str | int | float | bool | None
 
 
 @dataclass
 class Node:
-    """A value of the YAML text with the place it stands at.
+    """A value of the YAML text with its place.
 
     `key` is the place of the mapping key it belongs to, `raw` a scalar as it was typed.
     """
@@ -51,7 +51,7 @@ class Node:
         return self.value
 
     def copy(self) -> Node:
-        """Return a node of its own, with copies of all below it."""
+        """Return a deep copy."""
         value = self.value
         if isinstance(value, dict):
             value = {key: node.copy() for key, node in value.items()}
@@ -60,7 +60,7 @@ class Node:
         return Node(value, self.place, self.key, self.raw)
 
     def child(self, step: str | int) -> Node | None:
-        """Return what stands under a key or an index, or None."""
+        """Return the child at a key or an index, or None."""
         if isinstance(self.value, dict):
             return self.value.get(step) if isinstance(step, str) else None
         if isinstance(self.value, list) and isinstance(step, int) and step < len(self.value):
@@ -68,7 +68,7 @@ class Node:
         return None
 
     def find(self, path: Sequence[str | int]) -> Node:
-        """Follow `path` as far as it goes; an index stays where one value stands for a list of one."""
+        """Follow `path` as far as possible; an index is ignored at a single value given instead of a list."""
         node: Node = self
         for step in path:
             if isinstance(step, int) and not isinstance(node.value, list):
@@ -80,7 +80,7 @@ class Node:
         return node
 
     def given(self) -> str:
-        """Name the value for a message."""
+        """Return the value as shown in a message."""
         if isinstance(self.value, dict):
             return "a mapping" if self.value else "an empty mapping"
         if isinstance(self.value, list):
@@ -99,7 +99,7 @@ class Tree:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, *path: str | int) -> Place:
-        """Return the place of the value at `path`, or of the nearest thing above it."""
+        """Return the place of the value at `path`, or of its nearest ancestor."""
         return self.root.find(path).place
 
 
@@ -154,7 +154,7 @@ _WORDS |= {word.title(): value for word, value in _WORDS.items()} | {
 
 
 _CLOSING = {"[": "]", "{": "}"}
-# What PyYAML says, what we say instead (empty: the same), and the remedy.
+# PyYAML's message, ours (empty: the same), and the remedy.
 _SYNTAX = (
     ("mapping values are not allowed", "a second `: ` in one line", "put quotes around a text that holds `: `"),
     ("expected `<document start>`", "a text where a key must stand", "is a `: ` missing?"),
@@ -168,13 +168,13 @@ _SYNTAX = (
 
 
 class _Reader:
-    """One pass over PyYAML's events: they carry the places, and nothing is built before it is checked."""
+    """One pass over PyYAML's events, which have the places; nothing is built before it is checked."""
 
     def __init__(self, text: str, source: str):
         self.text, self.source, self.lines = text, source, text.splitlines()
         self.problems: list[Problem] = []
         self.anchors: dict[str, Node] = {}
-        self.weights: dict[str, int] = {}  # nodes below each anchor: an alias counts as many as it stands for
+        self.weights: dict[str, int] = {}  # nodes below each anchor: an alias counts as many
         self.aliases = self.nodes = 0
 
     def place(self, mark: Any) -> Place:
@@ -335,7 +335,7 @@ class _Reader:
 
 
 class _Taker:
-    """Plain Python data as nodes: the limits are those of a text, and the place of a value is its key."""
+    """Convert plain Python data to nodes, with the limits of YAML text; the place of a value is its key."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -373,7 +373,7 @@ class _Taker:
             return Node(text, place, raw=text)
         if value is None or isinstance(value, bool):
             return Node(value, place, raw={None: "null", True: "true", False: "false"}[value])
-        if isinstance(value, float) and not math.isfinite(value):  # a text has no such number either
+        if isinstance(value, float) and not math.isfinite(value):  # YAML text can't have it either
             return Node(repr(float(value)), place, raw=repr(float(value)))
         if isinstance(value, (int, float)):
             number = int(value) if isinstance(value, int) else float(value)
@@ -397,7 +397,7 @@ def _below(path: str, step: Any) -> str:
 
 
 def taken(data: Mapping[str, Any]) -> Tree:
-    """Return plain data as a tree of nodes whose places name their keys, such as `optimizer.lr`.
+    """Return plain data as a tree of nodes whose places are their keys, such as `optimizer.lr`.
 
     Args:
         data: mappings, lists, tuples, strings, paths, numbers, booleans and None.
@@ -414,11 +414,11 @@ def taken(data: Mapping[str, Any]) -> Tree:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this reader would not read as text: PyYAML leaves `1e5` and `08` bare."""
+    """Quote text that this reader would not read as text: PyYAML does not quote `1e5` and `08`."""
 
     def text(self, value: str) -> yaml.ScalarNode:
         other = value in _WORDS or any(p.fullmatch(value) for p in (_LEADING_ZERO, INT, FLOAT))
-        style = "'" if other else None if value.isprintable() else '"'  # line ends survive only as escapes
+        style = "'" if other else None if value.isprintable() else '"'  # line ends are kept only as escapes
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
@@ -441,7 +441,7 @@ def read_text(path: Path) -> bytes:
             size = os.fstat(stream.fileno()).st_size
             if size > MAX_BYTES:
                 raise RecipeError(Problem(f"too big: {size:,} bytes, at most {MAX_BYTES:,}", Place(str(path))))
-            return stream.read(MAX_BYTES + 1)  # by now it may be longer: `parse` looks at that
+            return stream.read(MAX_BYTES + 1)  # it may have grown: `parse` checks that
     except IsADirectoryError:
         raise RecipeError(Problem("is a folder, not a recipe", Place(str(path)), "name the YAML file in it")) from None
     except FileNotFoundError:

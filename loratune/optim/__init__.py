@@ -1,4 +1,4 @@
-"""How parameters move. A new optimizer is one file here and one word in this union."""
+"""Optimizers. A new one is one file here and one word in this union."""
 
 from __future__ import annotations
 

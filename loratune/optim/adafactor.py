@@ -1,4 +1,4 @@
-"""Adafactor as torch computes it, without waiting for the GPU."""
+"""Adafactor as torch computes it, without synchronising with the GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Adafactor(Section):
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:
         """Return the optimizer over (name, parameter) pairs."""
-        least = 1e-3 if self.relative else 1.0  # scale of a matrix, at least; the paper's epsilon 2
+        least = 1e-3 if self.relative else 1.0  # smallest scale of a matrix; the paper's epsilon 2
         made: torch.optim.Optimizer = _never_waiting()(
             groups(params, self.lr, self.weight_decay),
             lr=self.lr, beta2_decay=self.beta2_decay, eps=(None, least), d=self.clip,
@@ -41,7 +41,7 @@ class Adafactor(Section):
         return made
 
     def note(self, device: str) -> str | None:
-        """Return what a person must know about this optimizer on `device`."""
+        """Return a note for the start report about this optimizer on `device`, or None."""
         return None
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
@@ -51,16 +51,16 @@ class Adafactor(Section):
 
 @cache
 def _never_waiting() -> Any:
-    """Return torch's Adafactor with a step of ours: same options, same state, but norms stay where they are.
+    """Return torch's Adafactor with our own step: same options, same state, but norms stay on the GPU.
 
-    torch's own, one by one or all at once, asks for two norms of each matrix as Python numbers: some 900 waits a step.
+    torch's own converts two norms of each matrix to Python numbers: about 900 synchronisations a step.
     """
     import torch
 
     class NeverWaiting(torch.optim.Adafactor):
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            """Do one step with the gradients that are there."""
+            """Do one step with the current gradients."""
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
@@ -70,7 +70,7 @@ def _never_waiting() -> Any:
 
 
 def _move(x: torch.Tensor, g: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Move one parameter by its gradient, both (..., rows, columns) or a vector. Source: arXiv:1804.04235, alg. 4, 5.
+    """Update one parameter with its gradient, (..., rows, columns) or a vector. Source: arXiv:1804.04235, alg. 4, 5.
 
     Args:
         x: the parameter.

@@ -1,4 +1,4 @@
-"""AdamW: torch's own, fused, and those of bitsandbytes, whose states take 8 bits or can be paged out of GPU memory."""
+"""AdamW: torch's own, fused, and those of bitsandbytes with 8-bit or paged states."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class AdamW(AdamFields):
         )
 
     def note(self, device: str) -> str | None:
-        """Return what a person must know about this optimizer on `device`."""
+        """Return a note for the start report about this optimizer on `device`, or None."""
         return None
 
 
 class _OfBitsandbytes(AdamFields):
-    """What the AdamWs of bitsandbytes share."""
+    """Base class of bitsandbytes' AdamWs."""
 
     bits: ClassVar[Literal[8, 32]]
     paged: ClassVar[bool]
@@ -46,13 +46,13 @@ class _OfBitsandbytes(AdamFields):
         return optimizer
 
     def note(self, device: str) -> str | None:
-        """Return what a person must know about this optimizer on `device`."""
+        """Return a note for the start report about this optimizer on `device`, or None."""
         if not self.paged or device == "cuda":
             return None
         return f"{self.model_dump()['type']} runs unpaged: there is no GPU memory to page"
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of state: for 8 bits two a number and two scales a block of 256; small tensors keep 32."""
+        """Return the bytes of state: 8 bits: two per number, two scales per block of 256; small tensors use 32 bits."""
         count = math.prod(shape)
         return super().state_bytes(shape) if self.bits == 32 or count < 4096 else 2 * count + 8 * -(-count // 256)
 
@@ -90,9 +90,9 @@ def is_paged(optimizer: Any) -> bool:
 
 
 def page(optimizer: Any) -> None:
-    """Move the state of a paged optimizer into memory that can be paged, as its first step does.
+    """Move the state of a paged optimizer into paged memory, as its first step does.
 
-    `load_state_dict` puts plain tensors there, which would stay on the GPU.
+    `load_state_dict` creates plain tensors, which would stay on the GPU.
     """
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):

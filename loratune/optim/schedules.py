@@ -1,4 +1,4 @@
-"""How the learning rate moves: pure functions of (step, steps), one section each.
+"""Learning rate schedules: pure functions of (step, steps), one section each.
 
 A factor of 1 is the optimizer's `lr`. Steps count from 0; every schedule starts at 1, so that no step is spent at
 rate 0, and ends at its floor after the last step.
@@ -84,7 +84,7 @@ def rate(schedule: Constant | Linear | Cosine | WarmupStableDecay, step: int, st
     """Return the part of `lr` (0-1) at a step: a linear warmup, then the schedule over the rest.
 
     Args:
-        schedule: how the rate moves after the warmup.
+        schedule: after the warmup.
         step: number of the step, from 0.
         steps: number of steps of the whole run.
         warmup: number of warmup steps; step `warmup - 1` is the first at the full rate.
