@@ -385,7 +385,7 @@ def _check_apart(train: Rows, held_out: Rows) -> None:
     if not both.any():
         return
     shown = []
-    for i in np.flatnonzero(both)[:SHOWN]:
+    for i in np.flatnonzero(both)[:: held_out.per_sample][:SHOWN]:
         twin = int(np.flatnonzero(train.contents == held_out.contents[i])[-1])
         shown.append(Problem(f"stands in the training rows too: {train.place(twin)}", held_out.place(int(i))))
     number = len(np.unique(held_out.store.records[held_out.chosen[both]]))

@@ -167,6 +167,7 @@ def _start_over(folder: Path) -> list[str]:
     """Delete the files of an old run, which would be mistaken for those of the new one."""
     written = {folder / name for name in storage.own(folder)} | {folder / "metrics.jsonl"}
     written |= {file for file in folder.glob("predictions*.jsonl") if outputs.is_of_evaluation(file)}
+    written |= {file for file in folder.glob(run_files.REFERENCE) if "key" in storage.read_json(file)}
     for file in sorted(written, key=lambda one: one.name == storage.MANIFEST):  # last, as it lists the others
         file.unlink(missing_ok=True)
     saved, kept = folder / "checkpoints", []

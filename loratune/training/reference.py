@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def take(job: Job, resumed: bool) -> None:
                 found = {name: _of(job, policy, rows, counting) for name, rows in sets.items()}
         if job.first:
             known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
-            storage.write_json(file, {"key": key, **known})
+            storage.write_json(file, {"key": key, "sha256": _sha256(known), **known})
     train, held_out = job.data.train, job.data.held_out
     held = None if held_out is None else replace(held_out, values=found["eval"])
     job.data = replace(job.data, train=replace(train, values=found["train"]), held_out=held)
@@ -102,19 +103,21 @@ def _key(job: Job) -> str:
     setup, recipe = job.facts.prepared, job.recipe
     parts = {
         "rows": setup.fingerprints, "dtype": setup.dtype, "quantization": setup.quantization,
-        "method": recipe.method.model_dump(mode="json"), "objective": recipe.objective.model_dump(mode="json"),
+        "method": recipe.method.model_dump(mode="json"), "objective": recipe.objective.type,
         "seed": recipe.train.seed,
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _sha256(parts)
+
+
+def _sha256(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read(file: Path, key: str, sets: dict[str, Rows]) -> dict[str, dict[str, np.ndarray]] | None:
     """Return the values in a run folder, or None where there are none for these rows."""
     known = storage.read_json(file)
-    if known.get("key") != key:
+    if known.pop("key", None) != key or known.pop("sha256", None) != _sha256(known):
         return None
-    found = {
+    return {
         name: {value: np.array(numbers, dtype=np.float32) for value, numbers in known[name].items()} for name in sets
     }
-    right = all(len(array) == sets[name].samples for name, of in found.items() for array in of.values())
-    return found if right else None

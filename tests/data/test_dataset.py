@@ -466,7 +466,7 @@ def test_formats_are_recognised_row_by_row(tmp_path: Path) -> None:
     refusal = refused(tmp_path, [{"chosen": "a", "rejected": "b"}, {"text": "a", "label": 1}, {"x": 1}])
     assert refusal == "\n".join(
         [
-            "rows.jsonl:1: `chosen` and `rejected` are preference pairs, and `objective: sft` has no use for them",
+            "rows.jsonl:1: `chosen` and `rejected` are preference pairs: `format: preference` reads them, for `objective: dpo`",
             "rows.jsonl:2: `label` makes these rows of a classifier; for plain text say `format: text`",
             "rows.jsonl:3: no format has these columns (`x`); say which with `data.format`",
         ]

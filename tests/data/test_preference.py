@@ -130,7 +130,7 @@ def test_pairs_are_recognised_for_dpo_alone(tmp_path: Path, base: Path) -> None:
     with pytest.raises(RecipeError, match=r"`data.format: preference` reads pairs, and `objective: sft` has no use"):
         load(tmp_path / "recipe.yaml", ["data.format=preference"])
     section: Data = load(tmp_path / "recipe.yaml").data
-    with pytest.raises(DataError, match="`objective: sft` has no use for them"):
+    with pytest.raises(DataError, match="`format: preference` reads them, for `objective: dpo`"):
         dataset.load(section.train, section, Encoder(tiny.tokenizer()))
 
 
@@ -161,3 +161,15 @@ def test_answers_that_are_the_same_once_cut_are_dropped(tmp_path: Path) -> None:
     ]
     found = _stored(tmp_path, rows, max_length=12, on_long="truncate", max_lost=1)
     assert (found.samples, found.counts.dropped, found.counts.truncated) == (1, 1, 0)
+
+
+def test_a_pair_that_is_trained_on_too_is_named_once(tmp_path: Path) -> None:
+    for name, rows in (("rows", pairs.rows(4)), ("held", pairs.rows(4)[:2])):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    section = Data.model_validate(
+        {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "held.jsonl"), "format": "preference"}
+    )
+    with pytest.raises(DataError) as caught:
+        dataset.of(section, 0, Encoder(tiny.tokenizer()))
+    assert str(caught.value).count("stands in the training rows too") == 2
+    assert "2 of 2 eval rows" in str(caught.value)

@@ -341,3 +341,52 @@ def test_blocks_of_the_reference_are_cut_where_rows_are_many(tmp_path: Path, mon
         assert sorted(number for numbers, _ in found for number in numbers) == list(range(11))
         for numbers, some in found:
             assert [one.place for one in some] == [rows.sample(number).place for number in numbers]
+
+
+def _change(file: Path, change: str) -> None:
+    """Damage a file of reference log probabilities that stays JSON."""
+    known = json.loads(file.read_text())
+    if change == "number":
+        known["train"]["reference_chosen"][3] += 1.0
+    elif change == "nan":
+        known["train"]["reference_chosen"][3] = float("nan")
+    elif change == "set":
+        del known["eval"]
+    else:
+        known["train"] = {}
+    file.write_text(json.dumps(known))
+
+
+@pytest.mark.parametrize("change", ["number", "nan", "set", "names"])
+def test_a_damaged_reference_is_not_used(fit: Fit, tmp_path: Path, change: str) -> None:
+    run = pairs.fitted(fit, tmp_path, train={"epochs": 2, "save_every": 2})
+    straight = run("straight")
+    with _stop_after(3):
+        run("stopped")
+    file = tmp_path / "stopped" / "run" / REFERENCE
+    before = json.loads(file.read_text())
+    _change(file, change)
+    assert run("stopped", resume=True).column("loss") == pytest.approx(straight.column("loss"), rel=1e-4)
+    assert json.loads(file.read_text())["key"] == before["key"]
+
+
+def test_another_beta_keeps_the_reference(fit: Fit, tmp_path: Path) -> None:
+    """It is log p of the answers, whatever is made of it, and a full fine-tuning can't take it again."""
+    run = pairs.fitted(fit, tmp_path, method="full", train={"epochs": 2, "save_every": 2})
+    with _stop_after(3):
+        run("stopped")
+    file = tmp_path / "stopped" / "run" / REFERENCE
+    before = file.read_text()
+    run("stopped", resume=True, allow_drift=True, objective={"type": "dpo", "beta": 0.3})
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_starting_over_without_pairs_takes_the_reference_away(fit: Fit, tmp_path: Path, own: bool) -> None:
+    """But not a file of that name that no run wrote."""
+    pairs.fitted(fit, tmp_path)("a")
+    file = tmp_path / "a" / "run" / REFERENCE
+    if own:
+        file.write_text('{"mine": 1}')
+    fit("a", overwrite=True)
+    assert file.exists() == own

@@ -41,7 +41,10 @@ class Auto(Section):
         some = {name for name, value in row.items() if has_content(value)}
         given = {name for name, value in row.items() if value is not None}
         if {"chosen", "rejected"} <= some:
-            raise RowError("chosen", "and `rejected` are preference pairs, and `objective: sft` has no use for them")
+            raise RowError(
+                "chosen",
+                "and `rejected` are preference pairs: `format: preference` reads them, for `objective: dpo`",
+            )
         if {"text", "label"} <= given and not any(set(columns) <= some for columns, _ in _KNOWN[:-1]):
             raise RowError("label", "makes these rows of a classifier; for plain text say `format: text`")
         check_good(row)
