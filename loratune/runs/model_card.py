@@ -27,15 +27,17 @@ def write(recipe: Recipe, facts: Facts) -> str:
     assert end is not None
     data = setup.data["train"]
     held = f", {data['held_out']:,} held out" if data["held_out"] else ""
+    rows = "pairs" if recipe.objective.pairs else "rows"
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",
         f"{'An adapter for' if adapter else 'A fine-tuned copy of'} `{name_of(named)}`, "
         f"trained with loratune {facts.start.versions['loratune']}.", "",
         "| | |", "|---|---|",
-        f"| rows | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
+        f"| {rows} | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
         f"| trained tokens | {data['trained_tokens']:,} per epoch |",
-        f"| steps | {end.step} of {recipe.train.batch_size} rows |",
+        f"| steps | {end.step} of {recipe.train.batch_size} {rows} |",
+        f"| objective | {_objective(recipe)} |",
         f"| method | {_method(recipe, setup.quantization)} |",
         f"| optimizer | {recipe.optimizer.type}, lr {recipe.optimizer.lr:g} |",
         f"| last train loss | {_number(end.train_loss)} |",
@@ -70,7 +72,7 @@ def merged(title: str, adapter: str, base: str, about: dict[str, Any], chat: boo
         "---", *front, "- loratune", "- merge", "---", "",
         f"# {title}", "",
         f"The adapter `{adapter}` folded into `{name_of(base)}` with loratune {about['version']}: "
-        f"W + s B A, added in float32, rounded once to {about['dtype']}.", "",
+        f"its update added to W in float32, rounded once to {about['dtype']}.", "",
         "| compared with base + adapter | |", "|---|---|",
         f"| largest difference of a logit | {about['difference']:.2e} ({about['relative']:.1e} of the largest logit) |",
         f"| same next token | {100 * about['agreement']:.1f} % of the positions |", "",
@@ -159,6 +161,13 @@ def _base(base: str, adapter: str) -> str:
 
 def _method(recipe: Recipe, quantization: str) -> str:
     return recipe.method.describe() + ("" if quantization == "none" else f" over a {quantization} base")
+
+
+def _objective(recipe: Recipe) -> str:
+    """Return the objective with its settings, without those that are off, and the unit of its loss."""
+    known = recipe.objective.model_dump(mode="json")
+    settings = [f"{name} {value:g}" for name, value in known.items() if name != "type" and value]
+    return ", ".join([known["type"], *settings]) + f"; loss in {recipe.objective.unit}".replace("in per", "per")
 
 
 def _number(value: float | None) -> str:

@@ -16,7 +16,7 @@ import yaml
 
 from loratune.commands.merge import merge
 from loratune.runs import model_card
-from tests import tiny
+from tests import pairs, tiny
 from tests.conftest import Fit
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +116,13 @@ def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(fit: Fit) -> No
     assert (run / "note-of-mine.txt").exists()
     assert (run.parent / "outside.txt").exists()
     assert (run / "adapter_config.json").exists()
+
+
+def test_a_card_says_what_was_minimised_and_counts_pairs(fit: Fit, tmp_path: Path) -> None:
+    card = (pairs.fitted(fit, tmp_path, number=16)("pairs").folder / "README.md").read_text()
+    assert "| pairs | 16 to train on, of 16 read |" in card
+    assert "| steps | 2 of 8 pairs |" in card
+    assert "| objective | dpo, beta 0.1; loss per pair |" in card
+    rows = (fit("rows", objective={"label_smoothing": 0.1}).folder / "README.md").read_text()
+    assert "| objective | sft, label_smoothing 0.1; loss in nats per trained token |" in rows
+    assert "| steps | 3 of 8 rows |" in rows
