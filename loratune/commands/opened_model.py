@@ -179,6 +179,11 @@ def attach(net: Any, folder: Path, name: str) -> Any:
     file = folder / "adapter_config.json"
     targets.check_expressions(safety.read_object(file), [one for one, _ in net.named_modules()], Place(str(file)))
     known = isinstance(net, PeftModel)
+    if known and (other := str(net.active_peft_config.peft_type.value)) != (
+        kind := str(safety.read_object(file)["peft_type"])
+    ):
+        told = f"is an adapter of the kind {kind}, and one of the kind {other} is loaded: PEFT can't hold both"
+        raise ModelError(Problem(told, Place(str(folder)), "open it alone"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of missing tensors: `check_complete` refuses them

@@ -22,6 +22,7 @@ from loratune.data.dataset import Rows
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
 from loratune.errors import Place, Problem, RunFolderError
+from loratune.events import Progress
 from loratune.models.policy import Policy
 from loratune.system import storage
 from loratune.system.run_files import REFERENCE
@@ -51,9 +52,9 @@ def take(job: Job, resumed: bool) -> None:
         with job.report.counting("log p of the model before step 1") as counting:
             if resumed:
                 with policy.reference() as before:
-                    found = {name: _of(job, before, rows, counting) for name, rows in sets.items()}
+                    found = _of_all(job, before, sets, counting)
             else:
-                found = {name: _of(job, policy, rows, counting) for name, rows in sets.items()}
+                found = _of_all(job, policy, sets, counting)
         if job.first:
             known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
             storage.write_json(file, {"key": key, "sha256": _sha256(known), **known})
@@ -62,7 +63,19 @@ def take(job: Job, resumed: bool) -> None:
     job.data = replace(job.data, train=replace(train, values=found["train"]), held_out=held)
 
 
-def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.ndarray]:
+def _of_all(job: Job, policy: Policy, sets: dict[str, Rows], counting: Progress) -> dict[str, dict[str, np.ndarray]]:
+    """Return the values of each sample of each set; what is told counts through all of them."""
+    whole, before = sum(rows.samples for rows in sets.values()), 0
+    found = {}
+    for name, rows in sets.items():
+        found[name] = _of(
+            job, policy, rows, lambda done, _, before=before: counting(before + done, (before + done) / whole)
+        )
+        before += rows.samples
+    return found
+
+
+def _of(job: Job, policy: Policy, rows: Rows, counting: Progress) -> dict[str, np.ndarray]:
     """Return the values of each sample of a set, (samples,) each; every process computes its share of the samples."""
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
     layout: Layout = "shared" if job.packing.layout == "shared" else "padded"
@@ -77,7 +90,7 @@ def _of(job: Job, policy: Policy, rows: Rows, counting: object) -> dict[str, np.
                     given = job.recipe.objective.once(policy, batch)
                     mine.append((numbers, {name: value.tolist() for name, value in given.items()}))
                 done += len(numbers)
-                counting(done, done / rows.samples)  # type: ignore[operator]
+                counting(done, done / rows.samples)
     finally:
         policy.net.train(training)
     found = {name: np.empty(rows.samples, dtype=np.float32) for name in job.recipe.objective.values}

@@ -360,3 +360,12 @@ def test_tensors_of_other_tools_that_do_nothing(base: Path, tmp_path: Path, kind
     with pytest.raises(ModelError) as caught:
         adapter_files.check(folder)
     assert said in str(caught.value)
+
+
+def test_adapters_of_two_kinds_are_not_held_at_once(whole: Path, base: Path, tmp_path: Path) -> None:
+    net = opened_model.attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), whole, "default")
+    other = _peft(base, tmp_path / "adapter", "PROMPT_TUNING")
+    with pytest.raises(ModelError, match="of the kind PROMPT_TUNING, and one of the kind LORA is loaded") as caught:
+        opened_model.attach(net, other, "second")
+    assert "open it alone" in str(caught.value)
+    assert set(net.peft_config) == {"default"}

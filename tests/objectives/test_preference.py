@@ -390,3 +390,17 @@ def test_starting_over_without_pairs_takes_the_reference_away(fit: Fit, tmp_path
         file.write_text('{"mine": 1}')
     fit("a", overwrite=True)
     assert file.exists() == own
+
+
+def test_progress_of_the_reference_counts_through_both_sets(tmp_path: Path, base: Path) -> None:
+    tiny.write_recipe(tmp_path, base, objective="dpo", data={"eval": "eval.jsonl"})
+    tiny.write_jsonl(tmp_path / "train.jsonl", pairs.rows(9))
+    tiny.write_jsonl(tmp_path / "eval.jsonl", pairs.rows(3, seed=7))
+    told: list[loratune.Counted] = []
+    loratune.train(
+        loratune.load_recipe(tmp_path / "recipe.yaml"),
+        on_event=lambda e: told.append(e) if isinstance(e, loratune.Counted) and "log p" in e.what else None,
+    )
+    counts = [event.count for event in told]
+    assert counts == sorted(counts)
+    assert (counts[-1], told[-1].share, told[-1].over) == (12, 1.0, True)
