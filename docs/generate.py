@@ -89,7 +89,7 @@ called from; `~` is the home folder. A name that is no local path is taken for a
 .json, .csv, .parquet or .txt, also with .gz; a folder stands for all data files below it, a glob (`data/*.jsonl`) for
 what it matches. Of a folder whose files or folders are named for splits (train, validation, test and the like, as words
 of their own), training reads what is not named for another split, `data.eval` the validation files, else the test
-files; what is left out is printed. Hidden files are no rows, nor are README, LICENSE and requirements texts beside rows.
+files; omitted files are printed. Hidden files are no rows, nor are README, LICENSE and requirements texts beside rows.
 
 **`--set`.** `--set optimizer.lr=1e-4` changes one key before the recipe is checked; it can be given many times. Dots
 lead into sections, numbers into lists (`data.train.1.weight=0.5`). The value is YAML: `--set model.quantization=nf4`,
