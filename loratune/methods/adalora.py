@@ -44,7 +44,7 @@ class AdaLora(MethodSection):
     layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
         None, description="numbers of the layers that get matrices, from 0 (default: all)"
     )
-    tinit: float = Field(0.1, ge=0, lt=1, description="part (0-1) of the steps before rank is taken away")
+    tinit: float = Field(0.1, ge=0, lt=1, description="part (0-1) of the steps before ranks are removed")
     tfinal: float = Field(0.3, ge=0, lt=1, description="part (0-1) of the steps after the ranks are settled")
     delta_t: int = Field(1, ge=1, description="steps from one choice of ranks to the next")
     beta1: float = Field(0.85, gt=0, lt=1, description="decay (0-1) of the mean of each weight's importance")
