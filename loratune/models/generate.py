@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     whole = [i for i in order if most[i] == max_new_tokens]
     batches = [[i] for i in order if most[i] < max_new_tokens]
-    batches += [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
+    # behind virtual tokens PEFT gives the model no positions, so that padding would move a prompt away from them
+    alike = groupby(whole, key=lambda i: len(prompts[i]) if virtual_tokens(net) else 0)
+    for some in [list(group) for _, group in alike]:
+        batches += [some[start : start + batch_size] for start in range(0, len(some), batch_size)]
     out = [""] * len(prompts)
     done = 0
     for chosen in batches:

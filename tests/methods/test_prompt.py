@@ -15,6 +15,7 @@ from loratune.data.sample import single
 from loratune.errors import DataError, ModelError, UsageError
 from loratune.methods import Prompt
 from loratune.methods.tuned import Setup
+from loratune.models import generate
 from loratune.models.policy import Policy
 from tests import tiny
 from tests.conftest import Fit, adapted, logits
@@ -171,3 +172,23 @@ def test_a_tokenizer_larger_than_the_embedding(fit: Fit, tmp_path: Path) -> None
     Prompt(virtual_tokens=8).apply(net, Setup(1, tokens))
     with pytest.raises(ModelError, match=r"`method.init_text` has token \d+, none of the"):
         Prompt(virtual_tokens=8, init_text="beyond").apply(net, Setup(1, tokens))
+
+
+def test_prompts_of_one_length_alone_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT drops the positions behind virtual tokens: padding would stand between these and the prompt."""
+    tokens = tiny.tokenizer()
+    tokens.pad_token = tokens.eos_token
+    net = put_on(tiny.model(tokens).eval()).net
+    seen: list[tuple[int, int]] = []
+    whole = generate._generate
+
+    def spy(net: Any, tokenizer: Any, input_ids: torch.Tensor, mask: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert bool(mask.all())
+        seen.append(tuple(input_ids.shape))
+        return whole(net, tokenizer, input_ids, mask, *rest)
+
+    monkeypatch.setattr(generate, "_generate", spy)
+    prompts = [[7] * 9, [8] * 4, [9] * 9, [5] * 4, [6] * 9]
+    together = generate.answers(net, tokens, prompts, 6, 2)
+    assert seen == [(2, 9), (1, 9), (2, 4)]
+    assert together == [generate.answers(net, tokens, [one], 6, 1)[0] for one in prompts]
