@@ -34,7 +34,7 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
     """
     assert layout == "padded" or not virtual_tokens, "virtual tokens stand before each row of a padded batch"
     rows = [row for sample in samples for row in sample.rows]
-    known = [np.flatnonzero(row.trained[1:]) for row in rows]  # position t predicts token t+1
+    known, targets = zip(*map(_asked, rows), strict=True)
     if layout == "padded":
         inputs, places = _padded(rows, known, virtual_tokens)
     else:
@@ -43,13 +43,22 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
     return Batch(
         inputs,
         torch.from_numpy(np.concatenate(places)),
-        torch.from_numpy(np.concatenate([row.ids[t + 1] for row, t in zip(rows, known, strict=True)])).long(),
+        torch.from_numpy(np.concatenate(targets)).long(),
         torch.from_numpy(np.repeat(np.arange(len(rows)), [len(t) for t in known])),
         torch.from_numpy(np.repeat(np.arange(len(samples)), [len(sample.rows) for sample in samples])),
         len(samples),
         sum(len(row.ids) for row in rows),
         {name: torch.tensor([sample.values[name] for sample in samples]) for name in names},
     )
+
+
+def _asked(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions of a row, (targets,), and what is predicted there: t predicts token t+1, the last its class."""
+    positions = np.flatnonzero(row.trained[1:])
+    targets = row.ids[positions + 1]
+    if row.label is None:
+        return positions, targets
+    return np.append(positions, len(row.ids) - 1), np.append(targets, row.label)
 
 
 def labels(batch: Batch) -> torch.Tensor:

@@ -31,15 +31,17 @@ class Row:
         ids: token ids, int32, shape (tokens,).
         trained: True for label tokens, bool, shape (tokens,).
         place: where the row came from.
+        label: class of the whole row, a target at its last token; None where its tokens are the only targets.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     place: Place
+    label: int | None = None
 
     def count(self) -> int:
-        """Return the number of label tokens, without the first token of a row, which nothing predicts."""
-        return int(self.trained[1:].sum())
+        """Return the number of targets: label tokens but the first of a row, which nothing predicts, and its label."""
+        return int(self.trained[1:].sum()) + (self.label is not None)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,16 @@ Layout = Literal["padded", "packed", "shared"]
 
 
 class Row(Protocol):
-    """A tokenized row: `ids` and `trained`, both of shape (tokens,)."""
+    """A tokenized row: `ids` and `trained`, both of shape (tokens,), and the class of the row, if it has one."""
 
     @property
     def ids(self) -> np.ndarray: ...
 
     @property
     def trained(self) -> np.ndarray: ...
+
+    @property
+    def label(self) -> int | None: ...
 
 
 class Sample(Protocol):
@@ -67,6 +70,8 @@ class Shared:
 
 def needed(row: Row) -> int:
     """Return how many tokens of a row its loss depends on, at least one: the last label token is only predicted."""
+    if row.label is not None:
+        return len(row.ids)  # it is predicted at the last token
     trained = np.flatnonzero(row.trained)
     return max(1, int(trained[-1])) if len(trained) else 1
 

@@ -151,3 +151,19 @@ def test_an_evaluation_sees_every_pair_once() -> None:
 def test_how_full_packs_of_pairs_are() -> None:
     data = tiny.stored([row([1] * n, "1" * n) for n in [20, 10, 12, 8] * 4], per_sample=2)
     assert batches.filling(data, 8, 0, 50) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_label_is_a_target_at_the_last_token_of_its_row(layout: Layout) -> None:
+    """Such a row is not untrained, and sharing keeps its last token, though no other token is predicted from there."""
+    ids = np.array([5, 6, 7], np.int32)
+    one, two = (Row(ids, np.zeros(3, bool), Place("made", n), label) for n, label in ((1, 2), (2, 0)))
+    other = Row(np.array([5, 6, 9, 4], np.int32), np.array([False, True, False, False]), Place("made", 3), 1)
+    batch = collate(single([one, two, other]), layout)
+    assert (one.count(), other.count()) == (1, 2)
+    assert batch.targets.tolist() == [2, 0, 6, 1]
+    assert batch.row.tolist() == [0, 1, 2, 2]
+    seen = batch.inputs["input_ids"].flatten()[batch.places].tolist()
+    assert seen == [7, 7, 5, 4], "the last tokens, and the one before a label token"
+    if layout == "shared":
+        assert batch.computed == 5, "two rows that are the same stand there once"
