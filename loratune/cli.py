@@ -119,6 +119,10 @@ def train(
             loaded, resume=resume, overwrite=overwrite, allow_drift=allow_drift,
             allow_base_mismatch=allow_base_mismatch, trust_remote_code=trust_remote_code, on_event=shown,
         )  # fmt: skip
+    if os.environ.get("RANK"):
+        from loratune.training import launcher
+
+        launcher.part()
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(str(run.folder))
         _tell_next(next_steps.of_run(run.folder, ("eval", "chat", "merge")))

@@ -64,6 +64,12 @@ def accelerator(recipe: Recipe) -> Accelerator:
         raise SetupError(f"the processes of this training can't be set up: {reason}", _TORCHRUN) from None
 
 
+def part() -> None:
+    """Leave the group of processes, if there is one: its threads would end the process by a signal at its exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def not_read(environment: Mapping[str, str]) -> list[str]:
     """Return a line for each variable that accelerate would have used to change the training, and that is ignored."""
     return [
