@@ -33,7 +33,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Lay out the results as a Markdown table; a loss is that of the last step."""
     lines = [
-        "| | tokens/s | trained/s | peak memory | share of matrix rate (with all tokens) | loss | start "
+        "| | tokens/s | label tokens/s | peak memory | share of matrix rate (with all tokens) | loss | start "
         "| first step done | speed of loratune |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
