@@ -75,7 +75,24 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class StepDone:
+class Step:
+    """What the training loop knows of an optimizer step; each field is described at `StepDone`."""
+
+    number: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    rows: int
+    tokens: int
+    trained_tokens: int
+    computed: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepDone(Step):
     """An optimizer step is done, over all processes; these fields are in `metrics.jsonl`.
 
     Attributes:
@@ -94,19 +111,8 @@ class StepDone:
         metrics: other means of the objective, by name, such as `accuracy` of `dpo`.
     """
 
-    number: int
-    steps: int
-    epoch: float
-    loss: float
-    grad_norm: float
-    lr: float
-    rows: int
-    tokens: int
-    trained_tokens: int
-    computed: int
-    seconds: float
-    memory: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = field(kw_only=True)
+    memory: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)

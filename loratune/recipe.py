@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from loratune.models.section import Model
 from loratune.objectives import Objective, Sft
 from loratune.optim import AdamW, Optimizer
 from loratune.optim.schedules import Cosine, Schedule
-from loratune.system import files, run_files
+from loratune.system import files, run_files, storage
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -115,7 +113,7 @@ class Recipe(Section):
 
     def hash(self) -> str:
         """Return a sha256 (hex) over everything in the recipe."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return storage.json_sha256(self.model_dump(mode="json"))
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:

@@ -14,7 +14,7 @@ from loratune.console import Terminal
 from loratune.events import Answered, Begun, Counted, Ended, Evaluated, Event, Saved, StepDone, Told
 
 TEXT = "lora: 4,884,480 of 139,399,488 parameters trained (3.50 %), adapter of 9.8 MB on disk"
-STEP = StepDone(7, 20, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, 3_000_000)
+STEP = StepDone(7, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, steps=20, memory=3_000_000)
 
 
 def printed(*events: Event, width: int = 200, terminal: bool = False) -> list[str]:
@@ -50,7 +50,7 @@ def test_a_narrow_terminal_has_a_line_for_each_figure() -> None:
 
 
 def test_a_log_has_a_line_every_few_steps() -> None:
-    steps = [StepDone(n, 7, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, 3_000_000) for n in range(1, 8)]
+    steps = [StepDone(n, 0.5, 1.25, 0.75, 2e-4, 4, 400, 100, 400, 0.5, steps=7, memory=3_000_000) for n in range(1, 8)]
     lines = printed(Begun(0, 7, 3), *steps, Evaluated(7, 2.5, 10, True, 1.0), Saved(7, Path("step-000007")))
     assert [line.split("  ")[0] for line in lines] == ["step 3/7", "step 6/7", "step 7/7", "step 7: eval loss 2.5000 (best so far)"]  # fmt: skip
     assert lines[0] == "step 3/7  epoch 0.50  loss 1.2500  lr 2.00e-04  grad norm 0.75  800 tokens/s  200 label tokens/s  3.0 MB  2 s left"  # fmt: skip

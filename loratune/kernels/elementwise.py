@@ -100,6 +100,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def is_near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Return whether a tensor differs from another as little as `CLOSE` allows in its precision; never for NaN."""
+    return bool((wanted - got).float().norm() <= CLOSE[str(wanted.dtype)] * wanted.float().norm())
+
+
 def differs(kind: str, width: int, dtype: Any, device: Any, way: str = "compiled") -> str | None:
     """Return which operation of a kind, `norm` or `gate`, differs from the plain one, or None.
 
@@ -119,7 +124,6 @@ def differs(kind: str, width: int, dtype: Any, device: Any, way: str = "compiled
         for name, given in cases.items():
             wanted, got = (getattr(which, name)(*given) for which in (one, other))
             pairs = zip(wanted, got, strict=True) if isinstance(wanted, tuple) else [(wanted, got)]
-            near = [(a - b).float().norm() <= CLOSE[str(dtype)] * a.float().norm() for a, b in pairs]
-            if not all(near):  # false for NaN, too
+            if not all(is_near(b, a) for a, b in pairs):
                 return name
     return None

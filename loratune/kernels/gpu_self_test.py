@@ -166,7 +166,7 @@ def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device
             outs = way(*given, cos, sin)
             found.append([*outs, *torch.autograd.grad(outs, given, outer)])
     for wanted, got in zip(*found, strict=True):
-        if not (wanted - got).float().norm() <= elementwise.CLOSE[str(dtype)] * wanted.float().norm():
+        if not elementwise.is_near(got, wanted):
             return "its numbers differ from those of the model's own"
     return None
 
@@ -192,6 +192,6 @@ def _even(net: Any, device: torch.device) -> str | None:
                     out = packed_attention.varlen(q, k, v, None, None, (starts, starts), (length, length), None)
                 found.append([out, *torch.autograd.grad(out, (q, k, v), outer)])
         for wanted, got in zip(*found, strict=True):
-            if not (wanted - got).float().norm() <= elementwise.CLOSE["torch.bfloat16"] * wanted.float().norm():
+            if not elementwise.is_near(got, wanted):
                 return "its numbers differ from those of variable-length attention"
     return None

@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from loratune.config.section import Complaint, Section, as_tuple
+from loratune.config.section import Complaint, Section
 from loratune.methods import targets, tensor_files
 from loratune.methods.section import MethodSection
-from loratune.methods.targets import Modules
+from loratune.methods.targets import Layers, Modules
 from loratune.methods.tuned import Adapter, Setup, Tuned
 from loratune.models.section import Model
 
@@ -32,6 +32,7 @@ class AdaLora(MethodSection):
     """Train W + (s / r) B diag(E) A; the least important rows are set to zero until `target_r` are left on average."""
 
     type: Literal["adalora"] = "adalora"
+    has_b: ClassVar[bool] = True
     init_r: int = Field(12, ge=1, le=4096, description="rank of each layer at the start")
     target_r: int = Field(8, ge=1, le=4096, description="mean rank of the layers at the end")
     lora_alpha: float = Field(32, gt=0, description="scale s of the update")
@@ -41,7 +42,7 @@ class AdaLora(MethodSection):
         description="where the matrices stand: `all-linear` (every linear layer but the head and routers), a list of "
         "names, or a regular expression over full names",
     )
-    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
+    layers_to_transform: Layers = Field(
         None, description="numbers of the layers that get matrices, from 0 (default: all)"
     )
     tinit: float = Field(0.1, ge=0, lt=1, description="part (0-1) of the steps before ranks are removed")

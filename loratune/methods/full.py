@@ -37,11 +37,6 @@ class Full(MethodSection):
                 "use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
             )
         yield from super().complaints(model, optimizer)
-        if "loraplus_lr_ratio" in optimizer.model_fields_set:
-            yield Complaint(
-                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: full` has none",
-                ("optimizer", "loraplus_lr_ratio"),
-            )
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
         """Yield why it can't train quantized weights."""

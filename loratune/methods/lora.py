@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,7 @@ from loratune.config.section import Complaint, Section, as_tuple
 from loratune.errors import listed
 from loratune.methods import targets, tensor_files
 from loratune.methods.section import MethodSection
-from loratune.methods.targets import Modules
+from loratune.methods.targets import Layers, Modules
 from loratune.methods.tuned import Adapter, Setup, Tuned
 from loratune.models.section import Model
 
@@ -42,6 +42,7 @@ class Lora(MethodSection):
     """Train low-rank matrices A (r x in) and B (out x r) beside frozen weights: W + s B A."""
 
     type: Literal["lora"] = "lora"
+    has_b: ClassVar[bool] = True
     r: int = Field(16, ge=1, le=4096, description="rank of the update: columns of B and rows of A")
     lora_alpha: float = Field(32, gt=0, description="scale of the update: s = lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
@@ -64,7 +65,7 @@ class Lora(MethodSection):
     alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_patterns)] = Field(
         {}, description="other scales for some modules: name or pattern -> lora_alpha"
     )
-    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)] = Field(
+    layers_to_transform: Layers = Field(
         None, description="numbers of the layers that get matrices, from 0 (default: all)"
     )
     modules_to_save: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(

@@ -5,16 +5,13 @@ Source: Lester et al. 2021, arXiv:2104.08691.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Complaint, Section
 from loratune.errors import ModelError
 from loratune.methods.section import MethodSection
 from loratune.methods.tuned import Adapter, Setup, Tuned
-from loratune.models.section import Model
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +39,6 @@ class Prompt(MethodSection):
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         return f"prompt tuning, {self.virtual_tokens} virtual tokens"
-
-    def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
-        """Yield what this method can't do with other sections of the recipe."""
-        yield from super().complaints(model, optimizer)
-        if "loraplus_lr_ratio" in optimizer.model_fields_set:
-            yield Complaint(
-                "`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: prompt` has none",
-                ("optimizer", "loraplus_lr_ratio"),
-            )
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
         """Freeze the base and add the virtual tokens.

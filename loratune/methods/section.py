@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from loratune.config.section import Complaint, Section
+from loratune.config.section import Complaint, Section, tag_of
 from loratune.models.section import Model
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ class MethodSection(Section):
         output: word for a run's output.
         trains_base: whether the base's own weights are trained; they are float32 then, and never quantized.
         padded_only: whether rows must be padded and not packed, as virtual tokens precede each.
+        has_b: whether it has B matrices, whose learning rate `optimizer.loraplus_lr_ratio` sets.
     """
 
     output: ClassVar[Output] = "adapter"
     trains_base: ClassVar[bool] = False
     padded_only: ClassVar[bool] = False
+    has_b: ClassVar[bool] = False
 
     @property
     def before_rows(self) -> int:
@@ -41,6 +43,9 @@ class MethodSection(Section):
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
         """Yield why this method does not combine with other sections of the recipe, or its own keys with each other."""
         yield from self.refused_over(model.quantization.type, "leave `model.quantization` out")
+        if not self.has_b and "loraplus_lr_ratio" in optimizer.model_fields_set:
+            told = f"`optimizer.loraplus_lr_ratio` is for LoRA's B matrices; `method: {tag_of(type(self))}` has none"
+            yield Complaint(told, ("optimizer", "loraplus_lr_ratio"))
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
         """Yield why it can't be trained on weights with this quantization.

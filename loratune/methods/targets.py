@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from loratune.config.section import as_tuple
 from loratune.errors import ModelError, Place, Problem, listed
 from loratune.system import regex_match
 
@@ -36,6 +37,8 @@ Modules = Annotated[
     BeforeValidator(_modules),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
+
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(as_tuple)]
 
 
 class Method(Protocol):

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune.methods import tensor_files
+from loratune.methods.adapter_files import TENSORS
 
 if TYPE_CHECKING:
     import torch
 
     from loratune.models.policy import Policy
-
-TENSORS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ class Adapter(Tuned):
 
     def config(self, final: bool) -> Any:
         """Return PEFT's configuration as it is to be written."""
-        config = copy.deepcopy(self.net.peft_config["default"])
-        return config
+        return copy.deepcopy(self.net.peft_config["default"])
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
         """Write PEFT's adapter_config.json and adapter_model.safetensors; see `Tuned.save`."""

@@ -18,7 +18,7 @@ from typing import Any
 from loratune.errors import BaseMismatchError, ModelError, Place, Problem, listed, shorten
 from loratune.models import base_files, config_files, safety
 from loratune.models.section import Model
-from loratune.system import files
+from loratune.system import files, storage
 
 NAME = "loratune.json"
 SCHEMA = 1
@@ -51,7 +51,7 @@ class Fingerprint:
     @property
     def sha256(self) -> str:
         """One digest (hex) of all of it."""
-        return _digest({"schema": SCHEMA, "config": self.config, "parts": self.parts})
+        return storage.json_sha256({"schema": SCHEMA, "config": self.config, "parts": self.parts})
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
@@ -102,7 +102,7 @@ def of_folder(folder: Path) -> Fingerprint:
         raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None
     return Fingerprint(
         _lasting(config_files.without_old_names(config)),
-        {part: _digest(tensors) for part, tensors in sorted(seen.items())},
+        {part: storage.json_sha256(tensors) for part, tensors in sorted(seen.items())},
     )
 
 
@@ -111,7 +111,7 @@ def of_tokenizer(tokenizer: Any) -> dict[str, str]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # of the last call
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
-    return {"sha256": _digest([kept, special]), "template": _digest(tokenizer.chat_template)}
+    return {"sha256": storage.json_sha256([kept, special]), "template": storage.json_sha256(tokenizer.chat_template)}
 
 
 def record(section: Model, tokenizer: Any) -> dict[str, Any]:
@@ -226,7 +226,3 @@ def _lasting(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE and value is not None}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

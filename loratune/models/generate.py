@@ -70,7 +70,8 @@ def answers(
     whole = [i for i in order if most[i] == max_new_tokens]
     batches = [[i] for i in order if most[i] < max_new_tokens]
     # behind virtual tokens PEFT gives the model no positions, so that padding would move a prompt away from them
-    alike = groupby(whole, key=lambda i: len(prompts[i]) if virtual_tokens(net) else 0)
+    before = virtual_tokens(net)
+    alike = groupby(whole, key=lambda i: len(prompts[i]) if before else 0)
     for some in [list(group) for _, group in alike]:
         batches += [some[start : start + batch_size] for start in range(0, len(some), batch_size)]
     out = [""] * len(prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from loratune.config.section import Complaint, Section
+from loratune.config.section import Complaint, Section, tag_of
 from loratune.data.section import Data
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ObjectiveSection(Section):
 
     def complaints(self, data: Data) -> Iterator[Complaint]:
         """Yield why this objective does not combine with the recipe's `data`."""
-        me = f"`objective: {self.model_dump()['type']}`"
+        me = f"`objective: {tag_of(type(self))}`"
         if self.pairs and data.format.type not in ("auto", "preference"):
             told = f"{me} compares two answers, and `data.format: {data.format.type}` reads one"
             yield Complaint(told, ("data", "format"), "use `preference`: rows of prompt, chosen and rejected")

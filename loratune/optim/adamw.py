@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from loratune.config.section import tag_of
 from loratune.optim.groups import AdamFields, Named
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class _OfBitsandbytes(AdamFields):
         """Return a note for the start report about this optimizer on `device`, or None."""
         if not self.paged or device == "cuda":
             return None
-        return f"{self.model_dump()['type']} runs unpaged: there is no GPU memory to page"
+        return f"{tag_of(type(self))} runs unpaged: there is no GPU memory to page"
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of state: 8 bits: two per number, two scales per block of 256; small tensors use 32 bits."""

@@ -80,6 +80,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def json_sha256(value: Any) -> str:
+    """Return the sha256 (hex) of a value as JSON with sorted keys."""
+    return _hash(json.dumps(value, sort_keys=True))
+
+
 def size(folder: Path) -> int:
     """Return the bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from loratune.data.batches import Batch as Samples
 from loratune.data.collate import collate
 from loratune.data.sample import Sample
 from loratune.errors import TrainingError
+from loratune.events import Step
 from loratune.methods.tuned import Tuned
 from loratune.models.base_model import is_out_of_memory
 from loratune.models.batch import Batch
@@ -36,35 +36,6 @@ class Objective(Protocol):
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step, over all processes.
-
-    Attributes:
-        number: of the step, from 1.
-        epoch: epochs done so far, with fraction.
-        loss: mean over what is counted (label tokens, pairs), before the step.
-        grad_norm: L2 norm of the gradient before clipping.
-        lr: learning rate of the first parameter group.
-        rows, tokens, trained_tokens: in this step; tokens without padding.
-        computed: tokens that went through the model: with padding, a shared prefix counted once.
-        seconds: from the first micro-batch to the end of the optimizer's step.
-        metrics: other means of the objective, by name.
-    """
-
-    number: int
-    epoch: float
-    loss: float
-    grad_norm: float
-    lr: float
-    rows: int
-    tokens: int
-    trained_tokens: int
-    computed: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
 def steps(
     policy: Policy, objective: Objective, tuned: Tuned, batches: Iterable[Samples], optimizer: Any,
     factor: Callable[[int], float], accelerator: Any, max_grad_norm: float, start: int = 0,
@@ -78,8 +49,7 @@ def steps(
     Args:
         policy: its model is prepared by `accelerator` where there are several processes.
         objective: gives the summed loss and the count of a micro-batch.
-        tuned: what is trained; its `penalty` is added to a step's loss, its `after_step` is called after the
-        optimizer's.
+        tuned: what is trained; its `penalty` is added to a step's loss, its `after_step` follows the optimizer's.
         batches: the samples of each step.
         optimizer: its groups hold `initial_lr`.
         factor: part (0-1) of `initial_lr` at a step, counted from 0.

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Place, Problem, StorageError
-from loratune.events import Begun, Evaluated, Event, Listener, Report, StepDone
+from loratune.events import Begun, Evaluated, Event, Listener, Report, Step, StepDone
 from loratune.redact import redact
 from loratune.system import files, storage
-from loratune.training.loop import Step
 
 METRICS = 1 << 30  # bytes of metrics.jsonl: millions of steps
 
@@ -57,12 +56,10 @@ class RunReport(Report):
             self._steps = event.steps
         elif isinstance(event, StepDone):
             self._count(event.number, event.loss, event.seconds, event.tokens)
-            known = {key: value for key, value in event.__dict__.items() if key not in ("steps", "metrics")}
-            self._write({"kind": "step", **known, **event.metrics})
+            self._write({"kind": "step", **_without(event, "steps"), **event.metrics})
         elif isinstance(event, Evaluated):
             self.evaluation.append((event.number, event.loss))
-            known = {key: value for key, value in event.__dict__.items() if key not in ("best", "metrics")}
-            self._write({"kind": "eval", **known, **event.metrics})
+            self._write({"kind": "eval", **_without(event, "best"), **event.metrics})
         super().tell(event)
 
     def step(self, step: Step) -> None:
@@ -118,6 +115,11 @@ class RunReport(Report):
                 self.evaluation.append((event["number"], event["loss"]))
         if self.active:
             storage.write_text(self._metrics, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def _without(event: StepDone | Evaluated, name: str) -> dict[str, Any]:
+    """Return the fields of an event except one and its metrics."""
+    return {key: value for key, value in event.__dict__.items() if key not in (name, "metrics")}
 
 
 def _event(line: str) -> dict[str, Any] | None:

@@ -5,12 +5,10 @@ They are kept in the run folder, as a resumed run no longer has that model.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,15 +47,13 @@ def take(job: Job, resumed: bool) -> None:
             told = "the log probabilities of the model before step 1 are gone, or of other rows or another base"
             hint = "start over with --overwrite: this method can't go back to that model"
             raise RunFolderError(Problem(told, Place(str(file)), hint))
-        with job.report.counting("log p of the model before step 1") as counting:
-            if resumed:
-                with policy.reference() as before:
-                    found = _of_all(job, before, sets, counting)
-            else:
-                found = _of_all(job, policy, sets, counting)
+        told = "log p of the model before step 1"
+        before = policy.reference() if resumed else nullcontext(policy)
+        with job.report.counting(told) as counting, before as start:
+            found = _of_all(job, start, sets, counting)
         if job.first:
             known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
-            storage.write_json(file, {"key": key, "sha256": _sha256(known), **known})
+            storage.write_json(file, {"key": key, "sha256": storage.json_sha256(known), **known})
     train, held_out = job.data.train, job.data.held_out
     held = None if held_out is None else replace(held_out, values=found["eval"])
     job.data = replace(job.data, train=replace(train, values=found["train"]), held_out=held)
@@ -65,21 +61,24 @@ def take(job: Job, resumed: bool) -> None:
 
 def _of_all(job: Job, policy: Policy, sets: dict[str, Rows], counting: Progress) -> dict[str, dict[str, np.ndarray]]:
     """Return the values of each sample of each set; what is told counts through all of them."""
-    whole, before = sum(rows.samples for rows in sets.values()), 0
-    found = {}
-    for name, rows in sets.items():
-        found[name] = _of(
-            job, policy, rows, lambda done, _, before=before: counting(before + done, (before + done) / whole)
-        )
-        before += rows.samples
-    return found
+    whole, done = sum(rows.samples for rows in sets.values()), 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        counting(done, done / whole)
+
+    return {name: _of(job, policy, rows, more) for name, rows in sets.items()}
 
 
-def _of(job: Job, policy: Policy, rows: Rows, counting: Progress) -> dict[str, np.ndarray]:
-    """Return the values of each sample of a set, (samples,) each; every process computes its share of the samples."""
+def _of(job: Job, policy: Policy, rows: Rows, more: Callable[[int], None]) -> dict[str, np.ndarray]:
+    """Return the values of each sample of a set, (samples,) each; every process computes its share of the samples.
+
+    `more` is called with the number of samples after each micro-batch.
+    """
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
     layout: Layout = "shared" if job.packing.layout == "shared" else "padded"
-    training, done = policy.net.training, 0
+    training = policy.net.training
     mine: list[tuple[list[int], dict[str, list[float]]]] = []
     policy.net.eval()
     try:
@@ -89,8 +88,7 @@ def _of(job: Job, policy: Policy, rows: Rows, counting: Progress) -> dict[str, n
                     batch = collate(samples, layout, policy.virtual_tokens).to(job.accelerator.device)
                     given = job.recipe.objective.once(policy, batch)
                     mine.append((numbers, {name: value.tolist() for name, value in given.items()}))
-                done += len(numbers)
-                counting(done, done / rows.samples)
+                more(len(numbers))
     finally:
         policy.net.train(training)
     found = {name: np.empty(rows.samples, dtype=np.float32) for name in job.recipe.objective.values}
@@ -119,17 +117,13 @@ def _key(job: Job) -> str:
         "method": recipe.method.model_dump(mode="json"), "objective": recipe.objective.type,
         "seed": recipe.train.seed,
     }  # fmt: skip
-    return _sha256(parts)
-
-
-def _sha256(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return storage.json_sha256(parts)
 
 
 def _read(file: Path, key: str, sets: dict[str, Rows]) -> dict[str, dict[str, np.ndarray]] | None:
     """Return the values in a run folder, or None where there are none for these rows."""
     known = storage.read_json(file)
-    if known.pop("key", None) != key or known.pop("sha256", None) != _sha256(known):
+    if known.pop("key", None) != key or known.pop("sha256", None) != storage.json_sha256(known):
         return None
     return {
         name: {value: np.array(numbers, dtype=np.float32) for value, numbers in known[name].items()} for name in sets

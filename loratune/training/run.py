@@ -14,7 +14,7 @@ from pathlib import Path
 from loratune.data import batches
 from loratune.data.sample import Sample
 from loratune.errors import Interrupted, LoratuneError, Place, Problem, SetupError, StorageError
-from loratune.events import Begun, Ended, Evaluated, Listener, Saved
+from loratune.events import Begun, Ended, Evaluated, Listener, Saved, Step
 from loratune.kernels import gpu_kernels, torch_compile
 from loratune.methods import other_programs
 from loratune.models import base_model
@@ -244,13 +244,13 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     return at.progress
 
 
-def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[loop.Step]]:
+def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> Callable[[], Iterator[Step]]:
     """Return a function that starts the steps of a training from its current progress and with its current plan."""
     recipe, settings, accelerator, steps = job.recipe, job.recipe.train, job.accelerator, job.length.steps
     optimizer = job.optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(job.optimizer)
     schedule, warmup = settings.schedule, warmup_steps(settings.warmup, steps)
 
-    def begin() -> Iterator[loop.Step]:
+    def begin() -> Iterator[Step]:
         done = at.progress.step
         order = batches.batches(
             job.data.train, settings.batch_size, job.micro_batch_size, settings.seed,
@@ -266,7 +266,7 @@ def _steps(job: Job, policy: Policy, at: _Course, poll: Callable[[], None]) -> C
     return begin
 
 
-def _or_lighter(job: Job, begin: Callable[[], Iterator[loop.Step]], resumed: bool) -> Iterator[loop.Step]:
+def _or_lighter(job: Job, begin: Callable[[], Iterator[Step]], resumed: bool) -> Iterator[Step]:
     """Yield the steps of a training; where memory runs out in the first, start again with a lighter plan."""
     random, plan, steps = training_state.randomness(), None, begin()
     try:
