@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 TITLES = {  # of the arms
-    "loratune": "loratune as it comes",
-    "loratune-unshared": "loratune, each row computed whole",
+    "loratune": "loratune, defaults",
+    "loratune-unshared": "loratune, no prefix sharing",
     "loratune-padded": "loratune, rows padded",
     "loratune-compiled": "loratune, `train.compile: on`",
     "loratune-plain": "loratune, `train.kernels: off`",
-    "trl": "TRL's SFTTrainer as it comes",
+    "trl": "TRL, defaults",
     "trl-plain": "TRL, loratune's precision, no checkpointing",
     "trl-padding-free": "TRL, the same, padding-free",
     "trl-liger": "TRL, the same, with Liger's kernels",

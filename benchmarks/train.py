@@ -264,6 +264,8 @@ def main() -> None:
     }  # fmt: skip
     others = "" if given.batch_size == parser.get_default("batch_size") else f"-{given.batch_size}-rows"
     report.keep(given.out or HERE / "results" / f"train-cpu-{case['dtype']}{others}", about, median)
+    if everything["failed"]:
+        sys.exit(f"failed: {', '.join(everything['failed'])}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loratune.data import chat_template
-
 RATE = 2e-4
 LORA = {"r": 16, "lora_alpha": 32}
 
@@ -49,7 +47,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
     import yaml
 
     from loratune import load_recipe
-    from loratune.data import batches, dataset
+    from loratune.data import batches, chat_template, dataset
     from loratune.data.encode import Encoder
 
     recipe: dict[str, Any] = {

@@ -25,13 +25,20 @@ def run(program: str, *words: str, folder: Path) -> str:
     return done.stdout
 
 
+def test_peers_import_nothing_of_loratune() -> None:
+    """They run in an environment without it."""
+    code = "import sys; sys.modules['loratune'] = None; import train, gpu"
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_gpu_with_a_tiny_model(tmp_path: Path) -> None:
     words = ["--shape", "tiny", "--shrink", "64", "--steps", "3", "--warm", "1", "--rounds", "1", "--arms", "loratune"]
     said = run("gpu.py", *words, "--cases", "lora-2x4096", "qlora-16xvaried", "--out", str(tmp_path), folder=tmp_path)
     assert said.count(" tokens/s, ") == 3
     table = next(tmp_path.glob("gpu-*.md")).read_text()
-    assert "loratune as it comes" in table
+    assert "loratune, defaults" in table
     assert "loratune, rows padded" in table  # where lengths vary
     cases = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())["cases"]
     found, varied = cases["lora-2x4096"], cases["qlora-16xvaried"]

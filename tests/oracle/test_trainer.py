@@ -88,11 +88,11 @@ def _trainer(
     )
 
 
-@pytest.mark.parametrize(("way", "eps"), [("plain", 1e-8), ("as it comes", 1e-6)], ids=["plain", "as it comes"])
+@pytest.mark.parametrize(("way", "eps"), [("plain", 1e-8), ("defaults", 1e-6)], ids=["plain", "defaults"])
 def test_six_steps_are_those_of_transformers_trainer(
     fit: Fit, tmp_path: Path, way: str, eps: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """With logits and PEFT's layers on both sides, padded, and as it comes: packed and sharing, with layers of our own.
+    """With logits and PEFT's layers on both sides, padded, and with the defaults: packed, shared, own layers.
 
     These round otherwise. Where a gradient is no larger than Adam's eps its rounding decides how far a step goes, so
     eps is put above it there; `test_gradients_are_as_near_to_the_truth` says that the rounding is all.
@@ -157,7 +157,7 @@ def test_gradients_are_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch, cap
         (tiny.total(Sft(), net, batch) / Sft().count(batch)).backward()
         return {name: p.grad.double() for name, p in net.named_parameters() if p.requires_grad}
 
-    found["as it comes"] = gradients(torch.float32)
+    found["defaults"] = gradients(torch.float32)
     monkeypatch.setattr(linear_cross_entropy, "is_fusible", lambda *_: False)
     monkeypatch.setattr(lora_linear, "fits", lambda _: False)
     found["plain"], truth = gradients(torch.float32), gradients(torch.float64)
@@ -167,8 +167,8 @@ def test_gradients_are_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch, cap
     }
     with capsys.disabled():
         print("\nlargest error of a gradient's element, of the largest:", worst)
-    assert 0 < worst["as it comes"] < 1.5 * worst["plain"]
-    assert worst["as it comes"] < 2e-6
+    assert 0 < worst["defaults"] < 1.5 * worst["plain"]
+    assert worst["defaults"] < 2e-6
 
 
 def test_a_wrong_mean_would_be_seen(fit: Fit, tmp_path: Path):
