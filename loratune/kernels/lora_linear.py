@@ -6,7 +6,9 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,6 +80,69 @@ def join(model: Any) -> None:
                 layer.together = members
 
 
+@dataclass(frozen=True)
+class Cast:
+    """A and s B of some layers with the same input, in the precision that these compute in.
+
+    Attributes:
+        downs: stacked A of all layers, (all r, in).
+        ups: s B of each layer, (out, r).
+    """
+
+    downs: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each layer."""
+        return [up.shape[1] for up in self.ups]
+
+
+class Casts:
+    """A and s B of a model in the precision of its layers, made once per step.
+
+    Otherwise each layer casts them in each micro-batch, and again where it is recomputed.
+    """
+
+    def __init__(self, model: Any):
+        """Take a model after `join`."""
+        layers = [module for module in model.modules() if isinstance(module, _Ours)]
+        self._groups = [layer.together or (layer,) for layer in layers if layer in (layer.together or (layer,))[:1]]
+        self._into: list[Cast] = []
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Cast all matrices that are wider than their layer; layers use these until the context ends."""
+        groups = [group for group in self._groups if all(layer.is_wider() for layer in group)]
+        if not groups:
+            yield
+            return
+        if not self._into:  # the memory of the first step is used by all
+            self._into = [_empty(group) for group in groups]
+        masters = [layer.master() for group in groups for layer in group]
+        into = [part for cast in self._into for part in torch.split_with_sizes(cast.downs, cast.ranks)]
+        with torch.no_grad():
+            torch._foreach_copy_(into, [a for a, _, _ in masters])
+            scaled = torch._foreach_mul([b for _, b, _ in masters], [scale for _, _, scale in masters])
+            torch._foreach_copy_([up for cast in self._into for up in cast.ups], scaled)
+        del scaled
+        for group, cast in zip(groups, self._into, strict=True):
+            group[0].cast = cast
+        try:
+            yield
+        finally:
+            for group in groups:
+                group[0].cast = None
+
+
+def _empty(group: Sequence[_Ours]) -> Cast:
+    """Return memory for the cast matrices of layers with the same input."""
+    masters = [layer.master() for layer in group]
+    given: dict[str, Any] = {"dtype": precision(group[0]), "device": masters[0][0].device}
+    downs = torch.empty(sum(len(a) for a, _, _ in masters), masters[0][0].shape[1], **given)
+    return Cast(downs, tuple(torch.empty(b.shape, **given) for _, b, _ in masters))
+
+
 class LowRank(torch.autograd.Function):
     """x W^T + b + s x A^T B^T with W and b frozen, for some layers; in the precision of x, A and B may be wider.
 
@@ -86,21 +151,32 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, scales: list[float],
+        ctx: Any, x: torch.Tensor, again: norm_swiglu.Again, cast: Cast | None, scales: list[float],
         weights: list[Callable[[], torch.Tensor]], *given: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """Take a function that returns the weight of each layer, and bias, A and B of each; return their outputs."""
+        """Return the outputs of some layers.
+
+        Args:
+            x: their input.
+            again: how to do without x in the backward pass.
+            cast: A and s B in the precision of x; None to cast them here.
+            scales: s of each layer.
+            weights: a function of each layer that returns its weight.
+            given: bias, A and B of each layer.
+        """
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
         biases, a, b = (given[part::3] for part in range(3))
-        downs = [part.to(x.dtype) for part in a]  # (r, in) each, saved apart: copies of weights, known by their shape
-        ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
-        inners = torch.split_with_sizes(
-            rows @ _stacked(downs).t(), [part.shape[1] for part in ups], dim=1
-        )  # (tokens, r) each
+        if cast is not None:
+            downs, ups = [cast.downs], list(cast.ups)
+        else:
+            downs = [part.to(x.dtype) for part in a]  # (r, in) each, saved apart: copies of weights, known by shape
+            ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
+        ranks = [up.shape[1] for up in ups]
+        inners = torch.split_with_sizes(rows @ _stacked(downs).t(), ranks, dim=1)  # (tokens, r) each
         parts = zip(weights, biases, inners, ups, strict=True)
         outs = [_product(rows, weight(), bias, inner, up) for weight, bias, inner, up in parts]
         ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
-        ctx.weights, ctx.scales = weights, scales
+        ctx.weights, ctx.scales, ctx.stacks = weights, scales, len(downs)
         ctx.masters, ctx.product, ctx.shape = (a[0].dtype, b[0].dtype), again.product, x.shape
         ctx.set_materialize_grads(False)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -109,8 +185,8 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         number = len(outer)
         saved = ctx.saved_tensors  # once: for a checkpointed layer this triggers the recomputation
-        ups, inners, downs = (saved[part * number : (part + 1) * number] for part in range(3))
-        kept = saved[3 * number :]
+        ups, inners, rest = saved[:number], saved[number : 2 * number], saved[2 * number :]
+        downs, kept = rest[: ctx.stacks], rest[ctx.stacks :]
         found: list[torch.Tensor | None] = [None] * (3 * number)
         gradients = [None if g is None else g.reshape(-1, g.shape[-1]) for g in outer]
         throughs = [
@@ -121,13 +197,13 @@ class LowRank(torch.autograd.Function):
         # the small product first where the large one can add to it at no cost
         small_first = ctx.needs_input_grad[0] and _adds_for_free(through)
         of_x = through @ _stacked(downs) if small_first else None
-        if any(ctx.needs_input_grad[5::3]):
+        if any(ctx.needs_input_grad[6::3]):
             of_down = ctx.product(through, *kept).to(ctx.masters[0])
             found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
         for index, g in enumerate(gradients):
             if g is None:
                 continue
-            if ctx.needs_input_grad[6 + 3 * index]:  # in this order: the other is slower on a CPU
+            if ctx.needs_input_grad[7 + 3 * index]:  # in this order: the other is slower on a CPU
                 of_b = (inners[index].t() @ g).t().to(ctx.masters[1])
                 found[3 * index + 2] = of_b.mul_(ctx.scales[index])
             if ctx.needs_input_grad[0]:
@@ -136,7 +212,7 @@ class LowRank(torch.autograd.Function):
                 del weight  # frees a dequantized one before the next
         if of_x is not None:
             of_x = (of_x if small_first else of_x.addmm_(through, _stacked(downs))).view(ctx.shape)
-        return of_x, None, None, None, *found
+        return of_x, None, None, None, None, *found
 
 
 def _stacked(downs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -170,6 +246,7 @@ class _Ours(torch.nn.Module):
     """
 
     together: tuple[Any, ...] = ()  # itself and others with the same input
+    cast: Cast | None = None  # of all these, at the first of them, during a step
     base_layer: Any
     scaling: Any
     active_adapters: Any
@@ -190,18 +267,26 @@ class _Ours(torch.nn.Module):
             return out
         layers = [self, *(other for other in self.together if other is not self and other._plain(x))]
         given = [part for layer in layers for part in layer._tensors()]
-        scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
+        scales = [layer.master()[2] for layer in layers]
         weights = [layer._weight for layer in layers]
-        outs = LowRank.apply(x, norm_swiglu.of(x), scales, weights, *given)  # type: ignore[no-untyped-call]
+        cast = self.cast if len(layers) == max(len(self.together), 1) else None
+        outs = LowRank.apply(x, norm_swiglu.of(x), cast, scales, weights, *given)  # type: ignore[no-untyped-call]
         if len(layers) > 1:
             x._made = {version: dict(zip(layers[1:], outs[1:], strict=True))}  # type: ignore[attr-defined]
         return outs[0]  # type: ignore[no-any-return]
 
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def master(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return A, B and the scale s."""
         name = self.active_adapters[0]
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+    def is_wider(self) -> bool:
+        """Return whether A and B are in another precision than the layer computes in."""
+        return bool(self.active_adapters) and self.master()[0].dtype != precision(self)
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
         bias = self.base_layer.bias
-        wanted = bias if bias is None else bias.to(precision(self))
-        return wanted, self.lora_A[name].weight, self.lora_B[name].weight
+        return bias if bias is None else bias.to(precision(self)), *self.master()[:2]
 
     def _weight(self) -> torch.Tensor:
         """Return the base's weight in the precision it computes in, (out, in)."""

@@ -81,7 +81,7 @@ def attend(
         Unfit: when something in `others` would change the scores of a pack.
     """
     sdpa = AttentionInterface()["sdpa"]
-    if cu_seq_lens_q is None or attention_mask is not None:  # a materialized mask separates the rows itself
+    if cu_seq_lens_q is None or _is_mask(attention_mask):  # a materialized mask separates the rows itself
         return sdpa(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
@@ -103,6 +103,20 @@ def attend(
         return cpu_attention.attend(query, key, value, own, scale, key_places, lengths), None
     by_itself = partial(sdpa, module, dropout=dropout, scaling=scaling, is_causal=is_causal)
     return _one_by_one(by_itself, (query, key, value), own, lengths, key_places, sliding_window), None
+
+
+def inputs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's inputs; for a pack that this attention separates, with a mask that is none.
+
+    Without it transformers looks at the positions of a pack for restarts, and waits for the device to know them.
+    """
+    if "cu_seq_lens_q" not in given or model.config._attn_implementation != NAME:
+        return given
+    return {**given, "attention_mask": torch.empty(1, 0, 0, 0, dtype=torch.bool, device=given["input_ids"].device)}
+
+
+def _is_mask(given: torch.Tensor | None) -> bool:
+    return given is not None and given.numel() > 0
 
 
 def mask(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -213,6 +214,18 @@ class Lora(MethodSection):
 
 class LoraAdapter(Adapter):
     """LoRA's matrices A and B beside frozen weights."""
+
+    def __init__(self, net: Any, off_is_start: bool = True):
+        from loratune.kernels import lora_linear
+
+        super().__init__(net, off_is_start)
+        self._casts = lora_linear.Casts(net)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of a step: A and B are cast to the precision of the layers once, not in each micro-batch."""
+        with self._casts.made():
+            yield
 
     def config(self, final: bool) -> LoraConfig:
         """Return PEFT's configuration as it is to be written."""

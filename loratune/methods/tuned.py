@@ -57,6 +57,11 @@ class Tuned:
         raise NotImplementedError(f"{type(self).__name__} can't be switched off")
         yield
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of the forward and backward passes of a step, in which no weight changes."""
+        yield
+
     def penalty(self) -> torch.Tensor | None:
         """Return a term added once to the loss of a step, shape (), or None; the printed loss is without it."""
         return None

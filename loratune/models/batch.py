@@ -39,12 +39,11 @@ class Batch:
         return int(self.inputs["input_ids"].numel())
 
     def to(self, device: torch.device) -> Batch:
-        """Return the same with its tensors on a device."""
+        """Return the same with its tensors on a device, copied without waiting for it."""
 
         def moved(values: dict[str, Any]) -> dict[str, Any]:
             return {
-                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
+                name: _to(value, device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
             }
 
         parts = {"places": self.places, "targets": self.targets, "row": self.row, "sample": self.sample}
@@ -57,3 +56,9 @@ class Batch:
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values of targets over each row, (targets, ...) -> (rows, ...)."""
         return values.new_zeros(len(self.sample), *values.shape[1:]).index_add(0, self.row, values)
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; from pageable memory the host would wait for the copy."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return pinned.to(device, non_blocking=True)

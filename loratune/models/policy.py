@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from loratune.kernels import linear_cross_entropy
+from loratune.kernels import linear_cross_entropy, packed_attention
 from loratune.models.batch import Batch
 
 
@@ -106,7 +106,7 @@ class Policy:
     def logits_at(self, inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
         """Return the logits at flat positions over all rows, (places, vocabulary), in the model's precision."""
         with head_only_at(self.inner, places):
-            logits: torch.Tensor = self.net(**inputs, use_cache=False).logits
+            logits: torch.Tensor = self._forward(inputs).logits
         return logits
 
     def _states(
@@ -118,8 +118,11 @@ class Policy:
                 return self.logits_at(batch.inputs, batch.places), None
         layer = linear_cross_entropy.layer_of(self.inner)
         with linear_cross_entropy.caught(layer, batch.places) as found, during or nullcontext():
-            self.net(**batch.inputs, use_cache=False)
+            self._forward(batch.inputs)
         return found[0], layer
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        return self.net(**packed_attention.inputs(self.inner, inputs), use_cache=False)
 
 
 def unwrapped(model: Any) -> Any:

@@ -65,21 +65,23 @@ def steps(
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device, scaled = accelerator.device, accelerator.scaler is not None
-    skipped = 0  # steps in a row
+    number, skipped = start, 0  # skipped: steps in a row
     policy.net.train()  # once: it visits thousands of modules
-    for number, batch in enumerate(batches, start + 1):
+    prepared = _prepared(policy, objective, batches, accelerator)
+    following = next(prepared, None)
+    while following is not None:
         began = time.perf_counter()
+        number, (batch, micro, (count, tokens, trained, computed)) = number + 1, following
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
-        micro = [collate(part, batch.layout, policy.virtual_tokens) for part in batch.micro]
-        count, tokens, trained, computed = _sizes(objective, micro, accelerator)
-        sums = _backward(policy, objective, tuned, micro, count, accelerator, poll)
+        with tuned.step():
+            sums = _backward(policy, objective, tuned, micro, count, accelerator, poll)
         if scaled:
             accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
-        norm_value, loss_value, *means = torch.cat(
-            [norm.to(device, torch.float32)[None], torch.stack(list(sums.values())) / max(count, 1)]
-        ).tolist()  # the only synchronisation with the device
+        values = torch.cat([norm.to(device, torch.float32)[None], torch.stack(list(sums.values())) / max(count, 1)])
+        following = next(prepared, None)  # while the device is at work
+        norm_value, loss_value, *means = values.tolist()  # the only synchronisation with the device
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
             raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
         skipped = 0 if math.isfinite(norm_value) else skipped + 1
@@ -103,13 +105,13 @@ def _backward(
     poll: Callable[[], None],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Add the gradient of a step; return its summed loss and the objective's other sums, over all processes."""
-    device, world = accelerator.device, accelerator.num_processes
-    sums = {"loss": torch.zeros((), device=device)}
+    world = accelerator.num_processes
+    sums = {"loss": torch.zeros((), device=accelerator.device)}
     for index, part in enumerate(micro):
         poll()
         last = index == len(micro) - 1
         with _whole(), contextlib.nullcontext() if last else accelerator.no_sync(policy.net):
-            loss, others = objective.total(policy, part.to(device))
+            loss, others = objective.total(policy, part)
             mean = loss * (world / max(count, 1))  # DDP averages over processes
             penalty = tuned.penalty() if last else None
             accelerator.backward(mean if penalty is None else mean + penalty)
@@ -131,6 +133,16 @@ def _whole() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(str(error)) from None
+
+
+def _prepared(
+    policy: Policy, objective: Objective, batches: Iterable[Samples], accelerator: Any
+) -> Iterator[tuple[Samples, list[Batch], tuple[int, int, int, int]]]:
+    """Yield each batch with its micro-batches on the device and its `_sizes`."""
+    for batch in batches:
+        micro = [collate(part, batch.layout, policy.virtual_tokens) for part in batch.micro]
+        sizes = _sizes(objective, micro, accelerator)
+        yield batch, [part.to(accelerator.device) for part in micro], sizes
 
 
 def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
