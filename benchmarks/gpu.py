@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NF4 = {"model": {"quantization": "nf4"}}
 ALL = {"train": {"gradient_checkpointing": "all"}}
+LEAST = {"train": {"gradient_checkpointing": "all", "offload": "on"}, "optimizer": {"type": "adamw_8bit"}}
 # rows of a step and their length in tokens; (shortest, longest) where it varies; sections of the recipe
 CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "lora-2x4096": (2, 4096, {}),
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[int, int | tuple[int, int], dict[str, Any]]] = {
     "qlora-1x8192": (1, 8192, NF4),
     "qlora-16xvaried": (16, (64, 2048), NF4),
     "qlora-1x2048-checkpointed": (1, 2048, NF4 | ALL),
+    "qlora-1x2048-offloaded": (1, 2048, NF4 | LEAST),
 }
 ARMS = (
     "loratune", "loratune-plain", "loratune-compiled", "trl", "trl-plain", "trl-liger", "trainer", "trainer-axolotl",

@@ -55,7 +55,7 @@ shape=(--steps 11 --warm 3)
 # shellcheck disable=SC2086
 step 5 speed "$(left)" "$PY" benchmarks/gpu.py "${shape[@]}" --rounds 1 --model "$WORK/model" --limit "$(left)" \
   --out "$OUT" --profile "$OUT/profile.txt" --peer-python "$PY" --in-turn \
-  --cases lora-2x4096 qlora-8x1024 qlora-1x2048 qlora-1x2048-checkpointed --arms loratune loratune-plain loratune-compiled $PEERS
+  --cases lora-2x4096 qlora-8x1024 qlora-1x2048 qlora-1x2048-checkpointed qlora-1x2048-offloaded --arms loratune loratune-plain loratune-compiled $PEERS
 
 echo; echo "=== $(date -u +%FT%TZ), $SECONDS s of $LIMIT; results in $OUT"
 cat "$OUT/table.txt"

@@ -83,6 +83,12 @@ class Train(Section):
         "auto: on a GPU, where the run is long enough to pay for it and `kernels` does not do it; changes the last "
         "digits only",
     )
+    offload: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether embedding, head and the inputs of checkpointed layers stay in main memory and are copied "
+        "to the GPU when they are used; auto: where the GPU has too little memory otherwise; changes the last digits "
+        "only",
+    )
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="whether a GPU uses kernels of our own between matrix products, for nf4 and cross entropy, and "

@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": {"type": "adamw", "lr": 2e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "loraplus_lr_ratio": None},
     "train": {
         "epochs": 1.0, "max_steps": None, "batch_size": 16, "micro_batch_size": "auto", "schedule": {"type": "cosine", "floor": 0.0},
-        "warmup": 0.03, "seed": 0, "max_grad_norm": 1.0, "gradient_checkpointing": "auto", "compile": "auto", "kernels": "auto",
+        "warmup": 0.03, "seed": 0, "max_grad_norm": 1.0, "gradient_checkpointing": "auto", "compile": "auto", "offload": "auto", "kernels": "auto",
         "log_every": 10, "eval_every": 1.0,
         "save_every": 1.0, "keep": 2, "early_stopping": None,
     },

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from loratune.kernels import gpu_kernels
+from loratune.kernels import gpu_kernels, offload
 
 ROWS = {"cpu": 128, "cuda": 1024}  # most tokens whose logits are in memory at once
 TRAINED = {"cpu": 512, "cuda": 1024}  # the same for a trained head: each chunk adds a product of its size
@@ -64,7 +64,8 @@ def summed_cross_entropy(
     """
     if not torch.is_grad_enabled():  # inside of an autograd function this is not known
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    total: torch.Tensor = Head.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
+    function = Head if weight.device == hidden.device else offload.Head
+    total: torch.Tensor = function.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -98,7 +99,7 @@ def is_plain(model: Any, ids: torch.Tensor) -> bool:
     """Return whether a model's logits are the unchanged output of a linear head; see `is_fusible`."""
     layer = layer_of(model)
     half = (torch.bfloat16, torch.float16)
-    if type(layer) is not torch.nn.Linear or layer.weight.dtype not in (torch.float32, *half):
+    if type(layer) not in (torch.nn.Linear, offload.Linear) or layer.weight.dtype not in (torch.float32, *half):
         return False
     if layer not in _plain:
         _plain[layer] = _is_all(model, layer, ids[:1, :_LOOKED_AT])
@@ -152,7 +153,7 @@ def at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def caught(layer: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Capture a plain head's input at `positions` (see `at`), and let the head run for one of them only.
+    """Capture a plain head's input at `positions` (see `at`), and let the head run for at most one.
 
     Yields a list that will hold the input in the precision the head computes in, (positions, width).
     """
@@ -160,7 +161,7 @@ def caught(layer: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
 
     def before(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         found.append(at(inputs[0], positions).to(_precision(layer)))
-        return (found[0][:1].detach(),)
+        return (found[0][: 0 if isinstance(layer, offload.Linear) else 1].detach(),)
 
     hook = layer.register_forward_pre_hook(before)
     try:

@@ -157,6 +157,7 @@ class LowRank(torch.autograd.Function):
         """Return the outputs of some layers.
 
         Args:
+            ctx: of autograd.
             x: their input.
             again: how to do without x in the backward pass.
             cast: A and s B in the precision of x; None to cast them here.

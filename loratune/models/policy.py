@@ -81,11 +81,10 @@ class Policy:
         """
         plain = linear_cross_entropy.is_plain(self.inner, batch.inputs["input_ids"])
         states, layer = self._states(batch, plain)
-        # cast once for all chunks: under autocast the weight is wider, and as large as the head
-        head = () if layer is None else (layer.weight.to(states.dtype), _cast(layer.bias, states.dtype))
+        head = _head(layer, states)
 
         def chunk(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return f((linear(part, *head) if head else part).float(), target)
+            return f(head(part).float(), target)
 
         size = linear_cross_entropy.WIDE[states.device.type]
         parts = zip(torch.split(states, size), torch.split(batch.targets, size), strict=True)
@@ -148,8 +147,15 @@ def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _head(layer: Any, states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes logits of a plain head's input; without a layer they are logits already."""
+    if layer is None:
+        return lambda part: part
+    if layer.weight.device != states.device:
+        return layer  # type: ignore[no-any-return]
+    # cast once for all chunks: under autocast the weight is wider, and as large as the head
+    weight, bias = layer.weight.to(states.dtype), None if layer.bias is None else layer.bias.to(states.dtype)
+    return lambda part: linear(part, weight, bias)
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

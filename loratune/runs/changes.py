@@ -27,6 +27,7 @@ FREE = {
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.offload",
     "train.kernels",
     "train.early_stopping",
 }

@@ -49,13 +49,17 @@ class Cost:
     draws: bool = True
     virtual_tokens: int = 0
 
-    def per_token(self, again: int) -> float:
-        """Return bytes per token with the first `again` layers recomputed in the backward pass."""
-        return self.outside + sum(self.inputs[:again]) + sum(self.layers[again:])
+    def per_token(self, again: int, offload: bool = False) -> float:
+        """Return bytes per token with the first `again` layers recomputed in the backward pass.
 
-    def at_once(self, tokens: int, again: int) -> float:
+        With `offload` the inputs of these are in main memory, but for those of two on their way.
+        """
+        inputs = 2 * max(self.inputs[:again], default=0.0) if offload else sum(self.inputs[:again])
+        return self.outside + inputs + sum(self.layers[again:])
+
+    def at_once(self, tokens: int, again: int, offload: bool = False) -> float:
         """Return peak bytes of a micro-batch: saved activations, and those of one layer and the head at work."""
-        return tokens * (self.per_token(again) + max(self.layers, default=self.outside) + self.outside)
+        return tokens * (self.per_token(again, offload) + max(self.layers, default=self.outside) + self.outside)
 
 
 def measure(

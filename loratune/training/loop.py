@@ -39,7 +39,7 @@ class Objective(Protocol):
 def steps(
     policy: Policy, objective: Objective, tuned: Tuned, batches: Iterable[Samples], optimizer: Any,
     factor: Callable[[int], float], accelerator: Any, max_grad_norm: float, start: int = 0,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None, ahead: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
     """Train on batches, one optimizer step each, and yield after each step.
 
@@ -57,18 +57,17 @@ def steps(
         max_grad_norm: largest L2 norm of the gradient; a larger one is scaled down to it.
         start: number of steps already done.
         poll: called before each micro-batch; what it raises abandons the step before the optimizer has stepped.
+        ahead: prepare the next batch while the device is at work; not for batches that depend on the model.
 
     Raises:
         OutOfMemory: in a forward or backward pass.
         TrainingError: when loss or gradient are not finite (in float16: in `SKIPPED` steps in a row), or the first step
             shows that a parameter would never be trained. The optimizer has not stepped then.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    device, scaled = accelerator.device, accelerator.scaler is not None
+    params, scaled = [p for group in optimizer.param_groups for p in group["params"]], accelerator.scaler is not None
     number, skipped = start, 0  # skipped: steps in a row
     policy.net.train()  # once: it visits thousands of modules
-    prepared = _prepared(policy, objective, batches, accelerator)
-    following = next(prepared, None)
+    following = next(prepared := _prepared(policy, objective, batches, accelerator), None)
     while following is not None:
         began = time.perf_counter()
         number, (batch, micro, (count, tokens, trained, computed)) = number + 1, following
@@ -79,25 +78,24 @@ def steps(
         if scaled:
             accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
-        values = torch.cat([norm.to(device, torch.float32)[None], torch.stack(list(sums.values())) / max(count, 1)])
-        following = next(prepared, None)  # while the device is at work
-        norm_value, loss_value, *means = values.tolist()  # the only synchronisation with the device
-        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
-            raise _not_finite(number, batch, loss_value)  # fp16 may overflow: its scaler skips such a step
+        means = torch.stack(list(sums.values())) / max(count, 1)
+        values = torch.cat([norm.to(means)[None], means])
+        following = next(prepared, None) if ahead else None
+        norm_value, loss_value, *others = values.tolist()  # the only synchronisation with the device
         skipped = 0 if math.isfinite(norm_value) else skipped + 1
-        if skipped == SKIPPED:
-            raise _never_finite(number)
+        _check_finite(number, batch, loss_value, skipped, scaled)
         if number == start + 1:
             _check_first(policy.net, number, loss_value, norm_value)
         optimizer.step()
-        if math.isfinite(norm_value):
+        if not skipped:
             tuned.after_step(number)
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
             batch.samples, tokens, trained, computed, time.perf_counter() - began,
-            dict(zip([*sums][1:], means, strict=True)),
+            dict(zip([*sums][1:], others, strict=True)),
         )  # fmt: skip
+        following = following if ahead else next(prepared, None)
 
 
 def _backward(
@@ -214,6 +212,14 @@ def measure(
     names = dict.fromkeys(name for one in known for name in one)
     means = {name: sum(one.get(name, 0.0) for one in known) / max(count, 1) for name in names}
     return total_loss / max(count, 1), int(count), means
+
+
+def _check_finite(number: int, batch: Samples, loss: float, skipped: int, scaled: bool) -> None:
+    """Check loss and gradient of a step; a gradient in fp16 may overflow, as its scaler skips such a step."""
+    if not math.isfinite(loss) or (skipped and not scaled):
+        raise _not_finite(number, batch, loss)
+    if skipped == SKIPPED:
+        raise _never_finite(number)
 
 
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:

@@ -14,6 +14,7 @@ from loratune.console import size
 from loratune.data import batches
 from loratune.data.dataset import Rows
 from loratune.errors import ModelError
+from loratune.kernels import offload
 from loratune.recipe import Recipe
 from loratune.training.activation_memory import Cost
 from loratune.training.layout_test import Packing
@@ -36,6 +37,8 @@ class Plan:
         needed: bytes it needs at its peak.
         free: bytes that were free for it, or None where that is unknown.
         short: whether that is less than a cautious estimate needs.
+        offload: whether embedding, head and inputs of checkpointed layers are in main memory.
+        moved: bytes of the weights among them, which are free then.
         note: for the start report, or nothing.
     """
 
@@ -46,11 +49,18 @@ class Plan:
     needed: int
     free: int | None
     short: bool = False
+    offload: bool = False
+    moved: int = 0
     note: str = ""
+
+    @property
+    def extra(self) -> int:
+        """Bytes needed beyond those that were free; below 0 where offloading frees more than activations need."""
+        return self.needed - self.moved
 
     def as_json(self) -> dict[str, int | None]:
         """Return the entry for run.json and a checkpoint's manifest."""
-        known = ("layers", "again", "tokens", "largest", "needed", "free")
+        known = ("layers", "again", "tokens", "largest", "needed", "free", "offload")
         return {name: self.__dict__[name] for name in known}
 
     def told(self) -> str:
@@ -59,19 +69,21 @@ class Plan:
         if self.again:
             part = f"{self.again} of {self.layers}" if self.again < self.layers else f"all {self.layers}"
             what = f"gradient checkpointing on {part} layers, activations"
-        free = f", {size(self.free)} free" if self.free is not None else ""
+        if self.offload:
+            what = f"embedding, head and layer inputs in main memory, {what}"
+        free = f", {size(self.free + self.moved)} free" if self.free is not None else ""
         free += ": it may not fit" if self.short else ""
         return f"{what}: about {size(self.needed)} for a micro-batch of {self.largest:,} tokens{free}"
 
 
 def choose(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, free: int | None, fixed: int,
-    world: int = 1, begun: Mapping[str, int] | None = None,
+    world: int = 1, begun: Mapping[str, int] | None = None, movable: int = 0,
 ) -> Plan:  # fmt: skip
     """Decide how many layers are recomputed, and how many tokens a micro-batch with `auto` has.
 
     First choice is the best number of tokens for the device and no layer recomputed; then fewer tokens, down to where
-    that gets slow; only then layers are recomputed, no more than needed.
+    that gets slow; only then layers are recomputed, no more than needed; last, a GPU offloads to main memory.
 
     Args:
         recipe: its `train` section limits the choice.
@@ -83,7 +95,8 @@ def choose(
         fixed: bytes not allocated yet that don't depend on the number of tokens: see `memory_use.fixed_bytes`.
         world: number of processes.
         begun: the plan of a resumed run: the token budget stays, as it decides the order of sums; no fewer layers are
-            recomputed.
+            recomputed, and it offloads if it did.
+        movable: bytes of weights that offloading would move; 0 where it is not possible.
 
     Raises:
         ModelError: when the recipe asks for more layers than there are.
@@ -96,29 +109,36 @@ def choose(
             f"use {layers} or fewer, or `all`",
         )
     usable = None if free is None else int(free * USABLE) - fixed
-    plans = _plans(recipe, cost, rows, packing, device, free, world, begun)
+    plans = _plans(recipe, cost, rows, packing, device, free, world, begun, movable)
     for plan in plans:
-        if usable is None or plan.needed <= usable:
-            return plan
-    return replace(plan, short=True)
+        if usable is None or plan.extra <= usable:
+            break
+    else:
+        plan = replace(plan, short=True)
+    if settings.offload == "on" and not plan.offload:
+        why = "there is no GPU" if device != "cuda" else "there are several processes" if world > 1 else (
+            "embedding and head are trained, or in float16, or of a kind of their own"
+        )  # fmt: skip
+        return replace(plan, note=f"`train.offload: on` has no effect: {why}")
+    return plan
 
 
 def lighter(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, plan: Plan,
-    world: int = 1, begun: Mapping[str, int] | None = None,
+    world: int = 1, begun: Mapping[str, int] | None = None, movable: int = 0,
 ) -> Plan | None:  # fmt: skip
     """Return the next plan that needs clearly less memory than `plan`, which ran out of it; None if there is none.
 
     The other arguments are those of `choose`.
     """
-    plans = _plans(recipe, cost, rows, packing, device, plan.free, world, begun)
-    less = [other for other in plans if other.needed < plan.needed]
-    return next((other for other in less if other.needed <= LIGHTER * plan.needed), less[-1] if less else None)
+    plans = _plans(recipe, cost, rows, packing, device, plan.free, world, begun, movable)
+    less = [other for other in plans if other.extra < plan.extra]
+    return next((other for other in less if other.extra <= LIGHTER * plan.needed), less[-1] if less else None)
 
 
 def _plans(
     recipe: Recipe, cost: Cost, rows: Rows, packing: Packing, device: str, free: int | None, world: int,
-    begun: Mapping[str, int] | None,
+    begun: Mapping[str, int] | None, movable: int,
 ) -> Iterator[Plan]:  # fmt: skip
     """Yield the plans that a recipe allows, best first; the arguments are those of `choose`."""
     settings, layers = recipe.train, len(cost.layers)
@@ -134,16 +154,20 @@ def _plans(
     else:
         again = wish if isinstance(wish, int) else layers if wish == "all" else 0
         wishes = [(budget, min(again, layers)) for budget in budgets]
-    for budget, again in wishes:
+    possible = device == "cuda" and world == 1 and movable > 0 and settings.offload != "off"
+    always = possible and (settings.offload == "on" or bool(begun and begun.get("offload")))
+    ways = [(*wish, always) for wish in wishes] + [(*wishes[-1], True)] * (possible and not always)
+    for budget, again, away in ways:
         micro = 1 if alone and settings.micro_batch_size == "auto" else settings.micro_batch_size
         largest = batches.largest(rows.sizes, rows.sample_weights, settings.batch_size, micro, budget, capacity, world)
         if cost.virtual_tokens:  # most virtual tokens where rows are shortest
             largest += cost.virtual_tokens * rows.per_sample * -(-largest // int(rows.sizes.min()))
-        yield Plan(layers, again, budget, largest, int(cost.at_once(largest, again)), free)
+        needed = int(cost.at_once(largest, again, away))
+        yield Plan(layers, again, budget, largest, needed, free, offload=away, moved=movable if away else 0)
 
 
 def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bool = True) -> Plan:
-    """Turn on gradient checkpointing for the first layers, as planned; return the plan with a note for the user.
+    """Turn on gradient checkpointing for the first layers, and offloading, as planned; return the plan with a note.
 
     A model whose layers can't be switched one by one is switched as a whole, where that was asked for or memory is
     short. Checkpointing is non-reentrant, so that inputs need no gradient and DDP sees each parameter once.
@@ -158,6 +182,8 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bo
     Raises:
         ModelError: when it was asked for and the model does not support it.
     """
+    if plan.offload:
+        offload.weights_to_host(model)
     whole = not layers and wish != "none" and (wish != "auto" or plan.short)
     if not (plan.again or whole):
         return plan
@@ -173,6 +199,8 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bo
         raise ModelError(message, hint) from None
     for layer in layers[plan.again :]:
         layer.gradient_checkpointing = False
+    if plan.offload:
+        offload.inputs_to_host(layers[: plan.again])
     if not whole:
         return plan
     return replace(plan, note="this model has gradient checkpointing for all layers or none: for all")

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from loratune.console import size
 from loratune.data.dataset import Rows
-from loratune.kernels import linear_cross_entropy
+from loratune.kernels import linear_cross_entropy, offload
 from loratune.models import quantization
 from loratune.models.base_model import Loaded, count_parameters
 from loratune.recipe import Recipe
@@ -69,6 +69,12 @@ def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     return gradients + _states(recipe, net) + logits + dequantized + working
 
 
+def movable_bytes(loaded: Loaded) -> int:
+    """Return the bytes of embedding and head that can be moved to main memory; 0 where nothing can."""
+    half = loaded.dtype is torch.float16  # computed under autocast, which sees where a weight is
+    return offload.movable_bytes(loaded.model) if loaded.device.type == "cuda" and not half else 0
+
+
 def scoring_tokens(loaded: Loaded, longest: int, most: int, plain: bool) -> int:
     """Return how many tokens a micro-batch may have where rows are only scored: `most`, halved until they fit.
 
@@ -112,7 +118,7 @@ def measure(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, cost: Cost, pl
         "states": _states(recipe, net),
         "per_token": int(cost.per_token(0)),
         "per_token_checkpointed": int(cost.per_token(plan.layers)),
-        "per_token_now": int(cost.per_token(plan.again)),
+        "per_token_now": int(cost.per_token(plan.again, plan.offload)),
         "longest": int(rows.lengths.max()),
         "tokens": plan.largest,
     }

@@ -208,7 +208,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
     recipe, settings, accelerator, report = job.recipe, job.recipe.train, job.accelerator, job.report
     steps = job.length.steps
     several = accelerator.num_processes > 1 or accelerator.mixed_precision != "no"
-    policy = job.tuned.policy(accelerator.prepare_model(job.net) if several else None)
+    policy = job.tuned.policy(accelerator.prepare_model(job.net, device_placement=False) if several else None)
     log_every, eval_every, save_every = (
         session.in_steps(cadence, job.length.per_epoch)
         for cadence in (settings.log_every, settings.eval_every, settings.save_every)

@@ -104,9 +104,12 @@ def open_folder(job: Job, progress: Progress, resume: bool) -> None:
 def lighter(job: Job, resumed: bool) -> Plan | None:
     """Return a plan for a run that ran out of memory with its own; the micro-batches of a resumed run stay."""
     plan = job.memory.plan
-    begun = {"tokens": plan.tokens, "again": plan.again} if resumed else None
+    begun = {"tokens": plan.tokens, "again": plan.again, "offload": plan.offload} if resumed else None
+    movable = memory_use.movable_bytes(job.base.loaded)
     device, world = job.accelerator.device.type, job.accelerator.num_processes
-    return memory_plan.lighter(job.recipe, job.memory.cost, job.data.train, job.packing, device, plan, world, begun)
+    return memory_plan.lighter(
+        job.recipe, job.memory.cost, job.data.train, job.packing, device, plan, world, begun, movable
+    )
 
 
 def take(job: Job, plan: Plan) -> None:

@@ -133,7 +133,8 @@ def plan_memory(
     cost, layers = activation_memory.measure(recipe, tuned.policy(), rows, packing, accelerator)
     free = memory_use.least(memory_use.free_memory(where, processes))
     fixed = memory_use.fixed_bytes(recipe, loaded, tuned.net)
-    plan = memory_plan.choose(recipe, cost, rows, packing, where.type, free, fixed, processes, begun)
+    movable = memory_use.movable_bytes(loaded)
+    plan = memory_plan.choose(recipe, cost, rows, packing, where.type, free, fixed, processes, begun, movable)
     plan = memory_plan.switch(loaded.model, layers, plan, recipe.train.gradient_checkpointing, cost.draws)
     return Memory(cost, layers, plan)
 

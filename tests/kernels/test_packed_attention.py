@@ -253,7 +253,7 @@ def test_a_pack_that_is_off_by_more_than_its_kernel_is_found(monkeypatch: pytest
 
 def _one_row(*arguments: Any, cu_seq_lens_q: Any = None, **others: Any) -> Any:
     """Attend over the whole pack as if it were one row: contamination as other tools have shipped it."""
-    return AttentionInterface()["sdpa"](*arguments, **others)
+    return AttentionInterface()["sdpa"](*arguments[:4], None, **others)
 
 
 def _no_window(*arguments: Any, sliding_window: Any = None, **others: Any) -> Any:

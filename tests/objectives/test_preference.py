@@ -283,7 +283,9 @@ def test_a_generator_before_the_loop_may_ask_the_model() -> None:
     optimizer.param_groups[0]["initial_lr"] = 1.0
     rates: list[int] = []
     done = list(
-        loop.steps(policy, Dpo(), tuned, rounds(), optimizer, lambda n: rates.append(n) or 1.0, _Alone(), 1.0)  # type: ignore[func-returns-value]
+        loop.steps(
+            policy, Dpo(), tuned, rounds(), optimizer, lambda n: rates.append(n) or 1.0, _Alone(), 1.0, ahead=False
+        )  # type: ignore[func-returns-value]
     )
     assert [step.number for step in done] == [1, 2, 3, 4, 5, 6]
     assert rates == [0, 1, 2, 3, 4, 5]

@@ -7,7 +7,7 @@ device, and Python sees another device than torch's C++ code does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,6 +45,8 @@ class OnGpu(torch.Tensor):
     def get_device(self) -> int:
         return 0
 
+    def record_stream(self, stream: Any) -> None: ...
+
     def cpu(self) -> torch.Tensor:  # type: ignore[override]
         return self.to("cpu")
 
@@ -66,13 +68,14 @@ class Gpu(TorchDispatchMode):
         launches: kernels by name.
         syncs: what the host had to wait for, in order.
         copies: tensors copied to the GPU.
+        copies_out: tensors copied to pinned memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.syncs: list[str] = []
-        self.copies = 0
+        self.copies = self.copies_out = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         named, name = dict(named or {}), op.overloadpacket.__name__
@@ -83,6 +86,9 @@ class Gpu(TorchDispatchMode):
             return given[0]
         if not here and (to is None or to.type == "cpu"):  # `meta`: out of a C++ function that saw the real device
             return op(*given, **named)
+        if name == "copy_" and not isinstance(given[0], OnGpu):
+            self.copies_out += 1  # to pinned memory: nobody waits
+            return given[0]
         if to is not None and to.type == "cpu":
             self.syncs.append(f"{name} to the host")
             return torch.ones(here[0].shape, dtype=named.get("dtype") or here[0].dtype)
@@ -142,9 +148,11 @@ class _Launches:
         return launch
 
 
-def move(net: Any) -> None:
-    """Move a model to the GPU, quantization states too."""
+def move(net: Any, stays: Collection[Any] = ()) -> None:
+    """Move a model to the GPU, quantization states too, but for some modules."""
     for module in net.modules():
+        if module in stays:
+            continue
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is None:
@@ -166,6 +174,21 @@ def _parameter(there: OnGpu, old: torch.Tensor) -> torch.Tensor:
     return there
 
 
+class _Stream:
+    """A stream that has nothing to do."""
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+def _unpinned(empty: Any) -> Any:
+    """Return `torch.empty` without pinned memory, which needs a GPU."""
+    return lambda *shape, pin_memory=False, **named: empty(*shape, **named)
+
+
 @contextmanager
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Give the tests a GPU without numbers; Triton's kernels are counted and not run."""
@@ -174,6 +197,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     made = Gpu()
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "empty", _unpinned(torch.empty))
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True)
     for name, kernel in list(vars(triton_kernels).items()):
         if type(kernel).__name__ in ("JITFunction", "InterpretedFunction"):

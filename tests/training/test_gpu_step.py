@@ -12,7 +12,7 @@ import torch
 from loratune.data.batches import Batch as Samples
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import single
-from loratune.kernels import gpu_kernels, gpu_self_test, linear_cross_entropy, packed_attention
+from loratune.kernels import gpu_kernels, gpu_self_test, linear_cross_entropy, offload, packed_attention
 from loratune.methods import Lora
 from loratune.methods.tuned import Setup
 from loratune.models import base_model
@@ -30,7 +30,7 @@ LAYERS, MICRO, STEPS = 2, 2, 3
 
 def train(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *, layout: Layout = "packed", kernels: bool = True,
-    checkpointed: bool = False, quantization: str = "none",
+    checkpointed: bool = False, quantization: str = "none", away: bool = False,
 ) -> fake_gpu.Gpu:  # fmt: skip
     """Train a tiny Llama in bfloat16 for some steps of two micro-batches; return what was asked of the GPU."""
     packed_attention.register()
@@ -41,14 +41,19 @@ def train(
     if checkpointed:
         given = {"use_reentrant": False, "preserve_rng_state": False}
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+    stays = offload.movable(net) if away else []
+    if away:
+        offload.weights_to_host(net)
+        offload.inputs_to_host(list(net.model.layers))
     assert linear_cross_entropy.is_plain(tuned.net, torch.arange(4)[None]), "looked at while there are numbers"
     with fake_gpu.gpu(monkeypatch) as gpu, gpu_kernels.for_now():
-        fake_gpu.move(tuned.net)
+        fake_gpu.move(tuned.net, stays)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(gpu_self_test, "_why_not", lambda trial: None)
         if kernels:
             used, _ = gpu_self_test.install(tuned.net, torch.bfloat16)
-            assert used == [name for name in ALL if name != "nf4" or quantization == "nf4"]
+            without = [*(["nf4"] if quantization == "none" else []), *(["cross_entropy"] if away else [])]
+            assert used == [name for name in ALL if name not in without]
         trained = [p for p in tuned.net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
         optimizer.param_groups[0]["initial_lr"] = 1e-3
@@ -63,17 +68,30 @@ def train(
     return gpu
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("layout", ["packed", "shared", "padded"])
-def test_a_step_is_waited_for_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layout: Layout, checkpointed: bool, quantization: str, kernels: bool
+def test_a_step_has_one_synchronisation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layout: Layout, checkpointed: bool, quantization: str
 ) -> None:
-    gpu = train(
-        monkeypatch, tmp_path, layout=layout, kernels=kernels, checkpointed=checkpointed, quantization=quantization
-    )
-    print(f"\n{sum(gpu.launches.values()) / STEPS:.0f} launches a step", gpu.launches)
-    # where rows are padded transformers looks at each micro-batch's mask
-    looks = ["_local_scalar_dense"] * (MICRO if layout == "padded" else 0)
-    assert gpu.syncs == [*looks, "_to_copy to the host"] * STEPS, "loss and gradient norm, and nothing else"
+    launches = {}
+    for kernels in (False, True):
+        with monkeypatch.context() as patch:
+            gpu = train(
+                patch, tmp_path, layout=layout, kernels=kernels, checkpointed=checkpointed, quantization=quantization
+            )
+        launches[kernels] = sum(gpu.launches.values()) / STEPS
+        # where rows are padded transformers looks at each micro-batch's mask
+        looks = ["_local_scalar_dense"] * (MICRO if layout == "padded" else 0)
+        assert gpu.syncs == [*looks, "_to_copy to the host"] * STEPS, "loss and gradient norm, and nothing else"
+    print(f"\nlaunches a step: {launches[False]:.0f} plain, {launches[True]:.0f} with kernels")
+    assert launches[True] < 0.75 * launches[False]
+
+
+def test_a_step_with_offloading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The ids of each micro-batch are waited for, as their rows are looked up in main memory."""
+    monkeypatch.setattr(offload, "SLICE", 50)
+    monkeypatch.setattr(offload, "SMALL", 64)
+    gpu = train(monkeypatch, tmp_path, checkpointed=True, quantization="nf4", away=True)
+    assert gpu.syncs == ["_to_copy to the host"] * (MICRO + 1) * STEPS
+    assert gpu.copies_out == LAYERS * MICRO * STEPS, "the input of each layer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,10 +226,10 @@ ROWS = rows_of(*[2048] * 64)
 
 def chosen(
     tmp_path: Path, base: Path, free: int | None, begun: dict[str, int] | None = None, device: str = "cuda",
-    packing: Packing = PACKED, rows: Any = ROWS, **train: Any,
+    packing: Packing = PACKED, rows: Any = ROWS, movable: int = 0, world: int = 1, **train: Any,
 ) -> Plan:  # fmt: skip
     path = tiny.write_recipe(tmp_path, base, train={"batch_size": 16, **train}, data={"max_length": 2048})
-    return memory_plan.choose(recipe.load(path), COST, rows, packing, device, free, 0, 1, begun)
+    return memory_plan.choose(recipe.load(path), COST, rows, packing, device, free, 0, world, begun, movable)
 
 
 def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_path: Path, base: Path) -> None:
@@ -251,6 +252,36 @@ def test_auto_keeps_what_fits_then_takes_fewer_tokens_then_computes_again(tmp_pa
             assert COST.at_once(plan.largest, plan.again - 1) > plan.free * memory_plan.USABLE
     assert len({plan.again for plan in plans}) >= 4
     assert len({plan.tokens for plan in plans}) >= 4
+
+
+def test_a_gpu_offloads_last_and_only_where_that_helps(tmp_path: Path, base: Path) -> None:
+    """2,048 tokens need 307 MB with all layers recomputed; offloaded 250 MB, and 100 MB of weights are free."""
+    few = partial(chosen, tmp_path, base)
+    assert not few(350_000_000, movable=10**8).offload, "it fits with all layers recomputed"
+    plan = few(250_000_000, movable=10**8)
+    assert (plan.offload, plan.again, plan.short, plan.moved) == (True, LAYERS, False, 10**8)
+    assert plan.needed == COST.at_once(2048, LAYERS, offload=True) < COST.at_once(2048, LAYERS)
+    assert plan.told().startswith("embedding, head and layer inputs in main memory, gradient checkpointing on all 30")
+    assert few(100_000_000, movable=10**8).short
+    for other in ({"offload": "off"}, {"world": 2}, {"device": "cpu"}, {"movable": 0}):
+        plan = few(250_000_000, **{"movable": 10**8, **other})
+        assert (plan.offload, plan.short) == (False, True)
+
+
+def test_offloading_that_is_asked_for(tmp_path: Path, base: Path) -> None:
+    plan = chosen(tmp_path, base, 200 * GB, movable=10**8, offload="on")
+    assert (plan.offload, plan.again, plan.tokens) == (True, 0, 16384)
+    plan = chosen(tmp_path, base, 200 * GB, movable=10**8, offload="on", gradient_checkpointing="all")
+    assert (plan.offload, plan.again) == (True, LAYERS)
+    for other, told in (
+        ({"device": "cpu"}, "no GPU"),
+        ({"world": 2}, "several processes"),
+        ({"movable": 0}, "trained"),
+    ):
+        assert told in chosen(tmp_path, base, GB, **{"movable": 10**8, "offload": "on", **other}).note
+    begun = {"tokens": 2048, "again": 30, "offload": True}
+    assert chosen(tmp_path, base, 200 * GB, begun=begun, movable=10**8).offload, "a resumed run goes on as it began"
+    assert not chosen(tmp_path, base, 200 * GB, begun={"tokens": 2048, "again": 30}, movable=10**8).offload
 
 
 def test_what_is_not_there_yet_is_left_room_for(tmp_path: Path, base: Path) -> None:
@@ -453,6 +484,10 @@ def test_a_lighter_plan_takes_clearly_less(tmp_path: Path, base: Path) -> None:
     resumed = memory_plan.lighter(*given, seen[0], 1, {"tokens": 16384, "again": 0})
     assert resumed is not None
     assert (resumed.tokens, resumed.again) == (16384, 8)
+    last = memory_plan.lighter(*given, seen[-1], movable=10**8)
+    assert last is not None
+    assert last.offload
+    assert memory_plan.lighter(*given, last, movable=10**8) is None
 
 
 def test_what_leaves_its_few_bits_is_planned_for(fit: Fit) -> None:
