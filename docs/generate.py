@@ -89,17 +89,18 @@ called from; `~` is the home folder. A name that is no local path is taken for a
 .json, .csv, .parquet or .txt, also with .gz; a folder stands for all data files below it, a glob (`data/*.jsonl`) for
 what it matches. Of a folder whose files or folders are named for splits (train, validation, test and the like, as words
 of their own), training reads what is not named for another split, `data.eval` the validation files, else the test
-files; omitted files are printed. Hidden files are no rows, nor are README, LICENSE and requirements texts beside rows.
+files; omitted files are printed. Hidden files are no rows, nor are README, LICENSE and requirements text files next to
+rows.
 
 **`--set`.** `--set optimizer.lr=1e-4` changes one key before the recipe is checked; it can be given many times. Dots
 lead into sections, numbers into lists (`data.train.1.weight=0.5`). The value is YAML: `--set model.quantization=nf4`,
 `--set "optimizer={type: adamw_8bit, lr: 1e-4}"`. A bare word opens up: after `objective: sft`,
 `--set objective.neftune=5` gives `{type: sft, neftune: 5}`. Paths start at the recipe's folder here as well.
 
-**YAML.** The part of YAML that people and programs agree on: mappings, lists, text, numbers, `true`, `false`, `null`.
-`2e-4` is a number. `yes`, `no`, `on` and `off` are text; where true or false is wanted, the error says so. A number
-with a leading zero (`012`), a key given twice, a tag (`!!python/...`), a merge key (`<<`) and a second document are
-errors. A text with `: ` in it needs quotes. No value is converted silently: `r: "16"` is text, and an error.
+**YAML.** The part of YAML that people and programs agree on: mappings, lists, strings, numbers, `true`, `false` and
+`null`. `2e-4` is a number. `yes`, `no`, `on` and `off` are strings; where true or false is wanted, the error says so. A
+number with a leading zero (`012`), a key given twice, a tag (`!!python/...`), a merge key (`<<`) and a second document
+are errors. A string with `: ` in it needs quotes. No value is converted silently: `r: "16"` is a string, and an error.
 
 **Integers and fractions.** Of `warmup`, `log_every`, `eval_every` and `save_every` an integer is steps; a
 fraction is a part (0-1) of all steps (`warmup`) or of an epoch. So `1` is one step and `1.0` one epoch.
@@ -201,8 +202,8 @@ def _kind(field: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_kind(field['items'])}s"
     if kind == "object":
-        return f"mapping of text to {_kind(field['additionalProperties'])}"
-    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
+        return f"mapping of strings to {_kind(field['additionalProperties'])}"
+    names = {"integer": "integer", "number": "number", "string": "string", "boolean": "`true` or `false`"}
     limits = [
         f"{word} {field[limit]:g}" if abs(field[limit]) < 1e6 else f"{word} {field[limit]}"
         for limit, word in (

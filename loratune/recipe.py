@@ -46,7 +46,7 @@ class EarlyStopping(Section):
     """Stop when the eval loss no longer falls."""
 
     patience: int = Field(3, ge=1, description="evaluations without a better loss before the run ends")
-    min_delta: float = Field(0.0, ge=0, description="how much lower, in nats per token, counts as better")
+    min_delta: float = Field(0.0, ge=0, description="smallest decrease, in nats per token, that counts as better")
 
 
 class Train(Section):
@@ -61,13 +61,13 @@ class Train(Section):
         WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
     ] = Field(
         "auto",
-        description="rows (where packed: packs) in memory at once per device; auto: so many tokens as are fast and fit "
+        description="rows (where packed: packs) in memory at once per device; auto: as many tokens as are fast and fit "
         "the free memory; never changes what is optimized",
     )
-    schedule: Schedule = Field(Cosine(), description="how the learning rate moves")
-    warmup: Share = Field(0.03, description="steps, or part (0-1) of all steps, over which the rate rises")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows, of dropout and of new weights")
-    max_grad_norm: float = Field(1.0, gt=0, description="longest gradient of one step; a longer one is scaled down")
+    schedule: Schedule = Field(Cosine(), description="learning rate schedule")
+    warmup: Share = Field(0.03, description="steps, or fraction (0-1) of all steps, over which the rate rises")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the row order, of dropout and of new weights")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm; larger gradients are scaled down")
     gradient_checkpointing: Annotated[
         int | Literal["auto", "none", "all"],
         PlainValidator(_layers),
@@ -75,11 +75,11 @@ class Train(Section):
     ] = Field(
         "auto",
         description="layers whose activations are recomputed in the backward pass to save memory: a number (the first "
-        "ones), all or none; auto: no more than the free memory asks for; never changes what is optimized",
+        "ones), all or none; auto: no more than the free memory requires; never changes what is optimized",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="whether torch's compiler joins the small operations between matrix products (norms, SwiGLU); "
+        description="whether torch's compiler fuses the small operations between matrix products (norms, SwiGLU); "
         "auto: on a GPU, where the run is long enough to pay for it and `kernels` does not do it; changes the last "
         "digits only",
     )
@@ -91,8 +91,8 @@ class Train(Section):
     )
     kernels: Literal["auto", "off"] = Field(
         "auto",
-        description="whether a GPU uses kernels of our own between matrix products, for nf4 and cross entropy, and "
-        "cuDNN's for attention; auto: those that give the right numbers on it, tried before the first step; changes "
+        description="whether a GPU uses loratune's kernels between matrix products, for nf4 and cross entropy, and "
+        "cuDNN's for attention; auto: those that give correct values on it, tested before the first step; changes "
         "the last digits only",
     )
     log_every: Cadence = Field(10, description="steps, or (with a decimal point) epochs, between two printed lines")
@@ -109,9 +109,9 @@ class Recipe(Section):
     method: Method = Field(Lora(), description="what is trained")
     data: Data = Field(description="the rows")
     objective: Objective = Field(Sft(), description="what is minimised")
-    optimizer: Optimizer = Field(AdamW(), description="how parameters move")
+    optimizer: Optimizer = Field(AdamW(), description="how parameters are updated")
     train: Train = Field(Train(), description="how long and in what batches")
-    output: str = Field(min_length=1, description="run folder, made when missing")
+    output: str = Field(min_length=1, description="run folder, created if missing")
 
     def dump(self) -> str:
         """Return the recipe as YAML that loads to the same recipe again, from any folder."""
@@ -210,10 +210,10 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
         return Problem(message, node.key or node.place, hint)
 
     if train.max_steps is not None and given("train", "epochs"):
-        yield problem("`train.max_steps` and `train.epochs` both say how long", "train", "max_steps", hint="keep one")
+        yield problem("`train.max_steps` and `train.epochs` both set the length", "train", "max_steps", hint="keep one")
     if data.eval is not None and data.eval_fraction is not None:
         yield problem(
-            "`data.eval` and `data.eval_fraction` both say what is held out", "data", "eval_fraction", hint="keep one"
+            "`data.eval` and `data.eval_fraction` both set the held-out rows", "data", "eval_fraction", hint="keep one"
         )
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > train.batch_size:
         yield problem(
@@ -224,14 +224,14 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
     held_out = data.eval is not None or data.eval_fraction is not None
     if train.early_stopping and not held_out:
         yield problem(
-            "`train.early_stopping` looks at the eval loss, and nothing is held out",
+            "`train.early_stopping` needs the eval loss, but no rows are held out",
             "train",
             "early_stopping",
             hint="give `data.eval` or `data.eval_fraction`",
         )
     if data.on_long == "split" and data.format.type != "text":
         yield problem(
-            f"`data.on_long: split` would tear a `{data.format.type}` row apart",
+            f"`data.on_long: split` can't split a `{data.format.type}` row",
             "data",
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
@@ -283,24 +283,24 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
     hint = "name another folder for the run"
     shown = shorten(str(output), 400)
     if os.path.isabs(recipe.model.base) and (how := run_files.meets(Path(recipe.model.base), output)):
-        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "lies in the run folder"}[how]
-        why = "nothing is written into a base" if how != "lies in" else "a base stays apart from what a run writes"
+        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}[how]
+        why = "nothing is written into a base" if how != "lies in" else "a base must be outside the run folder"
         yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {told} {shown}: {why}", place, hint)
     else:
         real = Path(os.path.realpath(output))
         kinds = ((above, run_files.protected(above)) for above in (real, *real.parents))
         if found := next(((above, kind) for above, kind in kinds if kind), None):
-            told = f"{'is' if found[0] == real else 'lies in'} {found[1]}, into which nothing is written"
+            told = f"{'is' if found[0] == real else 'is in'} {found[1]}, which is never written to"
             yield Problem(f"the run folder {shown} {told}: {shorten(str(found[0]), 400)}", place, hint)
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
         for source in sources:
             if os.path.isabs(source.path) and run_files.is_read(Path(source.path), output):
-                told = f"`data.{key}` {shorten(source.path, 400)} stands for files that a run writes into {shown}"
+                told = f"`data.{key}` {shorten(source.path, 400)} includes files that a run writes into {shown}"
                 yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
     template = recipe.data.chat_template or ""
     if os.path.isabs(template) and run_files.is_read(Path(template), output):
         told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"
-        yield Problem(told, place, f"{hint}, or keep the template in a file of its own")
+        yield Problem(told, place, f"{hint}, or keep the template in a separate file")
 
 
 def _find(value: str, folder: Path) -> tuple[Path, bool]:
@@ -316,9 +316,9 @@ def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str
     path, there = _find(base, folder)
     if there:
         if (kind := files.odd(path)) is not None:
-            problems.append(Problem(f"`{shorten(base)}` is {kind}, no model", place, "name the model's folder"))
+            problems.append(Problem(f"`{shorten(base)}` is {kind}, not a model", place, "name the model's folder"))
         elif path.is_file() and path.suffix != ".gguf":
-            problems.append(Problem(f"`{shorten(base)}` is a file, and no .gguf", place, "name the model's folder"))
+            problems.append(Problem(f"`{shorten(base)}` is a file, but not a .gguf", place, "name the model's folder"))
         return str(path.resolve())
     looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf") or base.count("/") > 1
     if looks_local or not _HUB_ID.fullmatch(base):

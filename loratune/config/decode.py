@@ -79,7 +79,7 @@ def _without_secrets(problems: list[Problem], root: Node) -> list[Problem]:
 
 
 _SECRET_HINT = (
-    "a recipe has no place for one: put it into the environment (HF_TOKEN), or `hf auth login` stores it; if it was "
+    "a recipe must not hold a secret: put it into the environment (HF_TOKEN), or run `hf auth login`; if it was "
     "shared, revoke it"
 )
 
@@ -263,7 +263,7 @@ def _unknown_key(key: str, above: _Spot, tree: Tree, model: type[Section], forei
     if word in foreign:
         return Problem(message, place, foreign[word])
     if inside and word in model.model_fields:
-        return Problem(message, place, f"`{word}` stands at the top")
+        return Problem(message, place, f"`{word}` is a top-level key")
     homes = [(path, type_) for path, type_, name in all_keys(model) if name == word]
     types_here = [type_ for path, type_ in homes if path == inside and type_]
     if types_here:
@@ -281,8 +281,12 @@ def _unknown_type(spot: _Spot) -> Problem:
     if isinstance(given.value, dict):
         if "type" not in given.value:
             message = f"`{spot.name}` needs the key `type`: one of {listed(known)}"
-            meant = [f"write `type: {key}` beside its fields" for key in given.value if key in known]
-            meant += [f"did you mean `type` by `{shorten(key)}`?" for key in given.value if did_you_mean(key, ["type"])]
+            meant = [f"write `type: {key}` next to its fields" for key in given.value if key in known]
+            meant += [
+                f"did you mean `type` instead of `{shorten(key)}`?"
+                for key in given.value
+                if did_you_mean(key, ["type"])
+            ]
             return Problem(message, given.key or given.place, meant[0] if meant else None)
         given = given.value["type"]
     if not isinstance(given.value, str) or not given.value:
@@ -342,7 +346,7 @@ def _setting_value(text: str, place: Place) -> Node:
         raise RecipeError([Problem(p.message, place, p.hint) for p in inner.problems])
     assert isinstance(inner.root.value, dict)
     if len(inner.root.value) > 1:
-        raise RecipeError(Problem("more than one value", place, "one --set for each key"))
+        raise RecipeError(Problem("more than one value", place, "use one --set for each key"))
     value = inner.root.value["value"]
     _move(value, place)
     return value
@@ -372,7 +376,7 @@ def _open(node: Node, path: Sequence[str], step: str, model: type[Section], plac
     elif not isinstance(node.value, (dict, list)):
         sections = sections_in(annotation_at(model, [int(name) if name.isdigit() else name for name in path]))
         if not sections:
-            raise RecipeError(Problem(f"`{'.'.join(path)}` is one value and has no key `{shorten(step)}`", place))
+            raise RecipeError(Problem(f"`{'.'.join(path)}` is a single value and has no key `{shorten(step)}`", place))
         bare = Node(node.value, node.place, node.key, node.raw)
         first = next(iter(sections[0].model_fields))  # `path` of a data source
         node.value = [bare] if step.isdigit() else {"type" if members_of(sections[0]) else first: bare}
@@ -382,6 +386,6 @@ def _index(node: Node, step: str, place: Place) -> int:
     assert isinstance(node.value, list)
     if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(node.value):
         raise RecipeError(
-            Problem(f"`{shorten(step)}` is not a place in a list of {len(node.value)}", place, "the first is 0")
+            Problem(f"`{shorten(step)}` is not an index of a list of {len(node.value)}", place, "the first is 0")
         )
     return int(step)

@@ -69,7 +69,7 @@ def _inside(value: str) -> str:
     if not value:
         raise PydanticCustomError("expected", "must not be empty")
     if not is_inside(value):
-        raise PydanticCustomError(LEADS_OUT, "must not lead out of its folder")
+        raise PydanticCustomError(LEADS_OUT, "must not point outside its folder")
     return value
 
 

@@ -157,12 +157,12 @@ _CLOSING = {"[": "]", "{": "}"}
 # PyYAML's message, ours (empty: the same), and the remedy.
 _SYNTAX = (
     ("mapping values are not allowed", "a second `: ` in one line", "put quotes around a text that holds `: `"),
-    ("expected `<document start>`", "a text where a key must stand", "is a `: ` missing?"),
-    ("could not find expected `:`", "a line without `key: value`", "is a `:` or a space behind it missing?"),
+    ("expected `<document start>`", "text where a key is expected", "is a `: ` missing?"),
+    ("could not find expected `:`", "a line without `key: value`", "is a `:` or the space after it missing?"),
     ("expected <block end>, but found", "this does not fit the lines above", "is it indented as they are?"),
     ("cannot start any token", "", "put quotes around the text"),
     ("expected alphabetic or numeric character", "a word that starts with `*` or `&`", "put quotes around the text"),
-    ("sequence entries are not allowed", "a list item where none can stand", "begin the list on a line of its own"),
+    ("sequence entries are not allowed", "a list item where none is allowed", "start the list on a new line"),
     ("unknown escape character", "", "in double quotes write \\\\ for a backslash, or use single quotes"),
 )
 
@@ -207,7 +207,7 @@ class _Reader:
             raise RecipeError(self.syntax(error)) from None
         except (ValueError, OverflowError):  # PyYAML on an escape beyond Unicode, or on a version of 5000 digits
             place = self.place(self.loader.get_mark())
-            raise RecipeError(Problem("not YAML: an escape or a number beyond all bounds", place)) from None
+            raise RecipeError(Problem("not YAML: an escape or a number out of range", place)) from None
         if not isinstance(root.value, dict):
             raise RecipeError(
                 Problem(f"a recipe is a mapping of sections, given {root.given()}", root.place, "start with `model:`")
@@ -224,7 +224,7 @@ class _Reader:
         begun = self.place(error.context_mark)
         before = place.text[: place.column]
         if "`\\t`" in what or ("\t" in before and not before.strip()):
-            return Problem("not YAML: a tab where spaces must stand", place, "indent with spaces")
+            return Problem("not YAML: a tab where spaces are required", place, "indent with spaces")
         unclosed = "expected `,` or" in what and begun.line < place.line
         if unclosed or "end of stream" in what or "<stream end>" in what:
             opened = begun.text[begun.column - 1 : begun.column]
@@ -232,12 +232,12 @@ class _Reader:
             return Problem(f"not YAML: `{opened}` is not closed", begun, f"a closing `{closing}` is missing")
         if "mapping values are not allowed" in what and not re.search(r":\s", before[:-1]):
             return Problem(
-                "not YAML: a key where none can stand",
+                "not YAML: a key where none is allowed",
                 place,
-                "does the line above lack a `: `, or this one stand too far right?",
+                "does the line above lack a `: `, or is this one indented too far?",
             )
         if "expected <block end>" in what and before[:-1].strip():
-            return Problem("not YAML: a text goes on behind its end", place, "put quotes around all of it")
+            return Problem("not YAML: text after the end of a value", place, "put quotes around all of it")
         for found, message, hint in _SYNTAX:
             if found in what:
                 return Problem(f"not YAML: {message or what}", place, hint)
@@ -260,7 +260,7 @@ class _Reader:
         before = self.nodes
         if isinstance(event, yaml.ScalarEvent):
             if _SURROGATE.search(event.value):
-                self.problems.append(Problem("an escape that is half a character", place, "write the character itself"))
+                self.problems.append(Problem("an escape for a lone surrogate", place, "write the character itself"))
                 event.value = _SURROGATE.sub("?", event.value)
             node = Node(self.scalar(event, place), place, raw=event.value)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -282,7 +282,7 @@ class _Reader:
         if self.aliases > MAX_ALIASES:
             raise RecipeError(Problem(f"more than {MAX_ALIASES} aliases", place, "write the values out"))
         if self.nodes > MAX_NODES:
-            raise RecipeError(Problem(f"aliases that stand for more than {MAX_NODES:,} values", place))
+            raise RecipeError(Problem(f"aliases that expand to more than {MAX_NODES:,} values", place))
         if name not in self.anchors:
             self.problems.append(Problem(f"unknown alias `*{shorten(name)}`", place))
             return Node(None, place)
@@ -296,10 +296,10 @@ class _Reader:
             value = self.node(self.event(), depth + 1)
             name = key.raw
             if not name or isinstance(event, yaml.AliasEvent):
-                self.problems.append(Problem("a key must be a word", key.place))
+                self.problems.append(Problem("a key must be a non-empty string", key.place))
                 continue
             if name == "<<" and not (isinstance(event, yaml.ScalarEvent) and event.style):
-                self.problems.append(Problem("merge keys (`<<`) are not read", key.place, "write the keys out"))
+                self.problems.append(Problem("merge keys (`<<`) are not supported", key.place, "write the keys out"))
                 continue
             if name in items:
                 first = items[name].key
@@ -319,9 +319,9 @@ class _Reader:
         if _LEADING_ZERO.fullmatch(text):
             self.problems.append(
                 Problem(
-                    f"`{shorten(text)}` starts with 0, and YAML readers disagree on what that is",
+                    f"`{shorten(text)}` starts with 0, and YAML parsers disagree on its meaning",
                     place,
-                    f"write {_without_zeros(text)} for the number or '{text}' for the text",
+                    f"write {_without_zeros(text)} for the number or '{text}' for the string",
                 )
             )
             return str(text)
@@ -358,7 +358,7 @@ class _Taker:
         items: dict[str, Node] = {}
         for key, item in value.items():
             if not isinstance(key, str) or not key:
-                self.problems.append(Problem("a key must be a word", Place(_below(path, key))))
+                self.problems.append(Problem("a key must be a non-empty string", Place(_below(path, key))))
                 continue
             name = self.text(key, Place(_below(path, key)))
             items[name] = self.node(item, _below(path, key), depth + 1)
@@ -387,7 +387,7 @@ class _Taker:
         if len(value) > MAX_BYTES:
             raise RecipeError(Problem(f"too big: {len(value):,} characters, at most {MAX_BYTES:,}", place))
         if _SURROGATE.search(value):
-            self.problems.append(Problem("a string that holds half a character", place, "write the character itself"))
+            self.problems.append(Problem("a string with a lone surrogate", place, "write the character itself"))
         return _SURROGATE.sub("?", value)
 
 

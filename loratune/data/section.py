@@ -45,8 +45,8 @@ class TurnMarks(Section):
     assistant: str = Field(min_length=1, description="text the template writes before each answer")
     end: str = Field(
         min_length=1,
-        description="text that ends an answer, such as the next role's marker; it is trained and ends with a special "
-        "token",
+        description="text that ends an answer, such as the next role's marker; it is trained on and ends with a "
+        "special token",
     )
 
 
@@ -58,9 +58,9 @@ class Data(Section):
     )
     eval: Sources | None = Field(None, description="held-out rows, as `train`")
     eval_fraction: float | None = Field(
-        None, gt=0, lt=1, description="part (0-1) of the training rows held out, instead of `eval`"
+        None, gt=0, lt=1, description="fraction (0-1) of the training rows held out, instead of `eval`"
     )
-    format: Format = Field(Auto(), description="how a row is read; auto: recognised from its columns, and told")
+    format: Format = Field(Auto(), description="format of the rows; auto: detected from the columns, and reported")
     chat_template: str | None = Field(
         None,
         description="template of a base model that has none: a file, or one of chatml, alpaca; saved with the adapter",
@@ -77,8 +77,8 @@ class Data(Section):
     )
     turns: TurnMarks | None = Field(
         None,
-        description="what stands around the assistant's turns (`assistant` and `end`), where they can't be read off "
-        "the chat template; every row is checked against it",
+        description="markers around the assistant's turns (`assistant` and `end`), where they can't be derived from "
+        "the chat template; every row is checked against them",
     )
     max_length: int = Field(2048, ge=2, description="longest row in tokens")
     on_long: Literal["error", "drop", "truncate", "split"] = Field(
@@ -87,24 +87,24 @@ class Data(Section):
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="rows of a step behind one another in packs of at most max_length tokens, none cut and none seeing "
-        "another, instead of padded; auto: where that is exact; never changes what is optimized",
+        description="rows of a step concatenated into packs of at most max_length tokens instead of padded; none is "
+        "cut or attends to another; auto: where that is exact; never changes what is optimized",
     )
     prefix_sharing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="a prefix that rows of a micro-batch share (a system prompt, a question) is computed once for all "
-        "of them, and nothing after the last label token of a row; auto: where rows are packed, nothing is drawn at "
-        "random (dropout, neftune), and it saves 2 % of the tokens; never changes what is optimized",
+        "of them, and nothing after the last label token of a row; auto: where rows are packed, without dropout and "
+        "neftune, and where it saves 2 % of the tokens; never changes what is optimized",
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="what happens to a row that can't be read or has nothing to train"
+        "error", description="what happens to a row that can't be read or has no label tokens"
     )
     max_lost: float = Field(
-        0.01, ge=0, le=1, description="part (0-1) of the rows that may be dropped or skipped before that is an error"
+        0.01, ge=0, le=1, description="fraction (0-1) of rows that may be dropped or skipped before that is an error"
     )
     duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="what happens to a row that is identical to an earlier one; they are counted"
+        "keep", description="what happens to a row that is identical to an earlier one; duplicates are counted"
     )
     overlap: Literal["error", "allow"] = Field(
-        "error", description="whether a row may stand in both the training and the eval rows"
+        "error", description="whether a row may be in both the training and the eval rows"
     )

@@ -36,20 +36,20 @@ class AdaLora(MethodSection):
     init_r: int = Field(12, ge=1, le=4096, description="rank of each layer at the start")
     target_r: int = Field(8, ge=1, le=4096, description="mean rank of the layers at the end")
     lora_alpha: float = Field(32, gt=0, description="scale s of the update")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="fraction (0-1) of A's inputs dropped while training")
     target_modules: Modules = Field(
         "all-linear",
-        description="where the matrices stand: `all-linear` (every linear layer but the head and routers), a list of "
+        description="modules that get matrices: `all-linear` (every linear layer but the head and routers), a list of "
         "names, or a regular expression over full names",
     )
     layers_to_transform: Layers = Field(
         None, description="numbers of the layers that get matrices, from 0 (default: all)"
     )
-    tinit: float = Field(0.1, ge=0, lt=1, description="part (0-1) of the steps before ranks are removed")
-    tfinal: float = Field(0.3, ge=0, lt=1, description="part (0-1) of the steps after the ranks are settled")
+    tinit: float = Field(0.1, ge=0, lt=1, description="fraction (0-1) of the steps before ranks are removed")
+    tfinal: float = Field(0.3, ge=0, lt=1, description="fraction (0-1) of the steps after the ranks are final")
     delta_t: int = Field(1, ge=1, description="steps from one choice of ranks to the next")
     beta1: float = Field(0.85, gt=0, lt=1, description="decay (0-1) of the mean of each weight's importance")
-    beta2: float = Field(0.85, gt=0, lt=1, description="decay (0-1) of the mean of how uncertain that is")
+    beta2: float = Field(0.85, gt=0, lt=1, description="decay (0-1) of the mean of the importance's uncertainty")
     orth_reg_weight: float = Field(
         0.5, ge=0, description="weight of the penalty |A A^T - I| + |B^T B - I| on the loss of each step (eq. 4)"
     )

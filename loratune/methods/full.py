@@ -34,7 +34,7 @@ class Full(MethodSection):
             yield Complaint(
                 "`method: full` can't train float16 weights: small updates would round to nothing",
                 ("model", "dtype"),
-                "use bfloat16, or leave it out: float32 weights, with products in bfloat16 on a GPU that has it",
+                "use bfloat16, or leave it out: float32 weights, matrix products in bfloat16 on a GPU that supports it",
             )
         yield from super().complaints(model, optimizer)
 

@@ -35,29 +35,29 @@ def _patterns(value: dict[str, Any]) -> dict[str, Any]:
             re.compile(targets.whole(word))
         except re.error as error:
             hint = f" (a name is enough: `{word.strip('*.')}`)" if word.strip("*.") else ""
-            raise PydanticCustomError("expected", f"`{word}` is no regular expression: {error}{hint}") from None
+            raise PydanticCustomError("expected", f"`{word}` is not a regular expression: {error}{hint}") from None
     return value
 
 
 class Lora(MethodSection):
-    """Train low-rank matrices A (r x in) and B (out x r) beside frozen weights: W + s B A."""
+    """Train low-rank matrices A (r x in) and B (out x r) next to frozen weights: W + s B A."""
 
     type: Literal["lora"] = "lora"
     has_b: ClassVar[bool] = True
     r: int = Field(16, ge=1, le=4096, description="rank of the update: columns of B and rows of A")
     lora_alpha: float = Field(32, gt=0, description="scale of the update: s = lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="part (0-1) of A's inputs dropped while training")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="fraction (0-1) of A's inputs dropped while training")
     target_modules: Modules = Field(
         "all-linear",
-        description="where A and B stand: `all-linear` (every linear layer but the head and routers), a list of names, "
-        "or a regular expression over full names",
+        description="modules that get A and B: `all-linear` (every linear layer but the head and routers), a list of "
+        "names, or a regular expression over full names",
     )
     rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r): stable for high ranks (arXiv:2312.03732)")
-    dora: bool = Field(False, description="train the norm of each weight column apart (DoRA, arXiv:2402.09353)")
+    dora: bool = Field(False, description="train the norm of each weight column separately (DoRA, arXiv:2402.09353)")
     init: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
-        description="start of A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), "
-        "olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, looks at the "
+        description="initial A and B: default (A Kaiming-uniform, B zero), gaussian, pissa (arXiv:2404.02948), "
+        "olora (arXiv:2406.01775), loftq (arXiv:2310.08659, for a 4-bit base), eva (arXiv:2410.07170, uses the "
         "training rows)",
     )
     rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], AfterValidator(_patterns)] = Field(
@@ -73,18 +73,18 @@ class Lora(MethodSection):
         (), description="modules trained in full and saved with the adapter, such as `lm_head`"
     )
     trainable_token_indices: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
-        (), description="rows of the embedding trained beside the matrices, by token id: for new tokens"
+        (), description="rows of the embedding trained in addition to the matrices, by token id: for new tokens"
     )
     router: Literal["frozen", "trained"] = Field(
         "frozen",
-        description="of a mixture of experts: what chooses the experts; trained: in full, and saved with the adapter",
+        description="router of a mixture of experts; trained: in full, and saved with the adapter",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
 
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         scale = f"lora_alpha {self.lora_alpha:g}{', rsLoRA' if self.rslora else ''}"
-        return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, start {self.init}"
+        return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, init {self.init}"
 
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
         """Yield why this method does not combine with other sections of the recipe, or its own keys with each other."""
@@ -93,7 +93,7 @@ class Lora(MethodSection):
             yield Complaint(f"`method.init: {self.init}` and `method.dora` don't combine", ("method", "dora"))
         if self.changes_base and self.rslora and (self.rank_pattern or self.alpha_pattern):
             key = "rank_pattern" if self.rank_pattern else "alpha_pattern"
-            yield Complaint(f"`method.init: {self.init}` with `rslora` takes no patterns", ("method", key))
+            yield Complaint(f"`method.init: {self.init}` with `rslora` does not support patterns", ("method", key))
 
     def refused_over(self, quantization: str, without: str) -> Iterator[Complaint]:
         """Yield why it can't be trained on weights with this quantization."""
@@ -150,7 +150,7 @@ class Lora(MethodSection):
     def notes(self, model: PreTrainedModel) -> list[str]:
         """Return notes on the model after `apply`: which modules have no matrices, and what is slower."""
         reason = self._slower(model)
-        slower = f"{reason}: the layers of the adapter are computed by PEFT, which takes more passes"
+        slower = f"{reason}: the layers of the adapter are computed by PEFT, which is slower"
         return [*targets.notes(self, model), *([slower] if reason else [])]
 
     def _slower(self, model: Any) -> str | None:

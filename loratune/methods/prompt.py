@@ -27,7 +27,7 @@ class Prompt(MethodSection):
     init_text: str | None = Field(
         None,
         min_length=1,
-        description="text whose embeddings they start from, repeated or cut to their number, such as a task in a "
+        description="text whose embeddings they start from, repeated or truncated to their number, such as a task in a "
         "sentence (default: tokens drawn from the vocabulary)",
     )
 
@@ -68,8 +68,8 @@ class Prompt(MethodSection):
         if not ids:
             raise ModelError("`method.init_text` has no tokens", "write a sentence, or leave it out")
         if max(ids) >= known:
-            told = f"`method.init_text` has token {max(ids):,}, none of the {known:,} the model has an embedding for"
-            raise ModelError(told, "write other words")
+            told = f"`method.init_text`: token {max(ids):,} has no embedding: the model has {known:,}"
+            raise ModelError(told, "use other words")
         return torch.tensor(ids).repeat(-(-self.virtual_tokens // len(ids)))[: self.virtual_tokens]
 
 

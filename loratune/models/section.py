@@ -10,7 +10,7 @@ from loratune.config.section import BareWord, Inside, Section
 
 
 class NoQuantization(Section):
-    """The base model's weights as they are."""
+    """The base model's weights, unchanged."""
 
     type: Literal["none"] = "none"
 
@@ -48,10 +48,10 @@ class Model(Section):
     base: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
     revision: Inside | None = Field(None, description="branch, tag or commit of a hub model")
     quantization: Quantization = Field(
-        NoQuantization(), description="how the frozen weights are kept; nf4 with lora is QLoRA"
+        NoQuantization(), description="quantization of the frozen weights; nf4 with lora is QLoRA"
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="precision of the weights; auto: bfloat16 where the device computes in it, else float32"
+        "auto", description="precision of the weights; auto: bfloat16 where the device supports it, else float32"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="attention kernel; auto: sdpa where the model has it"

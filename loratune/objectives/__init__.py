@@ -13,7 +13,7 @@ from loratune.objectives.sft import Sft
 Objective = Annotated[
     Sft | Dpo,
     Field(discriminator="type"),
-    BareWord({"causal_lm": "its name here is `sft`"}, default="sft"),
+    BareWord({"causal_lm": "write `sft`"}, default="sft"),
 ]
 
 __all__ = ["Dpo", "Objective", "Sft"]

@@ -26,7 +26,7 @@ class Dpo(ObjectiveSection):
     pairs: ClassVar[bool] = True
     unit: ClassVar[str] = "per pair"
     values: ClassVar[tuple[str, ...]] = ("reference_chosen", "reference_rejected")
-    beta: float = Field(0.1, gt=0, description="how dearly distance from the model before step 1 is paid for")
+    beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the model before step 1")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return log p of each answer under the model before step 1, in nats, (samples,) each."""

@@ -26,7 +26,7 @@ class ObjectiveSection(Section):
 
     pairs: ClassVar[bool] = False
     values: ClassVar[tuple[str, ...]] = ()
-    unit: ClassVar[str] = "nats per trained token"
+    unit: ClassVar[str] = "nats per label token"
 
     @property
     def is_noisy(self) -> bool:
@@ -40,7 +40,7 @@ class ObjectiveSection(Section):
             told = f"{me} compares two answers, and `data.format: {data.format.type}` reads one"
             yield Complaint(told, ("data", "format"), "use `preference`: rows of prompt, chosen and rejected")
         if not self.pairs and data.format.type == "preference":
-            told = f"`data.format: preference` reads pairs, and {me} has no use for them"
+            told = f"`data.format: preference` reads pairs, which {me} does not use"
             yield Complaint(told, ("data", "format"), "use `objective: dpo`")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:

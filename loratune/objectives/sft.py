@@ -20,7 +20,7 @@ class Sft(ObjectiveSection):
 
     type: Literal["sft"] = "sft"
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="part (0-1) of each target spread over the whole vocabulary"
+        0.0, ge=0, lt=1, description="fraction (0-1) of each target spread over the whole vocabulary"
     )
     neftune: float = Field(
         0.0,

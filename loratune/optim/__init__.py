@@ -16,9 +16,9 @@ Optimizer = Annotated[
     BareWord(
         {
             "adam": "with `weight_decay: 0` `adamw` is Adam",
-            "adamw_torch": "its name here is `adamw`",
-            "adamw_torch_fused": "its name here is `adamw`: it is fused where torch can",
-            "adamw_bnb_8bit": "its name here is `adamw_8bit`",
+            "adamw_torch": "write `adamw`",
+            "adamw_torch_fused": "write `adamw`: it is fused where torch supports it",
+            "adamw_bnb_8bit": "write `adamw_8bit`",
         }
     ),
 ]

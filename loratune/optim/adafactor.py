@@ -19,16 +19,16 @@ class Adafactor(Section):
     """Row and column means instead of one square per weight. Source: Shazeer & Stern 2018, arXiv:1804.04235."""
 
     type: Literal["adafactor"] = "adafactor"
-    lr: float = Field(1e-3, gt=0, description="learning rate at the top of the schedule")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
     relative: bool = Field(
         False,
-        description="take `lr` times each matrix's own scale (its root mean square), as in the paper; off: a scale"
-        " below 1 counts as 1, so that LoRA's B, which starts at zero, moves at all",
+        description="multiply `lr` by each matrix's root mean square, as in the paper; off: one below 1 counts as 1,"
+        " so that LoRA's B, which starts at zero, is updated at all",
     )
     beta2_decay: float = Field(-0.8, lt=0, description="exponent of the step in the decay of the squares")
     clip: float = Field(1.0, gt=0, description="largest root mean square of one update")
     weight_decay: float = Field(
-        0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all"
+        0.0, ge=0, description="fraction (0-1) of each matrix subtracted per step, times `lr`; not for norms and biases"
     )
 
     def build(self, params: Named, device: str) -> torch.optim.Optimizer:

@@ -59,7 +59,7 @@ class _OfBitsandbytes(AdamFields):
 
 
 class AdamW8bit(_OfBitsandbytes):
-    """AdamW with 8-bit states: 2 bytes per trainable parameter. For want of memory: on a GPU it waits for each tensor.
+    """AdamW with 8-bit states: 2 bytes per trainable parameter. Slower on a GPU, where it waits for each tensor.
 
     `adamw` steps all of them in one kernel. Source: Dettmers et al. 2022, arXiv:2110.02861.
     """

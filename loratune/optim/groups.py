@@ -21,15 +21,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class AdamFields(Section):
     """The fields every Adam has. Source: Kingma & Ba 2015, arXiv:1412.6980; decay as in arXiv:1711.05101."""
 
-    lr: float = Field(2e-4, gt=0, description="learning rate at the top of the schedule")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
     beta1: Beta = Field(0.9, description="decay (0-1) of the mean of the gradients")
     beta2: Beta = Field(0.999, description="decay (0-1) of the mean of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the root of the squares")
     weight_decay: float = Field(
-        0.0, ge=0, description="part (0-1) of each matrix taken off per step, times `lr`; norms and biases keep all"
+        0.0, ge=0, description="fraction (0-1) of each matrix subtracted per step, times `lr`; not for norms and biases"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, gt=0, description="LoRA+: the B matrices learn at `lr` times this (arXiv:2402.12354 proposes 16)"
+        None, gt=0, description="LoRA+: B's learning rate as a multiple of `lr` (arXiv:2402.12354 proposes 16)"
     )
 
     def groups(self, named: Named) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def groups(
 
     Args:
         named: (name, parameter) of all trainable parameters.
-        lr: learning rate at the top of the schedule.
+        lr: peak learning rate.
         weight_decay: decoupled weight decay of the matrices.
         loraplus_lr_ratio: learning rate of B over that of A; None for one rate.
 

@@ -28,7 +28,7 @@ class Linear(Section):
     """A straight line from the full rate to the floor."""
 
     type: Literal["linear"] = "linear"
-    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a part (0-1) of `lr`")
+    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a fraction (0-1) of `lr`")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the part of `lr` (0-1) for `step` (from 0) of `steps`."""
@@ -39,7 +39,7 @@ class Cosine(Section):
     """Half a cosine from the full rate to the floor. Source: Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5."""
 
     type: Literal["cosine"] = "cosine"
-    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a part (0-1) of `lr`")
+    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a fraction (0-1) of `lr`")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the part of `lr` (0-1) for `step` (from 0) of `steps`."""
@@ -50,8 +50,8 @@ class WarmupStableDecay(Section):
     """The full rate, then a straight line down at the end. Source: Hu et al. 2024, arXiv:2404.06395, sec. 4."""
 
     type: Literal["wsd"] = "wsd"
-    decay: float = Field(0.2, gt=0, le=1, description="part (0-1) of the steps over which the rate falls")
-    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a part (0-1) of `lr`")
+    decay: float = Field(0.2, gt=0, le=1, description="fraction (0-1) of the steps over which the rate falls")
+    floor: float = Field(0.0, ge=0, le=1, description="rate after the last step, as a fraction (0-1) of `lr`")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the part of `lr` (0-1) for `step` (from 0) of `steps`."""
@@ -66,8 +66,8 @@ Schedule = Annotated[
     BareWord(
         {
             "none": "write `constant`",
-            "constant_with_warmup": "write `constant`; `train.warmup` goes with every schedule",
-            "warmup_stable_decay": "its name here is `wsd`",
+            "constant_with_warmup": "write `constant`; `train.warmup` works with every schedule",
+            "warmup_stable_decay": "write `wsd`",
             "cosine_with_min_lr": "write {type: cosine, floor: 0.1}",
             "polynomial": "the nearest is `linear`",
         }

@@ -224,7 +224,7 @@ def test_a_lost_reference_ends_a_resume_where_the_start_is_gone(fit: Fit, tmp_pa
     with _stop_after(5):
         run("stopped")
     (tmp_path / "stopped" / "run" / REFERENCE).unlink()
-    with pytest.raises(RunFolderError, match="before step 1 are gone"):
+    with pytest.raises(RunFolderError, match="log probabilities are missing"):
         run("stopped", resume=True)
 
 

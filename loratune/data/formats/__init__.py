@@ -21,11 +21,11 @@ Format = Annotated[
     BareWord(
         {
             "sharegpt": "`chat` reads ShareGPT's `conversations` too",
-            "messages": "its name here is `chat`",
-            "alpaca": "its name here is `instruction`",
-            "prompt_completion": "its name here is `completion`",
-            "dpo": "its name here is `preference`",
-            "pretraining": "its name here is `text`",
+            "messages": "write `chat`",
+            "alpaca": "write `instruction`",
+            "prompt_completion": "write `completion`",
+            "dpo": "write `preference`",
+            "pretraining": "write `text`",
         }
     ),
 ]

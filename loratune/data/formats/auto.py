@@ -46,7 +46,7 @@ class Auto(Section):
                 "and `rejected` are preference pairs: `format: preference` reads them, for `objective: dpo`",
             )
         if {"text", "label"} <= given and not any(set(columns) <= some for columns, _ in _KNOWN[:-1]):
-            raise RowError("label", "makes these rows of a classifier; for plain text say `format: text`")
+            raise RowError("label", "marks rows of a classifier; for plain text set `format: text`")
         check_good(row)
         # a merged data set has the columns of all its parts, null or empty in other parts' rows
         for names in (some, given, row.keys()):
@@ -54,7 +54,7 @@ class Auto(Section):
                 if set(columns) <= names:
                     return found
         there = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
-        raise RowError("", f"no format has these columns ({there}); say which with `data.format`")
+        raise RowError("", f"no format has these columns ({there}); set `data.format`")
 
     def read(self, row: Mapping[str, Any]) -> Example:
         """Return the row, read in the format that its columns match."""

@@ -83,8 +83,8 @@ def check_good(row: Mapping[str, Any]) -> None:
         value = row.get(name)
         if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
             raise RowError(
-                name, "is false: a bad answer, which would be trained as a good one; take such rows out, or skip "
-                "them with `data.on_bad_row: skip` and a `data.max_lost` as large as their part"
+                name, "is false: a bad answer, which would be trained on as a good one; remove such rows, or skip "
+                "them with `data.on_bad_row: skip` and a `data.max_lost` as large as their fraction"
             )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise RowError(name, f"is no JSON ({why_no_json(error)})") from None
+        raise RowError(name, f"is not JSON ({why_no_json(error)})") from None
 
 
 class KeyTwice(ValueError):
@@ -141,7 +141,7 @@ def why_no_json(error: Exception) -> str:
         return str(error)
     if isinstance(error, json.JSONDecodeError):
         return error.msg
-    return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def named(value: Any) -> str:
@@ -149,8 +149,8 @@ def named(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return "true or false"
+        return "a boolean"
     if isinstance(value, Unreadable):
-        return f"what can't be read ({value.why})"
-    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        return f"a value that can't be read ({value.why})"
+    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), type(value).__name__)

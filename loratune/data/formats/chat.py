@@ -41,12 +41,12 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Chat(Section):
-    """Rows with `messages` (role, content) or `conversations` (from, value); the assistant's turns are trained."""
+    """Rows with `messages` (role, content) or `conversations` (from, value); the assistant's turns are trained on."""
 
     type: Literal["chat"] = "chat"
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant",
-        description="which turns are trained: the assistant's, its last only, or everything anybody says; "
+        description="which turns are trained on: the assistant's, only its last, or all; "
         "`train: false` (or `weight: 0`) in a message leaves that one out",
     )
 
@@ -67,14 +67,14 @@ class Chat(Section):
         messages = tuple(_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns))
         assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not assistant:
-            raise RowError(name, "has no message of the assistant: there is nothing to learn")
+            raise RowError(name, "has no assistant message: there is nothing to learn")
         wanted = assistant[-1:] if self.train_on == "last" else assistant
         asked = [_is_trained(turn, f"{name}[{index}]") for index, turn in enumerate(turns)]
         trained = tuple(index in wanted and asked[index] for index in range(len(messages)))
         if not any(trained):
-            raise RowError(name, "has no message that is to be trained: there is nothing to learn")
+            raise RowError(name, "has no message to train on: there is nothing to learn")
         if self.train_on == "all" and not all(asked):
-            raise RowError(name, "leaves a message out, and `train_on: all` trains every one")
+            raise RowError(name, "leaves a message out, but `train_on: all` trains on all of them")
         messages, trained = _with_system(row, messages, trained, name)
         return Conversation(messages, trained, _tools_of(row), whole=self.train_on == "all")
 
@@ -106,7 +106,7 @@ def joined(row: Mapping[str, Any], parts: Mapping[str, list[Any]], learned: str)
             messages.append(message)
             trained.append(name == learned and message["role"] == "assistant" and asked)
     if not any(trained):
-        raise RowError(learned, "has no message of the assistant that is to be trained: there is nothing to learn")
+        raise RowError(learned, "has no assistant message to train on: there is nothing to learn")
     return Conversation(tuple(messages), tuple(trained), _tools_of(row))
 
 
@@ -161,7 +161,7 @@ def _with_system(
     if messages[0]["role"] not in ("system", "developer"):
         return ({"role": "system", "content": system}, *messages), (False, *trained)
     if messages[0]["content"].strip() != system.strip():
-        raise RowError("system", f"says something else than the system message in `{name}`: which is meant?")
+        raise RowError("system", f"differs from the system message in `{name}`: which is meant?")
     return messages, trained
 
 
@@ -215,11 +215,11 @@ def _modern(turn: dict[str, Any], name: str) -> dict[str, Any]:
     if not has_content(call):
         return turn
     if has_content(turn.get("tool_calls")):
-        raise RowError(f"{name}.function_call", "stands beside `tool_calls`: which is meant?")
+        raise RowError(f"{name}.function_call", "is given along with `tool_calls`: which is meant?")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise RowError(f"{name}.function_call", "must be an object with `name` and `arguments`")
     if turn.get("role") != "assistant":
-        raise RowError(f"{name}.function_call", "may stand in a message of the assistant only")
+        raise RowError(f"{name}.function_call", "is allowed in assistant messages only")
     return {**turn, "tool_calls": [call]}
 
 
@@ -238,7 +238,7 @@ def _part(part: Any, name: str) -> str:
     if not isinstance(part, dict):
         raise RowError(name, f"must be an object with `type` and `text`, given {named(part)}")
     if part.get("type") != "text":
-        raise RowError(f"{name}.type", "must be `text`: only text is trained here")
+        raise RowError(f"{name}.type", "must be `text`: only text is supported")
     if not isinstance(part.get("text"), str):
         raise RowError(f"{name}.text", f"must be a string, given {named(part.get('text'))}")
     return str(part["text"])

@@ -23,14 +23,14 @@ from loratune.data.formats.chat import joined, known_tools, lost_keys
 
 
 class Completion(Section):
-    """Rows of a prompt and its completion; the completion and the end of text are trained.
+    """Rows of a prompt and its completion; the completion and the end of text are trained on.
 
-    Where both are lists of messages, they are one conversation, and the completion's assistant turns are trained.
+    Where both are lists of messages, they are one conversation, and the completion's assistant turns are trained on.
     """
 
     type: Literal["completion"] = "completion"
-    prompt: str = Field("prompt", description="column with the text the model is given")
-    completion: str = Field("completion", description="column with the text it is to go on with")
+    prompt: str = Field("prompt", description="column with the prompt")
+    completion: str = Field("completion", description="column with the completion")
 
     def read(self, row: Mapping[str, Any]) -> Example:
         """Return prompt and completion.

@@ -18,14 +18,14 @@ class Instruction(Section):
     instruction: str = Field("instruction", description="column with the question or the task")
     input: str = Field(
         "input",
-        description="column with what the task works on; empty or missing is fine; instead of a missing "
+        description="column with the input of the task; may be empty or missing; instead of a missing "
         "`input`, `context` is read",
     )
-    output: str = Field("output", description="column with the answer that is trained")
-    system: str = Field("system", description="column with a system prompt; empty or missing is fine")
+    output: str = Field("output", description="column with the answer to train on")
+    system: str = Field("system", description="column with a system prompt; may be empty or missing")
     history: str = Field(
         "history", description="column with earlier turns, a list of pairs of question and answer; their answers are "
-        "trained, too; empty or missing is fine",
+        "trained on, too; may be empty or missing",
     )  # fmt: skip
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
@@ -67,7 +67,7 @@ class Instruction(Section):
         for index, pair in enumerate(pairs):
             texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
             if not texts:
-                raise RowError(f"{self.history}[{index}]", "must be a pair of texts: question and answer")
+                raise RowError(f"{self.history}[{index}]", "must be a pair of strings: question and answer")
             if not pair[1].strip():
                 raise RowError(f"{self.history}[{index}]", "has an empty answer: there is nothing to learn")
             messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

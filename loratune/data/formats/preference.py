@@ -71,7 +71,7 @@ class Preference(Section):
         )
         for name, conversation in ((self.chosen, chosen), (self.rejected, rejected)):
             if not conversation.trained[-1]:
-                raise RowError(name, "must end with a message of the assistant")
+                raise RowError(name, "must end with an assistant message")
         return Pair(chosen, rejected)
 
 
