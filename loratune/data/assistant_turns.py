@@ -29,7 +29,7 @@ _CALL = {"type": "function", "id": "call00001", "function": {"name": "c", "argum
 _CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _TOLD = {"role": "tool", "content": "f", "name": "c", "tool_call_id": "call00001"}
 
-_HINT = "`data.turns` can name what stands around answers"
+_HINT = "`data.turns` can give the markers around answers"
 
 
 def _placeholder(index: int) -> str:
@@ -189,15 +189,14 @@ class Turns:
             if not trained:
                 continue
             if index == 0:
-                raise RowError("messages[0]", "is the assistant's: there is nothing it answers")
+                raise RowError("messages[0]", "is the assistant's, with no message to answer")
             before = self._render(example.messages[:index], example.tools, prompt=True)
             after = self._render(example.messages[: index + 1], example.tools)
             start = len(before) if after.startswith(before) else self._parting(example, index, before, after)
             if start is None:
                 raise RowError(
                     f"messages[{index}]",
-                    "can't be masked: the chat template does not put it behind the prompt it writes for an answer; "
-                    + _HINT,
+                    "can't be masked: the chat template does not render it after the generation prompt; " + _HINT,
                 )
             _check_shown(example.messages[index], index, after[start:])
             if not text.startswith(after):
@@ -219,9 +218,7 @@ class Turns:
         if len(starts) > len(turns) and not text[starts[-1] :].strip():
             del starts[-1]  # a generation prompt, which some templates always write
         if len(starts) != len(turns):
-            told = (
-                f"`{begin}` (`data.turns.assistant`) stands {len(starts)} times in the render of {len(turns)} answers"
-            )
+            told = f"`{begin}` (`data.turns.assistant`) is rendered {len(starts)} times for {len(turns)} answers"
             raise RowError("", told)
         found = []
         for index, start, limit in zip(turns, starts, [*starts[1:], None], strict=True):
@@ -231,7 +228,7 @@ class Turns:
             if stop < 0 and index == len(example.messages) - 1:
                 stop, text = len(text), text + end
             if stop < 0:
-                raise RowError(f"messages[{index}]", f"is not ended by `{end}` (`data.turns.end`) in the render")
+                raise RowError(f"messages[{index}]", f"is not rendered with `{end}` (`data.turns.end`) at its end")
             before = self._render(example.messages[:index], example.tools, prompt=True) if index else ""
             if text.startswith(before) and start <= len(before) <= stop:
                 start = len(before)  # white space or a tag that is in the prompt already
@@ -295,7 +292,7 @@ class Turns:
                 marker = _first(text[end:], markers)
                 if not marker and self._is_bare(text[start:end], example.messages):
                     if end < len(text):
-                        raise LaterTurnsChangeIt("", "no token ends its answers, so each needs a row of its own")
+                        raise LaterTurnsChangeIt("", "no token ends its answers, so each needs a separate row")
                     marker, end = self.tokenizer.eos_token, len(text.rstrip())
                     text = text[:end] + marker
                 end += len(marker)
@@ -318,7 +315,7 @@ class Turns:
         if self._next_marker(False, self.tokenizer.all_special_tokens):
             return None
         end = self.tokenizer.eos_token
-        return f"the chat template puts no token behind an answer: `{end}` is trained there, each answer in its own row"
+        return f"the chat template puts no token after an answer: `{end}` is added there, each answer in its own row"
 
     def _next_marker(self, called: bool, markers: Sequence[str]) -> str:
         """Return the special token that the template writes directly after a last turn when another follows, or ""."""
@@ -331,11 +328,11 @@ class Turns:
 
     def _check_tools(self, example: Conversation, text: str) -> None:
         if example.tools and text == self._render_or_none(example.messages):
-            raise RowError("tools", "are not shown by the chat template: the model would never see them")
+            raise RowError("tools", "are not rendered by the chat template: the model would never see them")
         for index, tool in enumerate(example.tools or ()):
             name = tool.get("function", tool).get("name")
             if isinstance(name, str) and name not in text:
-                raise RowError(f"tools[{index}]", f"`{name}` is not shown by the chat template")
+                raise RowError(f"tools[{index}]", f"`{name}` is not rendered by the chat template")
 
     def _render_or_none(self, messages: Sequence[dict[str, Any]]) -> str | None:
         """Return messages rendered without tools; None where the template requires tools."""
@@ -387,7 +384,7 @@ class Turns:
             elsewhere = any(end > last and text[last:end].strip() for _, end in touching)
             gaps = [text[one[1] : two[0]] for one, two in pairwise(touching)]
             if not touching or elsewhere or any(gap.strip() for gap in gaps):
-                raise RowError(f"messages[{index}]", "is marked by the chat template elsewhere than it is rendered")
+                raise RowError(f"messages[{index}]", "is rendered elsewhere than the chat template marks it")
             found.append((index, (max(first, touching[0][0]), min(last, touching[-1][1]))))
         return found
 
@@ -425,7 +422,7 @@ def _check_all_shown(example: Conversation, text: str) -> None:
                 if given["role"] in ("system", "developer")
                 else ""
             )
-            raise RowError(f"messages[{index}]", f"({given['role']}) is not shown whole by the chat template{hint}")
+            raise RowError(f"messages[{index}]", f"({given['role']}) is not fully rendered by the chat template{hint}")
 
 
 def _squeezed(text: str) -> str:
@@ -436,14 +433,14 @@ def _check_shown(message: dict[str, Any], index: int, turn: str) -> None:
     """Refuse a turn of whose message the template omits something, except for white space and the like."""
     content = message["content"]
     if content.strip() not in turn and _squeezed(content) not in _squeezed(turn):
-        raise RowError(f"messages[{index}].content", "is not shown whole by the chat template")
+        raise RowError(f"messages[{index}].content", "is not fully rendered by the chat template")
     for name in _THOUGHTS:
         thought = message.get(name)
         if isinstance(thought, str) and _squeezed(thought) not in _squeezed(turn):
-            raise RowError(f"messages[{index}].{name}", "is not shown by the chat template")
+            raise RowError(f"messages[{index}].{name}", "is not rendered by the chat template")
     calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
     if hidden := [name for name, number in calls.items() if turn.count(name) < number]:
-        raise RowError(f"messages[{index}].tool_calls", f"are not shown by the chat template: `{hidden[0]}`")
+        raise RowError(f"messages[{index}].tool_calls", f"are not rendered by the chat template: `{hidden[0]}`")
 
 
 def _check_only(example: Conversation, index: int, turn: str) -> None:
@@ -454,7 +451,7 @@ def _check_only(example: Conversation, index: int, turn: str) -> None:
             rest = rest.replace(_squeezed(words), "", 1)
     others = (_squeezed(other["content"]) for i, other in enumerate(example.messages) if i != index)
     if any(one and one in rest for one in others) if message.get("tool_calls") else _TAGS.sub("", rest):
-        raise RowError(f"messages[{index}]", "is not all that stands between the marks of `data.turns` in the render")
+        raise RowError(f"messages[{index}]", "is not all that is rendered between the markers of `data.turns`")
 
 
 def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
@@ -464,7 +461,7 @@ def _check_no_prompt(before: str, turn: str, markers: tuple[str, ...]) -> None:
     """
     closing, header = _closing(turn, markers), _closing(before, markers)
     if len(closing) > 1 and (closing[:1] == header[:1] or (closing[0], closing[1]) in pairwise(header[:3])):
-        told = "can't be masked: the chat template writes the prompt for another answer behind this one"
+        told = "can't be masked: the chat template adds another generation prompt after this answer"
         raise RowError("", f"{told}; {_HINT}")
 
 

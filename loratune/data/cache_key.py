@@ -70,7 +70,7 @@ def check_unchanged(given: Sequence[Input]) -> None:
     for one in given:
         now = os.stat(one.path) if os.path.exists(one.path) else None
         if now is None or (now.st_size, now.st_mtime_ns) != (one.size, one.changed):
-            raise DataError(Problem("changed while it was read", Place(one.path), "start again when it is whole"))
+            raise DataError(Problem("changed while it was read", Place(one.path), "run again when it is complete"))
 
 
 def key(

@@ -74,7 +74,9 @@ def with_template(tokenizer: Any, data: Data) -> Any:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         if not marks.end.rstrip().endswith(tuple(special)):
             hint = f"it must end with one of {listed(sorted(special)[:12])}, or the model would not learn to stop"
-            raise ModelError(f"`data.turns.end`: `{marks.end}` ends with no special token of this tokenizer", hint)
+            raise ModelError(
+                f"`data.turns.end`: `{marks.end}` does not end with a special token of this tokenizer", hint
+            )
         given = marks_comment(marks.assistant, marks.end) + given
     tokenizer.chat_template = given + template
     return tokenizer

@@ -259,7 +259,7 @@ class _Account:
         again = bool(row.tokens) and self._seen.again(row.content)
         self.counts.duplicates += again
         if again and self._data.duplicates == "drop":
-            self._ledger.add(row.place, "duplicate", row.tokens, row.tokens, "says what an earlier row said")
+            self._ledger.add(row.place, "duplicate", row.tokens, row.tokens, "identical to an earlier row")
             return
         if row.fate == "refused":
             self._refuse(row)
@@ -373,7 +373,7 @@ def _check_losses(counts: Counts, refused: _Refused, data: Data) -> None:
             Problem(
                 f"{counts.lost:,} of {counts.read:,} rows would be lost ({part:.1%}); "
                 f"`data.max_lost` allows {data.max_lost:.1%}",
-                hint=f"mend them, raise data.max_length, or accept it with data.max_lost: {min(1, part + 0.005):.2g}",
+                hint=f"fix them, raise data.max_length, or accept it with data.max_lost: {min(1, part + 0.005):.2g}",
             )
         ]
     if shown:
@@ -387,12 +387,12 @@ def _check_apart(train: Rows, held_out: Rows) -> None:
     shown = []
     for i in np.flatnonzero(both)[:: held_out.per_sample][:SHOWN]:
         twin = int(np.flatnonzero(train.contents == held_out.contents[i])[-1])
-        shown.append(Problem(f"stands in the training rows too: {train.place(twin)}", held_out.place(int(i))))
+        shown.append(Problem(f"is also a training row: {train.place(twin)}", held_out.place(int(i))))
     number = len(np.unique(held_out.store.records[held_out.chosen[both]]))
     shown.append(
         Problem(
-            f"{number:,} of {held_out.counts.read:,} eval rows are trained on: the eval loss would be too low",
-            hint="take them out of one of the two, or set data.overlap: allow",
+            f"{number:,} of {held_out.counts.read:,} eval rows are also training rows: the eval loss would be too low",
+            hint="remove them from one of the two, or set data.overlap: allow",
         )
     )
     raise DataError(shown)

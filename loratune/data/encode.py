@@ -94,7 +94,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, own: bool = False):
         if not tokenizer.is_fast:
             raise ModelError(
-                "this tokenizer has no fast implementation", "its offsets are needed to know which tokens are trained"
+                "this tokenizer has no fast implementation", "its offsets are needed to find the label tokens"
             )
         self.tokenizer = tokenizer
         self.turns = Turns(tokenizer)
@@ -188,7 +188,7 @@ class Encoder:
             assert isinstance(example, Conversation)
             if example.whole:
                 what = "the chat template renders earlier turns differently once others follow"
-                raise RowError("", f"can't be trained as a whole: {what}; `train_on: assistant` can") from None
+                raise RowError("", f"can't be trained on as a whole: {what}; use `train_on: assistant`") from None
             turns = [index for index, trained in enumerate(example.trained) if trained]
             return [
                 self._draft(
@@ -205,9 +205,7 @@ class Encoder:
         if (length := sum(map(len, texts))) > long_text.LONG:
             if not self._divisible and len(texts) > 1:
                 told = f"prompt and completion of {length:,} characters; at most {long_text.LONG:,} are tokenized"
-                raise RowError(
-                    "", f"{told}, as this tokenizer puts a space before every text; cut the row into several"
-                )
+                raise RowError("", f"{told}, as this tokenizer puts a space before every text; split the row")
             return _Draft(example, ())
         return _Draft(example, texts if self._divisible else ("".join(texts),))
 
@@ -225,7 +223,7 @@ class Encoder:
         try:
             return self._backend.encode(text, add_special_tokens=False)
         except TypeError:  # half of a surrogate pair, which JSON can contain
-            raise RowError("", "holds half a character (a lone surrogate)") from None
+            raise RowError("", "has a lone surrogate (half a character)") from None
 
     def _finish(self, draft: _Draft, pieces: Sequence[Tokens | _Encoding | RowError], place: Place) -> Row:
         tokens = []
@@ -278,7 +276,7 @@ class Encoder:
             return ids, offsets
         if not self._divisible:
             raise RowError(
-                "", "a token reaches from the prompt into the answer; begin the answer with a space or a word"
+                "", "a token spans the prompt's end and the answer's start; begin the answer with a space or a word"
             )
         return self._pieces(text, [0, *cuts, len(text)])
 
@@ -304,7 +302,7 @@ class Encoder:
     def _check_bos(self, ids: np.ndarray) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos != self.tokenizer.eos_token_id and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-            raise RowError("", "begins with two BOS tokens: the chat template writes one and the messages another")
+            raise RowError("", "begins with two BOS tokens: one from the chat template, one from the messages")
 
     def _plain(self, example: Plain, pieces: Sequence[Tokens | _Encoding], place: Place) -> Row:
         """Join segments that were tokenized separately, as a prompt is when served.

@@ -54,5 +54,5 @@ def _cut(text: str, start: int, ids: Callable[[str], Sequence[int]], places: re.
                 break
         if tries == _TRIES:
             break
-    told = f"a text that can't be cut: no end of a word within {LONG:,} characters from character {start + 1:,} on"
-    raise RowError("", f"{told}; cut it into several rows, or take out what is no text")
+    told = f"a text that can't be split: no end of a word within {LONG:,} characters from character {start + 1:,} on"
+    raise RowError("", f"{told}; split it into several rows, or remove what is not text")

@@ -25,8 +25,8 @@ def check(net: Any, rows: Rows, remedy: str, before: int = 0) -> str | None:
     """
     known = net.get_input_embeddings().weight.shape[0]
     if (first := rows.first_beyond(known)) is not None:
-        told = f"token {int(rows[first].ids.max()):,} is none of the {known:,} the model has an embedding for"
-        hint = "the tokenizer is larger than the model: does it belong to another one?"
+        told = f"token {int(rows[first].ids.max()):,} has no embedding: the model has {known:,}"
+        hint = "the tokenizer's vocabulary is larger than the model's: is it of another model?"
         raise DataError(Problem(told, Place(str(rows.place(first))), hint))
     whole = generate.positions(net)
     if whole is None:
@@ -35,11 +35,11 @@ def check(net: Any, rows: Rows, remedy: str, before: int = 0) -> str | None:
     long = np.flatnonzero(rows.lengths > limit)
     if not len(long):
         return None
-    told = f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions the model was made for"
+    told = f"{len(long):,} of {len(rows):,} rows are longer than the model's {limit:,} positions"
     if before:
         told = (
-            f"{len(long):,} of {len(rows):,} rows are longer than the {limit:,} positions that {before:,} virtual "
-            f"tokens leave of the {whole:,} the model was made for"
+            f"{len(long):,} of {len(rows):,} rows are longer than {limit:,} positions: {before:,} of the "
+            f"model's {whole:,} are taken by virtual tokens"
         )
     if generate.has_learned_positions(net):
         first = int(long[0])

@@ -49,8 +49,8 @@ def rows_at_once(metadata: Any, file: BinaryIO, name: str, most: int) -> int:
                 size = max(page.unpacked, 8 * page.values if repeats else 0)
                 if size > PAGE:
                     column = shorten(chunk.path_in_schema)
-                    told = f"column `{column}` takes {size:,} bytes at once, unpacked; at most {PAGE:,} are read"
-                    hint = "is it damaged, or a trap? else write it in smaller pages, or without that column"
+                    told = f"column `{column}` has a page of {size:,} bytes, uncompressed; at most {PAGE:,} are read"
+                    hint = "is the file damaged? else write it with smaller pages, or without that column"
                     raise DataError(Problem(told, Place(name), hint))
                 # any row may have the dictionary's largest value; without one, rows share the page
                 value = page.unpacked if page.kind == _DICTIONARY else size / max(page.values, 1)

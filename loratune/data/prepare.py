@@ -116,12 +116,12 @@ def _check_size(example: Conversation | Plain) -> None:
     if isinstance(example, Conversation):
         if (number := len(example.messages)) > MESSAGES:
             told = f"a conversation of {number:,} messages; at most {MESSAGES:,} are rendered"
-            raise RowError("", f"{told}: cut it into several rows")
+            raise RowError("", f"{told}: split it into several rows")
         if (length := bytes_of((example.messages, example.tools))) > LONGEST:
             told = f"a conversation of {length:,} bytes; at most {LONGEST:,} are rendered"
-            raise RowError("", f"{told}: cut it into several rows")
+            raise RowError("", f"{told}: split it into several rows")
     elif (length := sum(len(text) for text, _ in example.segments)) > TEXT:
-        raise RowError("", f"a text of {length:,} characters; at most {TEXT:,} are read: cut it into several rows")
+        raise RowError("", f"a text of {length:,} characters; at most {TEXT:,} are read: split it into several rows")
 
 
 def _type(example: Example, chosen: Reader) -> str:
@@ -139,10 +139,10 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     if isinstance(encoded, RowError):
         return _unusable(place, encoded, data, format)
     if not all(row.count() for row in encoded):
-        error = RowError("", "has no trained token: nothing would be learned from it")
+        error = RowError("", "has no label token: nothing would be learned from it")
         return _unusable(place, error, data, format)
     if isinstance(example, Pair) and _are_same(encoded):
-        error = RowError("", "has two answers of the same tokens: nothing would be learned from them")
+        error = RowError("", "has two answers with the same tokens: nothing would be learned from them")
         return _unusable(place, error, data, format)
     fate, pieces = _fit(encoded, example, data)
     told = _TOLD.get(fate)
@@ -162,7 +162,7 @@ def _content(encoded: Sequence[Row]) -> int:
 
 
 # messages about a row that was not kept in full
-_TOLD: dict[Fate, str] = {"refused": "{:,} fit", "dropped": "dropped", "cut": "cut to {:,}", "split": "split"}
+_TOLD: dict[Fate, str] = {"refused": "at most {:,}", "dropped": "dropped", "cut": "truncated to {:,}", "split": "split"}
 
 
 def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:

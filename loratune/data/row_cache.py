@@ -299,5 +299,5 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "rows are kept there to be found again; name another folder with $LORATUNE_CACHE"
+        hint = "tokenized rows are cached there; set another folder with $LORATUNE_CACHE"
         raise StorageError(Problem(f"can't be written: {error.strerror or error}", Place(str(folder)), hint)) from None

@@ -230,7 +230,7 @@ def _is_file(path: Path) -> bool:
     if not opening.is_utf8(path):
         raise DataError(Problem("its name is not UTF-8", Place(opening.shown(path)), "rename it"))
     if (kind := opening.odd(path)) is not None:
-        raise DataError(Problem(f"is {kind}, not a file", Place(str(path)), "take it out of the folder"))
+        raise DataError(Problem(f"is {kind}, not a file", Place(str(path)), "remove it from the folder"))
     return path.is_file()
 
 
@@ -250,7 +250,7 @@ def _file(path: Path) -> Iterator[Block]:
         elif kind == ".csv":
             yield from _ready(_csv(stream, path), size)
         else:
-            text = _whole(stream, name, "such a file is one row: cut it into several", TEXT)
+            text = _whole(stream, name, "such a file is one row: split it into several", TEXT)
             yield from _ready([RawRow(Place(name), {"text": _utf8(text, name)})], size)
 
 
@@ -276,7 +276,7 @@ def _jsonl(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, name: str) -> Iterat
 
 
 def _too_long(name: str, line: int) -> DataError:
-    hint = "a line is one row: is its end missing somewhere? else cut the row into several"
+    hint = "a line is one row: is a line break missing? else split the row"
     return DataError(Problem(f"a line of more than {LONGEST:,} bytes", Place(name, line), hint))
 
 
@@ -298,7 +298,7 @@ def _json_line(line: bytes, place: Place) -> RawRow:
     except UnicodeDecodeError:
         return RawRow(place, None, "not UTF-8")
     except (ValueError, RecursionError) as error:
-        return RawRow(place, None, f"no JSON: {why_no_json(error)}")
+        return RawRow(place, None, f"not JSON: {why_no_json(error)}")
     return _object(value, place, keys)
 
 
@@ -347,7 +347,7 @@ def _json(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
     except UnicodeDecodeError:
         raise _no_utf8(name, _first_not_utf8(path)) from None
     except _NoList as error:
-        hint = "a file with one JSON object per line ends in .jsonl" if str(error).startswith("no JSON") else None
+        hint = "a file with one JSON object per line ends in .jsonl" if str(error).startswith("not JSON") else None
         raise DataError(Problem(str(error), Place(name, error.line), hint)) from None
 
 
@@ -406,7 +406,7 @@ class _Listed:
                 if not (cut and self._more()):
                     raise wrong from None
             except (ValueError, RecursionError) as error:
-                raise _NoList(f"no JSON: {why_no_json(error)}") from None
+                raise _NoList(f"not JSON: {why_no_json(error)}") from None
             else:
                 length = end - self._at
                 if end < len(self._text) or not self._more():  # a number may continue
@@ -418,7 +418,7 @@ class _Listed:
         self._lines += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
         if len(self._text) > LONGEST:
-            raise _NoList(f"a value of more than {LONGEST:,} characters: cut it into several", self._lines)
+            raise _NoList(f"a value of more than {LONGEST:,} characters: split it into several", self._lines)
         if not self._ended:
             more = self._stream.read(min(max(BLOCK, len(self._text)), LONGEST + 1 - len(self._text)))
             self._ended = not more
@@ -426,7 +426,7 @@ class _Listed:
         return not self._ended
 
     def _wrong(self, what: str, at: int) -> _NoList:
-        return _NoList(f"no JSON: {what}", self._lines + self._text.count("\n", 0, at))
+        return _NoList(f"not JSON: {what}", self._lines + self._text.count("\n", 0, at))
 
 
 def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
@@ -454,7 +454,7 @@ def _csv(stream: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[RawRow]:
     except UnicodeDecodeError:
         raise _no_utf8(name, _first_not_utf8(path)) from None
     except csv.Error as error:
-        raise DataError(Problem(f"no CSV: {error}", Place(name, line))) from None
+        raise DataError(Problem(f"not CSV: {error}", Place(name, line))) from None
 
 
 class _Lines:
@@ -502,7 +502,7 @@ def _parquet(file: BinaryIO, name: str, size: int) -> Iterator[Block]:
         yield from _ready(_of_batches(batches, name), each=size / max(table.metadata.num_rows, 1))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip() or type(error).__name__
-        raise DataError(Problem(f"no parquet: {reason.splitlines()[0]}", Place(name))) from None
+        raise DataError(Problem(f"not parquet: {reason.splitlines()[0]}", Place(name))) from None
 
 
 def _of_batches(batches: Iterable[Any], name: str) -> Iterator[RawRow]:

@@ -49,7 +49,7 @@ def choose(folder: Path, files: Sequence[Path], name: str) -> Choice:
     left = [file for file in files if splits[file] not in wanted]
     if not left:
         return Choice(chosen)
-    remedy = "point data.eval at them to measure on them" if name == "train" else "name a file or glob to read them"
+    remedy = "set data.eval to evaluate on them" if name == "train" else "name a file or glob to read them"
     return Choice(chosen, (f"{_names(folder, left)} left out: named for {_kinds(splits, left)} ({remedy})",))
 
 
@@ -65,7 +65,7 @@ def of(path: Path) -> str | None:
 def no_rows(folder: Path, hidden: Sequence[Path], papers: Sequence[Path]) -> Iterator[str]:
     """Yield a line on files of a folder that look like data but are none."""
     if hidden or papers:
-        kinds = [kind for kind, files in (("hidden", hidden), ("texts beside rows", papers)) if files]
+        kinds = [kind for kind, files in (("hidden", hidden), ("text files next to rows", papers)) if files]
         yield f"{_names(folder, [*hidden, *papers])} left out: {' or '.join(kinds)}"
 
 

@@ -62,7 +62,7 @@ def _long(row: Any, most: int) -> Value:
         return {**_rows(row)[0], **held}, ""
     name, longest = max(zip(row.schema.names, columns, strict=True), key=lambda one: one[1].nbytes)
     told = f"`{shorten(name)}` holds {longest.nbytes:,} bytes, of at most {most:,} in a row"
-    return None, f"{told}: cut it into several rows"
+    return None, f"{told}: split it into several rows"
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -30,4 +30,4 @@ def lines(train: Mapping[str, int], held_out: Mapping[str, int]) -> Iterator[str
             shown = [f"`{shorten(name)}` ({number:,} rows)" for name, number in list(counts.items())[:_SHOWN]]
             more = len(counts) - len(shown)
             told = ", ".join([*shown, f"and {more:,} more"] if more else shown)
-            yield f"{what}not read, though something stands there: {told}"
+            yield f"{what}not read, though not empty: {told}"

@@ -141,7 +141,7 @@ class _Worker:
         ended = self._process.wait()
         return SetupError(
             f"a process that reads rows ended early ({'signal' if ended < 0 else 'exit code'} {abs(ended)})",
-            "was memory short? close other programs, or split very long rows",
+            "out of memory? close other programs, or split very long rows",
         )
 
     def kill(self) -> None:

@@ -86,7 +86,7 @@ def test_long_rows_are_an_error_by_default(tmp_path: Path) -> None:
     message = refused(tmp_path, texts(5, *range(11, 18)), max_length=10, format=Text())
     assert message == "\n".join(
         [
-            *(f"rows.jsonl:{line}: {line + 9} tokens, 10 fit" for line in range(2, 7)),
+            *(f"rows.jsonl:{line}: {line + 9} tokens, at most 10" for line in range(2, 7)),
             "7 of 8 rows are longer than `data.max_length` (10 tokens)",
             "  raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
         ]
@@ -100,7 +100,7 @@ def test_rows_that_cant_be_used_are_an_error(tmp_path: Path) -> None:
         [
             *(f"rows.jsonl:{line}: `text` is missing; the row's columns: `tex`" for line in range(2, 7)),
             "and 2 more of 9 rows can't be used",
-            "rows.jsonl:9: 51 tokens, 10 fit",
+            "rows.jsonl:9: 51 tokens, at most 10",
             "1 of 9 rows are longer than `data.max_length` (10 tokens)",
             "  raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
         ]
@@ -115,7 +115,7 @@ def test_a_row_without_a_trained_token_is_an_error(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(ENCODER, "batch", untrained)
     assert refused(tmp_path, texts(4), format=Text()) == (
-        "rows.jsonl:1: has no trained token: nothing would be learned from it"
+        "rows.jsonl:1: has no label token: nothing would be learned from it"
     )
 
 
@@ -145,8 +145,8 @@ def test_long_rows_are_cut(tmp_path: Path) -> None:
     assert [rows[i].count() for i in range(3)] == [4, 5, 1]
     assert (counts.read, counts.kept, counts.dropped, counts.truncated) == (5, 3, 2, 2)
     assert [line.rpartition("/")[2] for line in counts.first] == [
-        "rows.jsonl:2: 15 tokens, cut to 10",
-        "rows.jsonl:3: 19 tokens, cut to 10",
+        "rows.jsonl:2: 15 tokens, truncated to 10",
+        "rows.jsonl:3: 19 tokens, truncated to 10",
         "rows.jsonl:4: 12 tokens, dropped",
         "rows.jsonl:5: 42 tokens, dropped",
     ]
@@ -399,7 +399,7 @@ def test_more_lost_than_allowed_is_an_error(tmp_path: Path) -> None:
             "rows.jsonl:99: 11 tokens, dropped",
             "rows.jsonl:100: 12 tokens, dropped",
             "2 of 100 rows would be lost (2.0%); `data.max_lost` allows 1.0%",
-            "  mend them, raise data.max_length, or accept it with data.max_lost: 0.025",
+            "  fix them, raise data.max_length, or accept it with data.max_lost: 0.025",
         ]
     )
     kept = load(tmp_path, raw, max_length=10, format=Text(), on_long="drop", max_lost=0.02)
@@ -433,9 +433,9 @@ def test_rows_of_both_sets_are_an_error(tmp_path: Path) -> None:
         dataset.of(loaded().data, 0, ENCODER)
     assert str(caught.value).replace(f"{tmp_path}/", "") == "\n".join(
         [
-            "eval.jsonl:2: stands in the training rows too: train.jsonl:2",
-            "1 of 2 eval rows are trained on: the eval loss would be too low",
-            "  take them out of one of the two, or set data.overlap: allow",
+            "eval.jsonl:2: is also a training row: train.jsonl:2",
+            "1 of 2 eval rows are also training rows: the eval loss would be too low",
+            "  remove them from one of the two, or set data.overlap: allow",
         ]
     )
     assert len(dataset.of(loaded(overlap="allow").data, 0, ENCODER)[1] or []) == 2
@@ -467,8 +467,8 @@ def test_formats_are_recognised_row_by_row(tmp_path: Path) -> None:
     assert refusal == "\n".join(
         [
             "rows.jsonl:1: `chosen` and `rejected` are preference pairs: `format: preference` reads them, for `objective: dpo`",
-            "rows.jsonl:2: `label` makes these rows of a classifier; for plain text say `format: text`",
-            "rows.jsonl:3: no format has these columns (`x`); say which with `data.format`",
+            "rows.jsonl:2: `label` marks rows of a classifier; for plain text set `format: text`",
+            "rows.jsonl:3: no format has these columns (`x`); set `data.format`",
         ]
     )
 

@@ -143,11 +143,11 @@ def test_a_prompt_that_says_more_than_tags_is_refused() -> None:
     """What a server would put there isn't known to be the model's: it must not be trained, nor left out in silence."""
     for said in ("Here is how I think:\n", "<think>hm"):
         template = templates.DEEPSEEK_R1.replace("<think>\n", said)
-        assert "does not put it behind the prompt" in refused(template, *TURN)
+        assert "does not render it after the generation prompt" in refused(template, *TURN)
     header = templates.CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
     header = header.replace("'<|im_start|>assistant\n'", "'<|im_start|>model\n'")
     assert header != templates.CHATML
-    assert "does not put it behind the prompt" in refused(header, *TURN)
+    assert "does not render it after the generation prompt" in refused(header, *TURN)
 
 
 GLM = (
@@ -189,7 +189,7 @@ def test_a_prompt_that_nobody_asked_for_is_not_trained(end: str) -> None:
     ).replace("END", end)
     special = ("<|start|>", "<|user|>", "<|assistant|>", "<|end|>", "<|said|>")
     encoder = Encoder(templates.bytelevel(template, special, "<|endoftext|>")())
-    with pytest.raises(RowError, match="writes the prompt for another answer behind this one"):
+    with pytest.raises(RowError, match="adds another generation prompt after this answer"):
         encoder.rows(Chat().read({"messages": TURNS[:2]}), HERE)
 
 
@@ -204,7 +204,7 @@ def test_marks_of_a_turn_may_be_several_and_begin_in_the_prompt() -> None:
     got = encode(encoder, {"messages": TURNS})
     assert trained_turns(encoder, got) == [f"{t['content']}<|im_end|>" for t in TURNS if t["role"] == "assistant"]
     apart = marked.replace("{% endgeneration %}{% generation %}", "{% endgeneration %}!{% generation %}")
-    assert "is marked by the chat template elsewhere" in refused(apart, *TURN)
+    assert "is rendered elsewhere than the chat template marks it" in refused(apart, *TURN)
 
 
 def test_a_template_that_asks_for_tools_gets_them() -> None:
@@ -227,7 +227,7 @@ def test_a_call_the_template_leaves_out_is_refused() -> None:
             {"role": "assistant", "content": "", "tool_calls": [call] * 2},
         ],
     }
-    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown by the chat template: `clock`"):
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not rendered by the chat template: `clock`"):
         encode(encoder, row)
 
 
@@ -236,9 +236,9 @@ def test_marks_of_a_template_are_held_against_what_it_shows() -> None:
     encoder = Encoder(tiny.tokenizer(templates.GENERATION))
     call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
     turns = [{"role": "user", "content": "time?"}, {"role": "assistant", "content": "now"}]
-    with pytest.raises(RowError, match="`tools` are not shown by the chat template"):
+    with pytest.raises(RowError, match="`tools` are not rendered by the chat template"):
         encode(encoder, {"messages": turns, "tools": [{"type": "function", "function": {"name": "clock"}}]})
-    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown"):
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not rendered"):
         encode(encoder, {"messages": [turns[0], {**turns[1], "tool_calls": [call]}]})
     marked = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -272,7 +272,8 @@ def test_where_a_text_cant_be_cut_the_row_is_refused() -> None:
     with pytest.raises(RowError) as caught:
         encode(encoder, {"messages": [{"role": "user", "content": "th"}, {"role": "assistant", "content": "e"}]})
     assert (
-        str(caught.value) == "a token reaches from the prompt into the answer; begin the answer with a space or a word"
+        str(caught.value)
+        == "a token spans the prompt's end and the answer's start; begin the answer with a space or a word"
     )
     row = encode(encoder, {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": " cat"}]})
     assert trained_turns(encoder, row) == [" cat</s>"]
@@ -342,9 +343,9 @@ def test_tools_and_calls_the_template_does_not_show_are_refused() -> None:
     tool = {"type": "function", "function": {"name": "clock", "description": "tells the time"}}
     turns = [{"role": "user", "content": "time?"}, {"role": "assistant", "tool_calls": [call]}]
     encoder = Encoder(tiny.tokenizer(tiny.CHATML))
-    with pytest.raises(RowError, match="`tools` are not shown by the chat template"):
+    with pytest.raises(RowError, match="`tools` are not rendered by the chat template"):
         encode(encoder, {"messages": turns, "tools": [tool]})
-    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not shown by the chat template: `clock`"):
+    with pytest.raises(RowError, match=r"`messages\[1\].tool_calls` are not rendered by the chat template: `clock`"):
         encode(encoder, {"messages": turns})
 
 
@@ -371,7 +372,7 @@ def test_the_end_of_text_ends_an_answer_that_no_token_ends() -> None:
             decoded(encoder, row.ids) == encoder.turns.prompt(TURNS[:index]) + f"{TURNS[index]['content']}<|endoftext|>"
         )
     assert encoder.turns.note() == (
-        "the chat template puts no token behind an answer: `<|endoftext|>` is trained there, each answer in its own row"
+        "the chat template puts no token after an answer: `<|endoftext|>` is added there, each answer in its own row"
     )
     assert Encoder(tiny.tokenizer()).turns.note() is None
 
@@ -416,15 +417,13 @@ def test_a_broken_template_is_an_error_of_the_row(broken: str) -> None:
 def test_a_row_that_begins_with_an_answer_is_refused() -> None:
     assert (
         refused(templates.CHATML, ("assistant", "b"), *TURN)
-        == "`messages[0]` is the assistant's: there is nothing it answers"
+        == "`messages[0]` is the assistant's, with no message to answer"
     )
 
 
 def test_a_template_that_marks_fewer_turns_than_there_are_is_refused() -> None:
     template = templates.GENERATION.replace("== 'assistant' %}", "== 'assistant' and loop.last %}")
-    assert (
-        refused(template, *TURN, *TURN) == "`messages[1]` is marked by the chat template elsewhere than it is rendered"
-    )
+    assert refused(template, *TURN, *TURN) == "`messages[1]` is rendered elsewhere than the chat template marks it"
     template = template.replace("'<|im_start|>assistant\n'", "'said by the assistant: '")
     assert refused(template, *TURN, *TURN) == "the chat template marks 1 turns as generated, the row has 2"
 
@@ -448,7 +447,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         Encoder(Slow())
     assert str(caught.value) == (
-        "this tokenizer has no fast implementation\n  its offsets are needed to know which tokens are trained"
+        "this tokenizer has no fast implementation\n  its offsets are needed to find the label tokens"
     )
 
 
@@ -524,7 +523,7 @@ def test_begin_and_end_in_the_text_are_not_doubled() -> None:
 def test_half_a_character_is_an_error_of_the_row(example: Any) -> None:
     with pytest.raises(RowError) as caught:
         Encoder(tiny.tokenizer()).encode(example, HERE)
-    assert str(caught.value) == "holds half a character (a lone surrogate)"
+    assert str(caught.value) == "has a lone surrogate (half a character)"
 
 
 def test_weird_messages_never_end_in_a_traceback() -> None:
@@ -597,7 +596,7 @@ def test_marks_that_stand_elsewhere_than_the_answer_are_refused() -> None:
         "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    with pytest.raises(RowError, match=r"`messages\[1\]` is marked by the chat template elsewhere"):
+    with pytest.raises(RowError, match=r"`messages\[1\]` is rendered elsewhere than the chat template marks it"):
         encode(Encoder(tiny.tokenizer(wrong)), {"messages": TURNS})
 
 
@@ -661,7 +660,7 @@ def test_arguments_are_written_into_the_template() -> None:
 
 def test_thoughts_that_are_not_shown_are_refused() -> None:
     answer = {"role": "assistant", "content": "b", "reasoning_content": "because  of a"}
-    with pytest.raises(RowError, match=r"`messages\[1\].reasoning_content` is not shown by the chat template"):
+    with pytest.raises(RowError, match=r"`messages\[1\].reasoning_content` is not rendered by the chat template"):
         encode(Encoder(tiny.tokenizer()), {"messages": [TURNS[0], answer]})
     (family,) = (family for family in FAMILIES if family.name == "qwen3")
     encoder = Encoder(family.tokenizer())
@@ -673,7 +672,7 @@ def test_a_conversation_that_becomes_several_rows_cant_be_trained_whole() -> Non
     (family,) = (family for family in FAMILIES if family.name == "qwen3")
     thinks = {"role": "assistant", "content": "<think>\nso\n</think>\n\nb"}
     example = Chat(train_on="all").read({"messages": [TURNS[0], thinks, *TURNS[2:]]})
-    with pytest.raises(RowError, match="can't be trained as a whole: the chat template renders earlier turns"):
+    with pytest.raises(RowError, match="can't be trained on as a whole: the chat template renders earlier turns"):
         Encoder(family.tokenizer()).rows(example, PLACE)
 
 
@@ -718,7 +717,7 @@ def test_a_prompt_that_depends_on_what_was_said_is_left_to_the_prefixes(mark: st
     turns = [TURNS[0], {**TURNS[1], "content": f"hm{mark}b"}, *TURNS[2:]]
     example = Chat().read({"messages": turns})
     assert encoder.turns._by_shape(example) is None
-    with pytest.raises(RowError, match="does not put it behind the prompt"):
+    with pytest.raises(RowError, match="does not render it after the generation prompt"):
         encoder.encode(example, PLACE)
 
 
@@ -754,11 +753,11 @@ _CALLED = [
 @pytest.mark.parametrize(
     ("name", "messages", "told"),
     [
-        ("leaves out system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole by the chat template; `data.system: fold` puts it"),
-        ("leaves out system, marks", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
-        ("leaves out system", [{"role": "system", "content": "cat"}, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
-        ("cuts system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not shown whole"),
-        ("leaves out tool", _CALLED, r"`messages\[2\]` \(tool\) is not shown whole by the chat template$"),
+        ("leaves out system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not fully rendered by the chat template; `data.system: fold` puts it"),
+        ("leaves out system, marks", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not fully rendered"),
+        ("leaves out system", [{"role": "system", "content": "cat"}, *_ASKED], r"`messages\[0\]` \(system\) is not fully rendered"),
+        ("cuts system", [_SYSTEM, *_ASKED], r"`messages\[0\]` \(system\) is not fully rendered"),
+        ("leaves out tool", _CALLED, r"`messages\[2\]` \(tool\) is not fully rendered by the chat template$"),
         ("leaves out system", _ASKED, None),
         ("leaves out system", [{"role": "system", "content": ""}, *_ASKED], None),
         ("folds system", [_SYSTEM, *_ASKED], None),
@@ -837,9 +836,13 @@ def test_marks_find_turns_that_the_prompt_is_no_prefix_of() -> None:
 @pytest.mark.parametrize(
     ("marks", "said", "told"),
     [
-        ({}, "say <|assistant|>", r"`<\|assistant\|>` \(`data.turns.assistant`\) stands 3 times in the render of 2"),
-        ({"assistant": "<|gpt|>"}, "a", "stands 0 times in the render of 2 answers"),
-        ({"end": "<|observation|>"}, "a", r"`messages\[1\]` is not ended by `<\|observation\|>` \(`data.turns.end`\)"),
+        ({}, "say <|assistant|>", r"`<\|assistant\|>` \(`data.turns.assistant`\) is rendered 3 times for 2"),
+        ({"assistant": "<|gpt|>"}, "a", "is rendered 0 times for 2 answers"),
+        (
+            {"end": "<|observation|>"},
+            "a",
+            r"`messages\[1\]` is not rendered with `<\|observation\|>` \(`data.turns.end`\)",
+        ),
     ],
 )
 def test_marks_are_held_against_every_render(marks: dict[str, str], said: str, told: str) -> None:
@@ -854,12 +857,16 @@ def test_an_end_that_comes_too_late_trains_nothing_of_others() -> None:
         "{% for m in messages %}{{ ('<|assistant|>' if m['role'] == 'assistant' else '<|user|>') + m['content'] }}"
         "{{ '<|end|>' if m['role'] == 'user' else '' }}{% endfor %}"
     )
-    with pytest.raises(RowError, match=r"`messages\[1\]` is not all that stands between the marks of `data.turns`"):
+    with pytest.raises(
+        RowError, match=r"`messages\[1\]` is not all that is rendered between the markers of `data.turns`"
+    ):
         encode(between(template, end="<|end|>"), {"messages": [*TURNS[:2], TURNS[0], TURNS[1]]})
 
 
 def test_a_turn_ends_with_a_special_token() -> None:
-    with pytest.raises(ModelError, match=r"`data.turns.end`: `###` ends with no special token of this tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"`data.turns.end`: `###` does not end with a special token of this tokenizer"
+    ):
         between(GLM, end="###")
     for fields in ({"system": "fold"}, {"turns": _TOLD}):
         with pytest.raises(ModelError, match="this model has no chat template"):

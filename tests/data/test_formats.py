@@ -107,32 +107,32 @@ WRONG = [
     (Chat(), {}, "`messages` is missing; the row's columns: none"),
     (Chat(), {"text": "a", "id": 1}, "`messages` is missing; the row's columns: `text`, `id`"),
     (Chat(), {"messages": None}, "`messages` must be a list of messages, given null"),
-    (Chat(), {"messages": "hi"}, "`messages` must be a list of messages, given text"),
+    (Chat(), {"messages": "hi"}, "`messages` must be a list of messages, given a string"),
     (Chat(), {"messages": []}, "`messages` must be a list of messages, given an empty list"),
     (Chat(), {"conversations": {}}, "`conversations` must be a list of messages, given an object"),
-    (Chat(), {"messages": ["hi"]}, "`messages[0]` must be an object with `role` and `content`, given text"),
+    (Chat(), {"messages": ["hi"]}, "`messages[0]` must be an object with `role` and `content`, given a string"),
     (Chat(), {"messages": [USER, {"content": "x"}]}, f"`messages[1].role` must be one of {ROLES}, given null"),
     (Chat(), {"messages": [{**USER, "role": "bot"}]}, f"`messages[0].role` must be one of {ROLES}, given `bot`"),
     (Chat(), {"messages": [{**USER, "role": ["user"]}]}, f"`messages[0].role` must be one of {ROLES}, given a list"),
     (Chat(), {"messages": [{"role": "user"}, ANSWER]}, "`messages[0].content` must be a string, given null"),
     (Chat(), {"messages": [{**USER, "content": 5}]}, "`messages[0].content` must be a string, given a number"),
-    (Chat(), {"messages": [{**USER, "content": True}]}, "`messages[0].content` must be a string, given true or false"),
+    (Chat(), {"messages": [{**USER, "content": True}]}, "`messages[0].content` must be a string, given a boolean"),
     (
         Chat(),
         {"messages": [{**USER, "content": ["a"]}]},
-        "`messages[0].content[0]` must be an object with `type` and `text`, given text",
+        "`messages[0].content[0]` must be an object with `type` and `text`, given a string",
     ),
     (
         Chat(),
         {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
-        "`messages[0].content[1].type` must be `text`: only text is trained here",
+        "`messages[0].content[1].type` must be `text`: only text is supported",
     ),
     (
         Chat(),
         {"messages": [{**USER, "content": [{"type": "text", "text": None}]}]},
         "`messages[0].content[0].text` must be a string, given null",
     ),
-    (Chat(), {"messages": [USER]}, "`messages` has no message of the assistant: there is nothing to learn"),
+    (Chat(), {"messages": [USER]}, "`messages` has no assistant message: there is nothing to learn"),
     (
         Chat(),
         {"messages": [USER, {**ANSWER, "tool_calls": {"name": "f"}}]},
@@ -146,7 +146,7 @@ WRONG = [
     (
         Chat(),
         {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{n: 1}"}]}]},
-        "`messages[1].tool_calls.arguments` is no JSON (Expecting property name enclosed in double quotes)",
+        "`messages[1].tool_calls.arguments` is not JSON (Expecting property name enclosed in double quotes)",
     ),
     (
         Chat(),
@@ -156,14 +156,14 @@ WRONG = [
     (
         Chat(),
         {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": DEEP}]}]},
-        "`messages[1].tool_calls.arguments` is no JSON (nested too deep)",
+        "`messages[1].tool_calls.arguments` is not JSON (nested too deep)",
     ),
     (
         Chat(),
         {"messages": [USER, ANSWER], "tools": "9" * 5000},
-        "`tools` is no JSON (a number of too many digits)",
+        "`tools` is not JSON (a number with too many digits)",
     ),
-    (Chat(), {"messages": [USER, ANSWER], "tools": "["}, "`tools` is no JSON (Expecting value)"),
+    (Chat(), {"messages": [USER, ANSWER], "tools": "["}, "`tools` is not JSON (Expecting value)"),
     (Chat(), {"messages": [USER, ANSWER], "tools": {}}, "`tools` must be a list of JSON schemas, given an object"),
     (Chat(), {"messages": [USER, ANSWER], "tools": ["f"]}, "`tools` must be a list of JSON schemas, given a list"),
     (Instruction(), {"instruction": "a"}, "`output` is missing; the row's columns: `instruction`"),
@@ -231,7 +231,7 @@ def test_a_message_can_leave_itself_out(mark: dict[str, Any]) -> None:
     assert all("train" not in message and "weight" not in message for message in example.messages)
     with pytest.raises(RowError, match="leaves a message out"):
         Chat(train_on="all").read({"messages": messages})
-    with pytest.raises(RowError, match="no message that is to be trained"):
+    with pytest.raises(RowError, match="no message to train on"):
         Chat().read({"messages": messages[:3]})
 
 

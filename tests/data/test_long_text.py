@@ -76,7 +76,7 @@ def test_prompt_and_completion_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_can_not_be_cut_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_text, "LONG", 100)
     text = "a b " + "c" * 200
-    with pytest.raises(RowError, match=r"no end of a word within 100 characters from character 4 on; cut it into"):
+    with pytest.raises(RowError, match=r"no end of a word within 100 characters from character 4 on; split it into"):
         Encoder(trained("words")).encode(Plain(((text, True),)), Place("a"))
 
 

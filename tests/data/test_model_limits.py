@@ -33,7 +33,7 @@ def laid(folder: Path, kind: str, lengths: tuple[int, ...] = LENGTHS) -> Path:
 def test_rows_past_learned_positions_stop_before_training(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run.train(recipe.load(laid(tmp_path, "gpt2")))
-    assert f"train.jsonl:2: 2 of 3 rows are longer than the {POSITIONS} positions" in str(caught.value)
+    assert f"train.jsonl:2: 2 of 3 rows are longer than the model's {POSITIONS} positions" in str(caught.value)
     assert f"data.max_length: {POSITIONS}" in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -42,7 +42,7 @@ def test_rows_past_rotary_positions_are_noted_and_trained(tmp_path: Path) -> Non
     heard: list[Event] = []
     done = run.train(recipe.load(laid(tmp_path, "llama")), on_event=heard.append)
     assert done.steps == 1
-    told = f"2 of 3 rows are longer than the {POSITIONS} positions the model was made for"
+    told = f"2 of 3 rows are longer than the model's {POSITIONS} positions"
     assert sum(told in event.text for event in heard if isinstance(event, Told)) == 1
 
 
@@ -58,7 +58,7 @@ def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path: Path, what
     options: dict[str, Any] = {"data": str(path), "format": "completion", "generate": False}
     measure = partial(evaluate, tmp_path / "base", **options)
     work: Any = partial(run.train, recipe.load(written)) if what == "train" else measure
-    told = rf"train.jsonl:2: token {beyond} is none of the {beyond} the model has an embedding for"
+    told = rf"train.jsonl:2: token {beyond} has no embedding: the model has {beyond}"
     with pytest.raises(DataError, match=told) as caught:
         work()
-    assert "does it belong to another one" in str(caught.value)
+    assert "is it of another model" in str(caught.value)

@@ -62,7 +62,9 @@ def test_a_page_that_unpacks_to_too_much_is_refused_before_it_is(tmp_path: Path)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError) as caught:
         read(path)
-    assert f"{path}: column `text` takes 314,572,804 bytes at once, unpacked; at most 134,217,728" in str(caught.value)
+    assert f"{path}: column `text` has a page of 314,572,804 bytes, uncompressed; at most 134,217,728" in str(
+        caught.value
+    )
     assert "without that column" in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 50_000  # KiB
 
@@ -73,7 +75,7 @@ def test_equal_numbers_in_a_list_are_counted(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "a.parquet"
     path.write_bytes(written(pa.table({"text": ["a"], "ids": [[7] * 200_000]}), compression="zstd").getvalue())
     assert path.stat().st_size < 2000
-    with pytest.raises(DataError, match=r"column `ids.list.element` takes 1,600,000 bytes at once"):
+    with pytest.raises(DataError, match=r"column `ids.list.element` has a page of 1,600,000 bytes"):
         read(path)
 
 
@@ -96,7 +98,7 @@ def test_a_cell_that_is_too_long_is_a_row_that_can_not_be_read(tmp_path: Path, m
     pq.write_table(table, path)
     found = read(path)
     assert [row.value and row.value["text"] for row in found] == ["a", "b", None, "d"]
-    assert found[2].problem == "`text` holds 2,004 bytes, of at most 1,000 in a row: cut it into several rows"
+    assert found[2].problem == "`text` holds 2,004 bytes, of at most 1,000 in a row: split it into several rows"
     assert found[1].value == {"text": "b", "picture": Unreadable("5,011 bytes")}
     assert found[3].value == {"text": "d", "picture": {"bytes": b"y", "path": "z"}}
     assert [str(row.place) for row in found] == [f"{path} row {number}" for number in (1, 2, 3, 4)]

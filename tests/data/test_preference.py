@@ -60,9 +60,12 @@ def test_earlier_answers_are_part_of_the_prompt() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "`rejected` is the same as `chosen`"),
         ({"prompt": "q", "chosen": [GOOD], "rejected": [BAD]}, "`prompt` must be a list of messages"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": "b"}, "`rejected` must be a list of messages"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]}, "`rejected` must end with a message"),
-        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "`chosen` must end with a message"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "`chosen` has no message of the assistant"),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]},
+            "`rejected` must end with an assistant message",
+        ),
+        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "`chosen` must end with an assistant message"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "`chosen` has no assistant message"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "`rejected` is the same as `chosen`"),
     ],
 )
@@ -127,7 +130,9 @@ def test_pairs_are_recognised_for_dpo_alone(tmp_path: Path, base: Path) -> None:
     assert load(tmp_path / "recipe.yaml", ["objective=dpo"]).data.format.type == "preference"
     with pytest.raises(RecipeError, match=r"`objective: dpo` compares two answers, and `data.format: chat` reads one"):
         load(tmp_path / "recipe.yaml", ["objective=dpo", "data.format=chat"])
-    with pytest.raises(RecipeError, match=r"`data.format: preference` reads pairs, and `objective: sft` has no use"):
+    with pytest.raises(
+        RecipeError, match=r"`data.format: preference` reads pairs, which `objective: sft` does not use"
+    ):
         load(tmp_path / "recipe.yaml", ["data.format=preference"])
     section: Data = load(tmp_path / "recipe.yaml").data
     with pytest.raises(DataError, match="`format: preference` reads them, for `objective: dpo`"):
@@ -150,7 +155,7 @@ def _stored(folder: Path, rows: list[dict[str, Any]], template: str = tiny.CHATM
 def test_answers_that_the_template_makes_the_same_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [{"role": "assistant", "content": "good "}]}]
     trimmed = tiny.CHATML.replace("message['content']", "message['content'] | trim")
-    with pytest.raises(DataError, match=r"rows.jsonl:1: has two answers of the same tokens"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: has two answers with the same tokens"):
         _stored(tmp_path, rows, trimmed)
 
 
@@ -171,5 +176,5 @@ def test_a_pair_that_is_trained_on_too_is_named_once(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError) as caught:
         dataset.of(section, 0, Encoder(tiny.tokenizer()))
-    assert str(caught.value).count("stands in the training rows too") == 2
+    assert str(caught.value).count("is also a training row") == 2
     assert "2 of 2 eval rows" in str(caught.value)

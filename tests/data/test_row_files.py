@@ -136,16 +136,16 @@ def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
     an_object = 'a row must be a JSON object, such as {"messages": [...]}'
     assert told(tmp_path, "a.jsonl", b"\n".join(lines)) == [
         'a.jsonl:1: {"a": 1}',
-        "a.jsonl:2: no JSON: Expecting property name enclosed in double quotes",
+        "a.jsonl:2: not JSON: Expecting property name enclosed in double quotes",
         f"a.jsonl:3: {an_object}",
         f"a.jsonl:4: {an_object}",
         f"a.jsonl:5: {an_object}",
         "a.jsonl:6: not UTF-8",
-        "a.jsonl:7: no JSON: Invalid control character at",
-        "a.jsonl:8: no JSON: Expecting value",
-        "a.jsonl:9: no JSON: nested too deep",
-        "a.jsonl:10: no JSON: a number of too many digits",
-        "a.jsonl:11: no JSON: Extra data",
+        "a.jsonl:7: not JSON: Invalid control character at",
+        "a.jsonl:8: not JSON: Expecting value",
+        "a.jsonl:9: not JSON: nested too deep",
+        "a.jsonl:10: not JSON: a number with too many digits",
+        "a.jsonl:11: not JSON: Extra data",
         'a.jsonl:12: {"a": 3}',
     ]
 
@@ -170,13 +170,13 @@ def test_a_key_given_twice(tmp_path: Path) -> None:
     assert told(tmp_path, "a.json", f"[{','.join(lines)}]") == [f"a.json row {i}: {t}" for i, t in enumerate(wanted, 1)]
     deep = '{"a":' * 300 + '{"b": 1, "b": 2}' + "}" * 300
     assert told(tmp_path, "b.jsonl", deep) == ["b.jsonl:1: `b` is given twice in one object"]
-    with pytest.raises(RowError, match=r"`tools` is no JSON \(`name` is given twice\)"):
+    with pytest.raises(RowError, match=r"`tools` is not JSON \(`name` is given twice\)"):
         Chat().read({"messages": [{"role": "assistant", "content": "a"}], "tools": '[{"name": "a", "name": "b"}]'})
 
 
 def test_utf16_is_not_guessed(tmp_path: Path) -> None:
     assert told(tmp_path, "a.jsonl", '{"a": 1}'.encode("utf-16")) == ["a.jsonl:1: not UTF-8"]
-    assert told(tmp_path, "b.jsonl", '{"a": 1}'.encode("utf-16-le"))[0].startswith("b.jsonl:1: no JSON: ")
+    assert told(tmp_path, "b.jsonl", '{"a": 1}'.encode("utf-16-le"))[0].startswith("b.jsonl:1: not JSON: ")
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
@@ -189,14 +189,14 @@ def test_bad_utf8_names_the_line(tmp_path: Path, kind: str) -> None:
 def test_bad_json_files(tmp_path: Path) -> None:
     hint = "\n  a file with one JSON object per line ends in .jsonl"
     assert told(tmp_path, "a.json", '[{"a": 1},\n {"a" 2}]') == [
-        f"file: a.json:2: no JSON: Expecting ':' delimiter{hint}"
+        f"file: a.json:2: not JSON: Expecting ':' delimiter{hint}"
     ]
-    assert told(tmp_path, "a.json", '{"a": 1}\n{"a": 2}') == [f"file: a.json:2: no JSON: Extra data{hint}"]
-    assert told(tmp_path, "a.json", "[" * 100_000) == [f"file: a.json: no JSON: nested too deep{hint}"]
+    assert told(tmp_path, "a.json", '{"a": 1}\n{"a": 2}') == [f"file: a.json:2: not JSON: Extra data{hint}"]
+    assert told(tmp_path, "a.json", "[" * 100_000) == [f"file: a.json: not JSON: nested too deep{hint}"]
     assert told(tmp_path, "a.json", "[" + "9" * 5000 + "]") == [
-        f"file: a.json: no JSON: a number of too many digits{hint}"
+        f"file: a.json: not JSON: a number with too many digits{hint}"
     ]
-    assert told(tmp_path, "a.json", "") == [f"file: a.json:1: no JSON: Expecting value{hint}"]
+    assert told(tmp_path, "a.json", "") == [f"file: a.json:1: not JSON: Expecting value{hint}"]
     assert told(tmp_path, "a.json", '{"a": 1}') == ["file: a.json: a .json file must hold a list of objects"]
     assert told(tmp_path, "a.json", '[{"a": 1}, 2]') == [
         'a.json row 1: {"a": 1}',
@@ -221,7 +221,7 @@ def test_a_list_read_in_small_parts_is_the_same(tmp_path: Path, step: int, monke
         found = [one for one in told(tmp_path, "a.json", content) if one.startswith("file")]
         hint = "\n  a file with one JSON object per line ends in .jsonl"
         said = [
-            f"file: a.json:{line}: no JSON: {what}{hint}" for what, _, line in (one.rpartition(":") for one in ends)
+            f"file: a.json:{line}: not JSON: {what}{hint}" for what, _, line in (one.rpartition(":") for one in ends)
         ]
         assert found == said, content
     with pytest.raises(DataError, match=r"a.json:2: not UTF-8"):
@@ -246,7 +246,7 @@ def test_ragged_and_long_csv(tmp_path: Path) -> None:
         'a.csv:8: {"a": "7", "b\\nb": "8"}',
     ]
     assert told(tmp_path, "b.csv", 'a,b\n1,2\n3,"open\n4,5\n') == [
-        "file: b.csv:3: no CSV: unexpected end of data",
+        "file: b.csv:3: not CSV: unexpected end of data",
     ]
     assert told(tmp_path, "c.csv", "a\x00,b\n1\x00,2\n") == ['c.csv:2: {"a\\u0000": "1\\u0000", "b": "2"}']
     path = write(tmp_path, "long.csv", "text\n" + "x" * 300_000)
@@ -274,10 +274,10 @@ def test_broken_archives_and_tables(tmp_path: Path) -> None:
     ]
     packed[30:60] = bytes(30)
     assert told(tmp_path, "a.jsonl.gz", bytes(packed))[-1].startswith("file: a.jsonl.gz: can't be read: ")
-    assert told(tmp_path, "a.parquet", b"no table")[0].startswith("file: a.parquet: no parquet: ")
-    assert told(tmp_path, "a.parquet", b"")[0].startswith("file: a.parquet: no parquet: ")
+    assert told(tmp_path, "a.parquet", b"no table")[0].startswith("file: a.parquet: not parquet: ")
+    assert told(tmp_path, "a.parquet", b"")[0].startswith("file: a.parquet: not parquet: ")
     whole = as_parquet(ROWS)
-    assert told(tmp_path, "a.parquet", whole[: len(whole) // 2])[0].startswith("file: a.parquet: no parquet: ")
+    assert told(tmp_path, "a.parquet", whole[: len(whole) // 2])[0].startswith("file: a.parquet: not parquet: ")
     # text that is not UTF-8 passes through a table unseen until it is looked at
     wrong = pa.array([b"\xff\xfe"], pa.binary()).cast(pa.binary()).view(pa.string())
     stream = io.BytesIO()
@@ -285,7 +285,7 @@ def test_broken_archives_and_tables(tmp_path: Path) -> None:
     (row,) = read(write(tmp_path, "b.parquet", stream.getvalue()))
     assert row.value == {"text": Unreadable("not UTF-8")}
     with pytest.raises(
-        RowError, match=r"`text` must be a string, given what can't be read .not UTF-8.: write that column"
+        RowError, match=r"`text` must be a string, given a value that can't be read .not UTF-8.: write that column"
     ):
         Text().read(row.value)
 

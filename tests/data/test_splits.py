@@ -90,8 +90,8 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     folder = lay(tmp_path, *HUB, ".ipynb_checkpoints/a.jsonl")
     assert row_files.chosen(folder).told == (
         f"{folder}: test.jsonl, validation.jsonl are left out: named for other splits, test and validation "
-        "(point data.eval at them to measure on them)",
-        f"{folder}: .ipynb_checkpoints/a.jsonl, README.txt are left out: hidden or texts beside rows",
+        "(set data.eval to evaluate on them)",
+        f"{folder}: .ipynb_checkpoints/a.jsonl, README.txt are left out: hidden or text files next to rows",
     )
     assert "test.jsonl, data" not in row_files.chosen(folder, "eval").told[0]
     only = lay(tmp_path / "only", "test.jsonl")
@@ -133,7 +133,7 @@ def test_eval_tells_what_it_does_not_read(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, args)
         assert done.exit_code == 0, done.output
         assert f"data: {folder}: train.jsonl is left out: named for another split, train" in done.output
-        assert "not read, though something stands there: `score` (1 rows)" in done.output
+        assert "not read, though not empty: `score` (1 rows)" in done.output
         assert (dataset.DAMAGED in done.output) == (cache == "damaged")
         for file in (base_files.cache() / "rows").rglob("*.arrow"):
             content = bytearray(file.read_bytes())
@@ -148,10 +148,13 @@ COLUMNS = {
     "picture": (pa.array([b"\xff\x00"]), "bytes"),
     "hash": (pa.array([b"ab"], pa.binary(2)), "bytes"),
     "when": (pa.array([1], pa.timestamp("ns", tz="Europe/Berlin")), "Timestamp|datetime"),
-    "nowhere": (pa.array([1], pa.timestamp("us", tz="Nowhere/At")), "what can't be read .timestamp.us, tz=Nowhere/At"),
-    "far": (FAR, "what can't be read .timestamp.us.: date value out of range"),
-    "fars": (pa.ListArray.from_arrays([0, 1], FAR), "what can't be read .list<.*date value out of range"),
-    "about": (pa.StructArray.from_arrays([FAR], names=["far"]), "what can't be read .struct<far: timestamp"),
+    "nowhere": (
+        pa.array([1], pa.timestamp("us", tz="Nowhere/At")),
+        "a value that can't be read .timestamp.us, tz=Nowhere/At",
+    ),
+    "far": (FAR, "a value that can't be read .timestamp.us.: date value out of range"),
+    "fars": (pa.ListArray.from_arrays([0, 1], FAR), "a value that can't be read .list<.*date value out of range"),
+    "about": (pa.StructArray.from_arrays([FAR], names=["far"]), "a value that can't be read .struct<far: timestamp"),
     "day": (pa.array([date(2026, 1, 1)]), "date"),
     "hour": (pa.array([1], pa.time64("us")), "time"),
     "length": (pa.array([1], pa.duration("us")), "timedelta"),

@@ -107,24 +107,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "KTO, instruction": ({"instruction": "a", "output": "b", "kto_tag": "False"}, "`kto_tag` is false: a bad answer"),
     "two system prompts": (
         {"messages": [{"role": "system", "content": "s"}, USER, ANSWER], "system": "other"},
-        "`system` says something else than the system message in `messages`",
+        "`system` differs from the system message in `messages`",
     ),
     "a call twice": (
         {"messages": [USER, {**CALL, "tool_calls": [{"name": "f", "arguments": {}}]}]},
-        "`messages[1].function_call` stands beside `tool_calls`",
+        "`messages[1].function_call` is given along with `tool_calls`",
     ),
     "a call without a name": (
         {"messages": [USER, {**CALL, "function_call": {"arguments": "{}"}}]},
         "`messages[1].function_call` must be an object with `name` and `arguments`",
     ),
     "a history of objects": (
-        {"instruction": "a", "output": "b", "history": [{"q": "a"}]}, "`history[0]` must be a pair of texts",
+        {"instruction": "a", "output": "b", "history": [{"q": "a"}]}, "`history[0]` must be a pair of strings",
     ),
     "a text and messages": (
-        {"prompt": "a", "completion": [ANSWER]}, "`prompt` must be a list of messages, as the other is, given text",
+        {"prompt": "a", "completion": [ANSWER]}, "`prompt` must be a list of messages, as the other is, given a string",
     ),
-    "messages that are no JSON": ({"messages": "[{'role': 'user'}]"}, "`messages` is no JSON"),
-    "nothing of the assistant": ({"prompt": [USER], "completion": [USER]}, "`completion` has no message of the assis"),
+    "messages that are no JSON": ({"messages": "[{'role': 'user'}]"}, "`messages` is not JSON"),
+    "nothing of the assistant": ({"prompt": [USER], "completion": [USER]}, "`completion` has no assistant message"),
 }  # fmt: skip
 
 
@@ -187,14 +187,14 @@ def test_many_names_take_little_memory_and_one_line() -> None:
     assert len(counts) == unread_columns.NAMES + 1
     assert (counts["id"], counts[unread_columns.OTHERS]) == (1000, 901)
     (line,) = unread_columns.lines(counts, {})
-    assert line.startswith("not read, though something stands there: `key0` (1 rows), `id` (1,000 rows)")
+    assert line.startswith("not read, though not empty: `key0` (1 rows), `id` (1,000 rows)")
     assert line.endswith("and 89 more")
 
 
 def test_train_and_inspect_tell(tmp_path: Path, base: Path) -> None:
     written = tiny.write_recipe(tmp_path, base)
     tiny.write_jsonl(tmp_path / "train.jsonl", [{**row, "source": "web"} for row in tiny.chats(5)])
-    told = "not read, though something stands there: `source` (5 rows)"
+    told = "not read, though not empty: `source` (5 rows)"
     for _ in range(2):  # read, then found in the cache
         seen = CliRunner().invoke(app, ["inspect", str(written)])
         assert seen.exit_code == 0
