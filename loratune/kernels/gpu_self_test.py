@@ -50,7 +50,7 @@ def install(net: Any, dtype: torch.dtype, begun: Collection[str] | None = None) 
     if not devices or begun == []:
         return [], []
     if find_spec("triton") is None:
-        return [], ["the package `triton` is not installed: norms and activations take more passes"]
+        return [], ["the package `triton` is not installed: norms and activations are not fused"]
     right: set[str] = set()
     wrong: dict[str, str] = {}
     for trial in _trials(net, dtype, devices):
@@ -96,9 +96,9 @@ def _elementwise(kind: str, width: int, dtype: torch.dtype, device: torch.device
     from loratune.kernels import triton_kernels
 
     if kind == "norm" and width > triton_kernels.WIDEST:
-        return f"{width:,} numbers are too many for a row"
+        return f"rows of {width:,} values are too long"
     other = elementwise.differs(kind, width, dtype, device, "triton")
-    return f"`{other}` gives other numbers" if other else None
+    return f"`{other}` gives different values" if other else None
 
 
 def _nf4(layers: list[Any]) -> str | None:
@@ -116,7 +116,7 @@ def _nf4(layers: list[Any]) -> str | None:
         tried.add(kind)
         if not torch.equal(lora_linear.in_one_launch(packed, state), dequantize_4bit(packed, state)):
             return "weights differ from those of bitsandbytes"
-    return None if tried else "no weights are kept in nf4"
+    return None if tried else "no weights are in nf4"
 
 
 def _cross_entropy(words: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -167,7 +167,7 @@ def _rotary(home: ModuleType, net: Any, dtype: torch.dtype, device: torch.device
             found.append([*outs, *torch.autograd.grad(outs, given, outer)])
     for wanted, got in zip(*found, strict=True):
         if not elementwise.is_near(got, wanted):
-            return "its numbers differ from those of the model's own"
+            return "its values differ from those of the model's own"
     return None
 
 
@@ -193,5 +193,5 @@ def _even(net: Any, device: torch.device) -> str | None:
                 found.append([out, *torch.autograd.grad(out, (q, k, v), outer)])
         for wanted, got in zip(*found, strict=True):
             if not elementwise.is_near(got, wanted):
-                return "its numbers differ from those of variable-length attention"
+                return "its values differ from those of variable-length attention"
     return None

@@ -87,11 +87,11 @@ def attend(
         )
     for name, given in others.items():
         if name not in _HARMLESS and given is not None and given is not False:
-            raise Unfit(f"its attention takes `{name}`, which packed rows can't be given")
+            raise Unfit(f"its attention takes `{name}`, which is not supported for packed rows")
     assert len(query) == 1, "a pack is one sequence"
     if query.is_cuda:
         if dropout:
-            raise Unfit("its attention has dropout, which the kernel for packed rows has not")
+            raise Unfit("its attention has dropout, which the kernel for packed rows does not support")
         assert max_length_q is not None
         parts, starts, longest = (query, key, value), (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
         return on_gpu(parts, scaling, sliding_window, starts, longest, key_places), None

@@ -78,13 +78,13 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     """
     needed = norm_swiglu.found(net)
     if not needed:
-        return False, "nothing is compiled: norms and activations of this training are trained, or no known ones"
+        return False, "nothing is compiled: its norms and activations are trained, or of unknown kinds"
     tell("compile  norms and activations: this may take a minute")
     wrong = None
     for kind, width, device in sorted(needed, key=str):
         try:
             other = elementwise.differs(kind, width, dtype, device)
-            wrong = f"`{other}` gives other numbers" if other else None
+            wrong = f"`{other}` gives different values" if other else None
         except Exception as error:  # of the compiler and all that it calls
             wrong = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         if wrong:
@@ -95,4 +95,4 @@ def install(net: Any, dtype: torch.dtype, wish: str, tell: Callable[[str], None]
     if wish == "on":
         hint = "use `auto` or `off`; torch's compiler needs a C++ compiler, and on a GPU the package `triton`"
         raise SetupError(f"`train.compile: on`: torch can't compile here: {wrong}", hint)
-    return False, f"nothing is compiled: torch can't do it here ({wrong})"
+    return False, f"nothing is compiled: torch can't compile here ({wrong})"

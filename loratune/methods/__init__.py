@@ -22,9 +22,9 @@ Method = Annotated[
             "rslora": "rsLoRA is {type: lora, rslora: true}",
             "loraplus": "LoRA+ is `optimizer.loraplus_lr_ratio`",
             "pissa": "PiSSA is {type: lora, init: pissa}",
-            "full_finetune": "its name here is `full`",
-            "prompt_tuning": "its name here is `prompt`",
-            "soft_prompt": "its name here is `prompt`",
+            "full_finetune": "write `full`",
+            "prompt_tuning": "write `prompt`",
+            "soft_prompt": "write `prompt`",
             "none": "full fine-tuning is `type: full`",
         }
     ),

@@ -21,7 +21,7 @@ _PICKLE = "adapter_model.bin"
 _CODE = {
     "auto_mapping": "imports the module it names",
     "megatron_config": "imports the module that `megatron_core` names",
-    "runtime_config": "is no part of a saved adapter",
+    "runtime_config": "does not belong in a saved adapter",
     "layer_replication": "copies layers of the base",
 }
 _FETCHING = (
@@ -46,14 +46,14 @@ def check(folder: Path) -> None:
     """
     safety.check_folder(folder)
     config = safety.read_object(folder / CONFIG)
-    problems = [Problem(message, Place(str(folder / CONFIG)), "an adapter needs none of it: take the key out")
+    problems = [Problem(message, Place(str(folder / CONFIG)), "an adapter does not need it: remove the key")
                 for message in _hooks(config)]  # fmt: skip
     if problems:
         raise SafetyError(problems)
     _check_config(config, Place(str(folder / CONFIG)))
     if not (folder / TENSORS).is_file():
         if (folder / _PICKLE).exists():
-            hint = "save it again as safetensors, on a machine you can lose"
+            hint = "convert it to safetensors in an isolated environment"
             raise SafetyError(Problem(f"`{_PICKLE}` is a pickle, which can run code", Place(str(folder)), hint))
         raise ModelError(Problem(f"no {TENSORS} here", Place(str(folder))))
     _check_tensors(_read(folder / TENSORS), config, Place(str(folder / TENSORS)))
@@ -71,8 +71,8 @@ def check_mergeable(folder: Path) -> None:
         UsageError: when it can't.
     """
     if not is_mergeable(folder):
-        told = "is a soft prompt, which stands before each row: no weights of the base can hold it"
-        raise UsageError(Problem(told, Place(str(folder)), "use it as it is, with its base: loratune chat, or PEFT"))
+        told = "is a soft prompt, which precedes each row: it can't be merged into the base's weights"
+        raise UsageError(Problem(told, Place(str(folder)), "use it with its base: loratune chat, or PEFT"))
 
 
 def changes_biases(folder: Path) -> bool:
@@ -98,9 +98,9 @@ def check_complete(net: PeftModel, folder: Path, name: str) -> None:
     problems = [
         Problem(f"{what}: {listed([shorten(key, 120) for key in keys], 3)}", Place(str(folder / TENSORS)), hint)
         for what, keys, hint in (
-            ("lacks tensors that this base and its config ask for", missing, "is it whole, and is this its base?"),
-            ("has tensors that this base or its config has no place for", more, "is this its base?"),
-            ("has tensors of another shape than the base asks for", sorted(other), "is this its base?"),
+            ("lacks tensors that this base and its config require", missing, "is it complete, and is this its base?"),
+            ("has tensors that this base or its config does not have", more, "is this its base?"),
+            ("has tensors of another shape than the base requires", sorted(other), "is this its base?"),
         )
         if keys
     ]
@@ -117,7 +117,7 @@ def _hooks(config: Mapping[str, Any]) -> Iterator[str]:
         yield "`megatron_core` names a module to import"
     text = config.get("peft_type") == "PROMPT_TUNING" and config.get("prompt_tuning_init", "RANDOM") != "RANDOM"
     if config.get("peft_type") in _FETCHING or text:
-        yield f"an adapter of the kind `{config['peft_type']}` loads other files that its config names"
+        yield f"an adapter of type `{config['peft_type']}` loads other files that its config names"
     for key, value in config.items():
         if isinstance(value, dict) and any(value.get(name) for name in _UNPICKLED):
             yield f"`{key}` names a file that is a pickle"
@@ -134,9 +134,9 @@ def _check_config(config: Mapping[str, Any], place: Place) -> None:
     kind = str(config.get("peft_type"))
     if kind not in kinds:
         read = listed(list(kinds))
-        raise ModelError(Problem(f"is an adapter of the kind `{shorten(kind)}`; read are {read}", place))
+        raise ModelError(Problem(f"is an adapter of type `{shorten(kind)}`; supported: {read}", place))
     if used := [key for key in _OTHERS if config.get(key)]:
-        raise ModelError(Problem(f"`{used[0]}` is not read here", place, "use a plain LoRA adapter"))
+        raise ModelError(Problem(f"`{used[0]}` is not supported", place, "use a plain LoRA adapter"))
     names = {field.name for field in fields(kinds[kind])}
     if unknown := sorted(key for key, value in config.items() if key not in names and value):
         hint = "it may change what the adapter does: a newer PEFT may know it"
@@ -144,14 +144,14 @@ def _check_config(config: Mapping[str, Any], place: Place) -> None:
     for key in _NUMBERS[kind]:
         value, kinds_of = config.get(key), (int, float) if key == "lora_alpha" else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds_of) or not 0 < value < math.inf:
-            wanted = "number" if key == "lora_alpha" else "whole number"
-            raise ModelError(Problem(f"`{key}` must be a {wanted} above 0, given `{shorten(str(value))}`", place))
+            wanted = "a number" if key == "lora_alpha" else "an integer"
+            raise ModelError(Problem(f"`{key}` must be {wanted} above 0, given `{shorten(str(value))}`", place))
     if kind == "ADALORA":
         _check_kept(config, place)
     if kind == "PROMPT_TUNING":
         for key, allowed in (("task_type", ("CAUSAL_LM",)), ("num_transformer_submodules", (None, 1))):
             if config.get(key) not in allowed:
-                told = f"`{key}` {shorten(str(config.get(key)))}: read are soft prompts of causal language models"
+                told = f"`{key}` {shorten(str(config.get(key)))}: only soft prompts of causal LMs are supported"
                 raise ModelError(Problem(told, place))
 
 
@@ -160,13 +160,13 @@ def _check_kept(config: Mapping[str, Any], place: Place) -> None:
     pattern = config.get("rank_pattern")
     if not pattern:
         return
-    told = f"`rank_pattern` must hold a list of `init_r` ({config['init_r']:,}) times true or false for each matrix"
+    told = f"`rank_pattern` must hold a list of `init_r` ({config['init_r']:,}) booleans for each matrix"
     if not isinstance(pattern, dict):
         raise ModelError(Problem(told, place))
     for name, kept in pattern.items():
         whole = isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
         if not whole or len(kept) != config["init_r"]:  # PEFT first makes room for `init_r` rows, however many
-            raise ModelError(Problem(f"{told}; `{shorten(str(name), 120)}` has another", place))
+            raise ModelError(Problem(f"{told}; `{shorten(str(name), 120)}` does not", place))
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -186,9 +186,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], place: Place) -> None:
     """Refuse an adapter without matrices, with non-finite numbers, with other ranks, or without any effect."""
     if whole := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
-        raise ModelError(Problem(f"has tensors that hold no floating-point numbers: {listed(whole, 3)}", place))
+        raise ModelError(Problem(f"has tensors that are not floating-point: {listed(whole, 3)}", place))
     if broken := sorted(name for name, tensor in tensors.items() if not bool(tensor.float().isfinite().all())):
-        raise ModelError(Problem(f"has numbers that are not finite: {listed(broken, 3)}", place, "its training failed"))
+        raise ModelError(Problem(f"has values that are not finite: {listed(broken, 3)}", place, "its training failed"))
     second = [name for name in tensors if _SECOND.search(name)]
     ranks = {int(tensor.shape[0]) for name, tensor in tensors.items() if _FIRST.search(name) and tensor.ndim}
     asked = {rank for rank in _ranks(config) if rank not in ranks}
@@ -199,18 +199,18 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
     if config["peft_type"] == "PROMPT_TUNING":
         _check_prompt(tensors, config, place)
     if config["peft_type"] == "ADALORA" and not any(bool(t.any()) for name, t in tensors.items() if "lora_E" in name):
-        raise ModelError(Problem("changes nothing: every E is zero", place, "it was not trained, or not saved whole"))
+        raise ModelError(Problem("changes nothing: every E is zero", place, "it was not trained, or not fully saved"))
     rest = [n for n in tensors if not _FIRST.search(n) and not _SECOND.search(n) and "lora_magnitude_vector" not in n]
     alone = not rest or config["peft_type"] == "ADALORA"  # whose E is nothing without B
     if second and alone and not any(bool(tensors[name].any()) for name in second):
-        hint = "it was not trained, or not saved whole"
+        hint = "it was not trained, or not fully saved"
         raise ModelError(Problem("changes nothing: every B matrix is zero", place, hint))
 
 
 def _check_prompt(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], place: Place) -> None:
     """Check that the vectors are as many, and as wide, as the config says: PEFT first makes room for these."""
     if "prompt_embeddings" not in tensors:
-        raise ModelError(Problem("has no `prompt_embeddings`", place, "is it whole?"))
+        raise ModelError(Problem("has no `prompt_embeddings`", place, "is it complete?"))
     found = tuple(tensors["prompt_embeddings"].shape)
     asked = (config["num_virtual_tokens"], config.get("token_dim"))
     if len(found) != 2 or found[0] != asked[0] or asked[1] not in (None, found[1]):

@@ -35,9 +35,7 @@ def notes(config: Mapping[str, Any]) -> list[str]:
         config: adapter_config.json; empty for a full model.
     """
     if config.get("peft_type") == "PROMPT_TUNING":
-        return [
-            "vLLM and llama.cpp can't load this adapter (a soft prompt), and no merge can hold it: PEFT can load it"
-        ]
+        return ["vLLM and llama.cpp can't load this adapter (a soft prompt), and it can't be merged: PEFT can load it"]
     refused = [_REFUSED[key] for key in _REFUSED if config.get(key) not in (None, False, "none", [], {})]
     if config.get("peft_type") == "ADALORA":
         refused = [("AdaLoRA", (VLLM, LLAMA_CPP))]
@@ -46,7 +44,7 @@ def notes(config: Mapping[str, Any]) -> list[str]:
     scaled = [_SCALED[key] for key in _SCALED if config.get(key) and config.get("peft_type") != "ADALORA"]
     told = [f"{who} can't load this adapter ({', '.join(what)})" for who, what in _by_program(refused)]
     told += [f"{who} would scale it wrongly ({', '.join(what)})" for who, what in _by_program(scaled)]
-    return [f"{'; '.join(told)}: give them what `loratune merge` makes"] if told else []
+    return [f"{'; '.join(told)}: give them the output of `loratune merge`"] if told else []
 
 
 def _by_program(found: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, list[str]]]:

@@ -25,7 +25,7 @@ def _modules(value: Any) -> str | tuple[str, ...]:
         try:
             re.compile(value)
         except re.error as error:
-            raise PydanticCustomError("expected", f"is no regular expression ({error})") from None
+            raise PydanticCustomError("expected", f"is not a regular expression ({error})") from None
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
         return tuple(value)
@@ -149,7 +149,7 @@ def notes(method: Method, model: Any) -> list[str]:
     """
     told = []
     if out := _outside(model):
-        told.append(f"no matrices in {listed(out)}: text does not go through it")
+        told.append(f"no matrices in {listed(out)}: not used for text")
     routers = listed(_endings(_routers(model)))
     if routers and method.router == "trained":
         told.append(f"the routers ({routers}) are trained in full and saved with the adapter")
@@ -170,7 +170,7 @@ def check(method: Method, model: Any) -> None:
     """
     problems = [*_unknown_names(method, model), *_unknown_numbers(method, model)]
     if method.router == "trained" and not _routers(model):
-        problems.append(Problem("`method.router: trained`: this model has no router: it is no mixture of experts"))
+        problems.append(Problem("`method.router: trained`: this model has no router: it is not a mixture of experts"))
     wanted = method.target_modules
     if isinstance(wanted, str) and wanted != "all-linear" and method.layers_to_transform:
         problems.append(
@@ -217,7 +217,7 @@ def _unknown_numbers(method: Method, model: Any) -> Iterator[Problem]:
 
 
 def _nothing(key: str, word: str, known: list[str]) -> Problem:
-    return Problem(f"`method.{key}`: `{word}` matches no module of this model; there are: {listed(known)}")
+    return Problem(f"`method.{key}`: `{word}` matches no module of this model; known: {listed(known)}")
 
 
 def _linear(model: Any, head: bool = False) -> list[str]:
@@ -278,7 +278,7 @@ def _without(model: Any) -> list[str]:
     passed = [*_routers(model), *_outside(model), *reached]
     experts = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
     left = [n for n in (*_linear(model), *experts) if not any(n == one or n.startswith(f"{one}.") for one in passed)]
-    return [f"no matrices in {listed(_endings(left))}: frozen, PEFT's `all-linear` does not reach it"] if left else []
+    return [f"no matrices in {listed(_endings(left))}: frozen, PEFT's `all-linear` does not cover it"] if left else []
 
 
 def _tied(model: Any) -> list[str]:

@@ -155,5 +155,5 @@ class Adapter(Tuned):
         state = load_file(folder / TENSORS)
         other = state.keys() ^ self.state().keys()  # PEFT ignores them
         if other:
-            raise ValueError(f"`{min(other)}` is only on one side")
+            raise ValueError(f"`{min(other)}` is not in both checkpoint and model")
         set_peft_model_state_dict(self.net, state)

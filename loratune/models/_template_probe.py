@@ -34,13 +34,13 @@ def main() -> None:
     try:
         refused = _render_all(request["template"], request["tokens"])
     except MemoryError:
-        refused = f"asks for more than {MEMORY >> 20} MiB of memory"
+        refused = f"needs more than {MEMORY >> 20} MiB of memory"
     except RecursionError:
-        refused = "is nested without end"
+        refused = "is nested too deep"
     except OverflowError as error:
-        refused = f"asks for too much: {error}"
+        refused = f"exceeds a limit: {error}"
     except jinja2.exceptions.SecurityError as error:
-        refused = f"reaches for what a template has no business with: {error}"
+        refused = f"uses what a template must not use: {error}"
     except jinja2.TemplateSyntaxError:
         refused = None  # it never renders: each row reports why
     sys.stdout.write(json.dumps({"refused": refused and refused[:300]}))
@@ -56,7 +56,7 @@ def _render_all(source: str, tokens: dict[str, str]) -> str | None:
         return "reads another file"
     names = [node.attr for node in tree.find_all(nodes.Getattr)] + [node.value for node in tree.find_all(nodes.Const)]
     if dunder := [name for name in names if isinstance(name, str) and DUNDER.search(name)]:
-        return f"reaches for what a template has no business with: `{dunder[0][:60]}`"
+        return f"uses what a template must not use: `{dunder[0][:60]}`"
     template = environment.from_string(source)
     for messages, tools in _conversations():
         for prompt in (False, True):
@@ -67,12 +67,12 @@ def _render_all(source: str, tokens: dict[str, str]) -> str | None:
                 ):
                     length += len(piece)
                     if length > LONGEST:
-                        return f"writes more than {LONGEST:,} characters for a few words"
+                        return f"renders a few words as more than {LONGEST:,} characters"
             except (MemoryError, RecursionError, OverflowError, jinja2.exceptions.SecurityError):
                 raise
             except Exception as error:  # it refuses this conversation, or has a fault: rows report it if they meet it
                 if len(str(error)) > LONGEST // 1000:
-                    return "writes more into an error than a person can read"
+                    return f"raises an error of more than {LONGEST // 1000:,} characters"
     return None
 
 

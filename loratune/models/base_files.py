@@ -128,7 +128,7 @@ def check(section: Model, folder: str, trust: bool) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     if os.path.isabs(folder) and not os.path.exists(folder):
-        raise ModelError(Problem("no such folder", Place(folder), "name where the base lies now"))
+        raise ModelError(Problem("no such folder", Place(folder), "give the base's new path"))
     if Path(folder).is_dir():
         safety.check_folder(Path(folder), trust, section.attention)
         return
@@ -171,7 +171,7 @@ def check_name(name: str) -> None:
     if like_a_path or not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
         raise ModelError(Problem("no such folder", Place(name), nearby(name)))
     if "/" in name and Path(first).is_dir():
-        hint = nearby(name) or f"`{first}` is a folder here; a model of the hub is named OWNER/NAME"
+        hint = nearby(name) or f"`{first}` is a folder here; a model on the hub is named OWNER/NAME"
         raise ModelError(Problem("no such folder", Place(name), hint))
 
 
@@ -214,13 +214,13 @@ def unusable(base: str, error: Exception, what: str) -> ModelError | SafetyError
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
-        remedy = "use one that transformers knows, or read that code and give --trust-remote-code"
-        return SafetyError(Problem("the model wants to run code of its own", Place(base), remedy))
+        remedy = "use a model that transformers supports, or read that code and give --trust-remote-code"
+        return SafetyError(Problem("the model wants to run its own code", Place(base), remedy))
     if "does not appear to have a file named model.safetensors" in str(error):
         return SafetyError(Problem("it has no safetensors; a pickle can run code", Place(base), safety.CONVERT))
     hint = None
     if not Path(base).is_absolute():
-        hint = nearby(base) or "there is no such folder either; one in a recipe is named relative to it"
+        hint = nearby(base) or "there is no such folder either; paths in a recipe are relative to it"
         if is_offline_mode():
-            hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only models in the local cache can be had"
+            hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only models in the local cache can be used"
     return ModelError(Problem(f"the {what} can't be loaded: {shorten(reason, 300)}", Place(base), hint))

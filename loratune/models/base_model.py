@@ -111,13 +111,13 @@ def precision_notes(asked: str, dtype: torch.dtype, where: torch.device, full: b
     """
     name = name_of(dtype)
     if asked == "auto" and dtype is not dtype_of("auto", where, full):
-        return [f"{name}, as the run was begun; here `model.dtype: auto` would choose otherwise"]
+        return [f"{name}, as when the run started; here `model.dtype: auto` would choose another"]
     if computes_in_bf16(where):
         return []
     if dtype is torch.bfloat16:
-        return ["bfloat16 is slow here, without instructions for it: `model.dtype: auto` would be float32"]
+        return ["bfloat16 is slow on this device (no instructions for it): `model.dtype: auto` would be float32"]
     if asked == "auto" and where.type == "cuda" and not full:
-        return ["this GPU has no bfloat16 instructions, so `auto` is float32; `model.dtype: float16` takes half"]
+        return ["this GPU has no bfloat16 instructions, so `auto` is float32; `model.dtype: float16` halves the memory"]
     return []
 
 

@@ -45,7 +45,7 @@ def notes(trained: Sequence[int], eos: Sequence[int], tokenizer: Any) -> list[st
     if not new:
         return []
     told = f"answers are trained to end with {listed(new)}"
-    return [f"{told}, those of the base with {listed(old)}: {NAME} names all" if old else told]
+    return [f"{told}, those of the base with {listed(old)}: {NAME} lists all" if old else told]
 
 
 def write_config(target: Path, base: Path, ends: Iterable[int]) -> None:

@@ -67,7 +67,7 @@ class Fingerprint:
         parts = sorted(self.parts.keys() | other.parts.keys(), key=_in_layer_order)
         wrong = [part for part in parts if self.parts.get(part) != other.parts.get(part)]
         if wrong:
-            found.append(f"the tensors of {listed(wrong, SHOWN)} are others")
+            found.append(f"the tensors of {listed(wrong, SHOWN)} differ")
         return found
 
 
@@ -99,7 +99,7 @@ def of_folder(folder: Path) -> Fingerprint:
                         digest.update(os.pread(stream.fileno(), size, header.begin + place))
                     seen.setdefault(_part(name), {})[name] = digest.hexdigest()
     except (OSError, ValueError) as error:
-        raise ModelError(Problem(f"no fingerprint can be taken: {error}", Place(str(folder)))) from None
+        raise ModelError(Problem(f"the fingerprint can't be computed: {error}", Place(str(folder)))) from None
     return Fingerprint(
         _lasting(config_files.without_old_names(config)),
         {part: storage.json_sha256(tensors) for part, tensors in sorted(seen.items())},
@@ -139,9 +139,9 @@ def read(folder: Path) -> dict[str, Any] | None:
         base = Fingerprint(about["base"]["config"], about["base"]["parts"])
         whole = about["schema"] == SCHEMA and base.sha256 == about["base"]["sha256"]
         if not whole or not {"sha256", "template"} <= about["tokenizer"].keys():
-            raise ValueError("its digest is another")
+            raise ValueError("its digest does not match")
         if not all(type(token) is int and token >= 0 for token in about.get("turn_ends", {}).values()):
-            raise ValueError("`turn_ends` are no token ids")
+            raise ValueError("`turn_ends` are not token ids")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "an adapter without this file can be used; its base is not checked then"
         raise ModelError(Problem(f"is damaged ({error})", Place(str(path)), hint)) from None
@@ -178,13 +178,13 @@ def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) ->
     """
     about = read(folder)
     if about is None:
-        return Comparison(notes=(f"{folder.name}: without {NAME}, so whether this is its base is not known",))
+        return Comparison(notes=(f"{folder.name} has no {NAME}: its base can't be checked",))
     notes = []
     if tokenizer is not None:
         now = of_tokenizer(tokenizer)
         for key, what in (("sha256", "tokenizer"), ("template", "chat template")):
             if now[key] != about["tokenizer"][key]:
-                notes.append(f"the {what} is another than the one {folder.name} was trained with")
+                notes.append(f"the {what} differs from the one {folder.name} was trained with")
     was = Fingerprint(about["base"]["config"], about["base"]["parts"])
     differences = tuple(of_base(section).differences(was))
     if not differences:
@@ -195,10 +195,10 @@ def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) ->
             Problem(
                 f"this is not the base it was trained on (`{shorten(str(about['base']['name']))}`): {told}",
                 Place(section.base),
-                "name the right one, or go on with --allow-base-mismatch: that is recorded",
+                "name the right one, or continue with --allow-base-mismatch: this is recorded",
             )
         )
-    return Comparison(differences, (f"another base than it was trained on, as allowed: {told}", *notes))
+    return Comparison(differences, (f"not the base it was trained on, as allowed: {told}", *notes))
 
 
 def _places(start: int, end: int, whole: bool) -> list[tuple[int, int]]:

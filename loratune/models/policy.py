@@ -47,7 +47,7 @@ class Policy:
             ValueError: where it can't be restored.
         """
         if self._off is None:
-            raise ValueError("the model of the start can't be had again from this one")
+            raise ValueError("the model before step 1 can't be restored from this one")
         with self._off():
             yield self
 

@@ -47,7 +47,7 @@ def arguments(section: Model, dtype: torch.dtype, stored: str | None) -> dict[st
     if stored is not None:
         raise ModelError(
             Problem(
-                f"`model.quantization: {wanted.type}`, and its files are quantized as `{stored}` already",
+                f"`model.quantization: {wanted.type}`, but its files are already quantized as `{stored}`",
                 Place(section.base),
                 "leave `model.quantization` out, or use the model it was made from",
             )
@@ -76,7 +76,7 @@ def kind_of(model: Any) -> str:
         if is_of_bitsandbytes(module, "Linear8bitLt"):
             return "int8"
     packed = any(p.itemsize == 1 or not p.is_floating_point() for p in model.parameters())
-    return (stored_as(model.config) or "few bits") if packed else "none"
+    return (stored_as(model.config) or "low-bit") if packed else "none"
 
 
 def compute_in(model: Any, dtype: torch.dtype) -> None:
@@ -107,7 +107,7 @@ def mend_on_cpu(model: Any, has_bf16: bool) -> None:
     wrong = [f"{name} ({m.in_features})" for name, m in layers.items() if m.in_features % m.weight.blocksize]
     if wrong and has_bf16:
         raise ModelError(
-            "4-bit weights come out wrong on this CPU in layers whose inputs are no multiple of 64: "
+            "4-bit weights give wrong results on this CPU in layers whose inputs are not a multiple of 64: "
             + ", ".join(wrong[:4]),
             "leave `model.quantization` out, or use a GPU",
         )
@@ -125,7 +125,7 @@ def note(model: Any, kind: str, wanted: str) -> list[str]:
     """
     if kind == "none":
         return []
-    told = [] if wanted == kind else [f"the base's files hold {kind} weights: it is used as it is"]
+    told = [] if wanted == kind else [f"the base's files hold {kind} weights: it is used unchanged"]
     whole = sum(p.numel() * p.itemsize for p in model.parameters())
     known = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     left = {

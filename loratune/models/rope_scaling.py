@@ -50,7 +50,7 @@ def complete(config: Any, file: Path) -> None:
         found = {"rope_type": said["type"], **numbers} if known and rope else None
     if found is None:
         hint = "use the model's safetensors files"
-        told = "its positions are scaled in a way that is not read from a .gguf file here"
+        told = "its RoPE scaling can't be read from a .gguf file"
         raise ModelError(Problem(told, Place(str(file)), hint))
     config.rope_parameters = rope | found
 

@@ -25,7 +25,7 @@ CONFIGS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json",
     "preprocessor_config.json", "special_tokens_map.json", "adapter_config.json", "model.safetensors.index.json",
 )  # fmt: skip
-CONVERT = "convert them to safetensors on a machine you can lose"
+CONVERT = "convert them to safetensors in an isolated environment"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _OPENED = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 _ATTENTION = ("attn_implementation", "attn_implementation_internal")
@@ -75,14 +75,14 @@ def header_of(file: Path) -> Header:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{file.name} is no safetensors file, or cut short")
+            raise ValueError(f"{file.name} is not a safetensors file, or truncated")
         try:
             plain = json.loads(stream.read(length))
             tensors = {name: _entry(value) for name, value in plain.items() if name != "__metadata__"}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{file.name} has a damaged header") from None
     if any(not 0 <= start <= end <= size - 8 - length for start, end in (one.offsets for one in tensors.values())):
-        raise ValueError(f"{file.name} is cut short, or its header is damaged")
+        raise ValueError(f"{file.name} is truncated, or its header is damaged")
     return Header(8 + length, tensors)
 
 
@@ -120,7 +120,7 @@ def check_folder(folder: Path, trust: bool = False, attention: str = "auto") -> 
 
     Raises:
         SafetyError: when something in it would run or download code, is a pickle, or refers to a file outside.
-        ModelError: when a config is no JSON object.
+        ModelError: when a config is not a JSON object.
     """
     try:
         _check_links(folder)
@@ -142,7 +142,9 @@ def check_configs(files: dict[str, Path], trust: bool, attention: str = "auto") 
             problems = _bad_shards(read_object(path)) if name.endswith(".index.json") else iter(())
         elif name == "adapter_config.json":
             if "config.json" in files:
-                _refuse(path, "a model with an adapter inside loads more than it shows", "merge the two, or name one")
+                _refuse(
+                    path, "an adapter in a model's folder would be loaded with the model", "merge the two, or use one"
+                )
             continue  # see `adapter_files.check`
         else:
             problems = _bad_keys(read_object(path), trust, attention)
@@ -163,9 +165,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(Problem(f"can't be read: {error.strerror}", Place(str(path)))) from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(Problem(f"is no JSON: {error}", Place(str(path)))) from None
+        raise ModelError(Problem(f"is not JSON: {error}", Place(str(path)))) from None
     if not isinstance(value, dict):
-        raise ModelError(Problem("is no JSON object", Place(str(path))))
+        raise ModelError(Problem("is not a JSON object", Place(str(path))))
     return value
 
 
@@ -186,14 +188,14 @@ def _check_links(folder: Path) -> None:
     inner = [folder / "additional_chat_templates"]
     for file in [*folder.iterdir(), *(f for one in inner if one.is_dir() for f in one.iterdir())]:
         if file.suffix in _OPENED and (kind := files.odd(file)):
-            raise ModelError(Problem(f"is {kind}, not a file", Place(str(file)), "put the file itself in its place"))
+            raise ModelError(Problem(f"is {kind}, not a file", Place(str(file)), "replace it with the file itself"))
         if file.is_symlink() and (file in inner or file.suffix in _OPENED):
             try:
                 leads = file.resolve()
             except (OSError, RuntimeError):  # a link to itself
                 leads = Path("/")
             if not leads.is_relative_to(home):
-                _refuse(file, "is a link that leads out of its folder", "put the file itself in its place")
+                _refuse(file, "is a link that points outside its folder", "replace it with the file itself")
 
 
 def _shards(index: dict[str, Any]) -> set[Any]:
@@ -210,9 +212,9 @@ def _bad_shards(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return  # reported when it is read
     for name in names:
         if not is_inside(name):
-            yield f"`weight_map` leads out of its folder: `{shorten(name)}`", "get it from its first source"
+            yield f"`weight_map` points outside its folder: `{shorten(name)}`", "get it from its original source"
         elif not name.endswith(".safetensors"):
-            yield f"`weight_map` names what is no safetensors file: `{shorten(name)}`", CONVERT
+            yield f"`weight_map` names a file that is not safetensors: `{shorten(name)}`", CONVERT
 
 
 def _bad_keys(config: Any, trust: bool, attention: str) -> Iterator[tuple[str, str]]:
@@ -226,30 +228,30 @@ def _bad_keys(config: Any, trust: bool, attention: str) -> Iterator[tuple[str, s
         bare = str(key).lstrip("_")
         if key == "auto_map" and value and not trust:
             yield (
-                f"`auto_map` names code of the model's own: {listed(_names(value), 2)}",
-                "read that code, then give --trust-remote-code; or take the key out: transformers may know the model",
+                f"`auto_map` names the model's own code: {listed(_names(value), 2)}",
+                "read that code, then give --trust-remote-code; or remove the key: transformers may support the model",
             )
         elif bare in _ATTENTION and not _known(value, _attention_here(attention)):
             yield (
-                f"`{key}` asks for an attention kernel from elsewhere: {listed(_names(value), 2)}",
-                "take the key out, or set `model.attention: sdpa`",
+                f"`{key}` asks for an external attention kernel: {listed(_names(value), 2)}",
+                "remove the key, or set `model.attention: sdpa`",
             )
         elif bare in _EXPERTS and not _known(value, _KNOWN_EXPERTS):
-            yield f"`{key}` asks for a kernel from elsewhere: {listed(_names(value), 2)}", "take the key out"
+            yield f"`{key}` asks for an external kernel: {listed(_names(value), 2)}", "remove the key"
         elif bare in _CODE and value:
-            yield f"`{key}` runs or fetches code", "take the key out"
+            yield f"`{key}` runs or fetches code", "remove the key"
         elif key == "quantization_config" and isinstance(value, dict) and not _is_known_quantization(value):
             method = shorten(str(value.get("quant_method")))
-            yield f"its weights are packed by `{method}`, which is not known here", "use the model it was made from"
+            yield f"its weights are quantized with `{method}`, which is not supported", "use the model it was made from"
         elif key in _FILES:
             for name in value if isinstance(value, list) else [value]:
                 if name is not None and not is_inside(name):
-                    yield f"`{key}` leads out of its folder: `{shorten(str(name))}`", "take the key out"
+                    yield f"`{key}` points outside its folder: `{shorten(str(name))}`", "remove the key"
         elif key == "chat_template" and isinstance(value, list):
             for one in value:
                 if isinstance(one, dict) and not is_inside(one.get("name")):
                     yield (
-                        f"a chat template's name leads out of its folder: `{shorten(str(one.get('name')))}`",
+                        f"a chat template's name points outside its folder: `{shorten(str(one.get('name')))}`",
                         "rename it",
                     )
         yield from _bad_keys(value, trust, attention)

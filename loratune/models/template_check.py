@@ -69,9 +69,9 @@ def _ask(program: Path, about: str) -> str | None:
         reason = shorten(done.stderr.strip().rpartition("\n")[2], 200)
         raise SetupError(f"the process that checks the chat template does not start: {reason}")
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"takes more than {_template_probe.CPU_SECONDS} s of time to render a few words"
+        return f"takes more than {_template_probe.CPU_SECONDS} s of CPU time to render a few words"
     try:
         refused = json.loads(answer)["refused"]
     except (ValueError, KeyError, TypeError):
-        return "breaks the process that renders it"
+        return "crashes the process that renders it"
     return None if refused is None else str(refused)

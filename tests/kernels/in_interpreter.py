@@ -246,7 +246,7 @@ def test_what_is_wrong_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert used == ["cross_entropy", "rotary"]
     assert notes == [
         "the GPU kernel `gate` is not used: ptxas died",
-        "the GPU kernel `norm` is not used: `norm` gives other numbers",
+        "the GPU kernel `norm` is not used: `norm` gives different values",
     ]
     assert {m.forward.__func__.keywords.get("way", "plain") for m in net.modules() if norm_swiglu._installed(m)} == {
         "plain"

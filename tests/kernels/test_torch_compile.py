@@ -114,8 +114,8 @@ def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatc
     net, told = adapted(), []
     done, note = torch_compile.install(net, torch.float32, "auto", told.append)
     assert (done, compiles(net), len(told)) == (False, False, 1)
-    shown = {0: "`norm_back` gives other numbers", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
-    assert note == f"nothing is compiled: torch can't do it here ({shown})"
+    shown = {0: "`norm_back` gives different values", 1: "no compiler", 2: "None"}[WRONG.index(wrong)]
+    assert note == f"nothing is compiled: torch can't compile here ({shown})"
     with pytest.raises(SetupError, match=f"`train.compile: on`: torch can't compile here: {shown}"):
         torch_compile.install(net, torch.float32, "on", told.append)
 
@@ -123,7 +123,7 @@ def test_what_cant_be_compiled_stays_as_it_is(wrong: str | Exception, monkeypatc
 def test_where_nothing_is_known_nothing_is_compiled() -> None:
     done, note = torch_compile.install(llama(), torch.float32, "on", pytest.fail)
     assert not done
-    assert note.startswith("nothing is compiled: norms")
+    assert note.startswith("nothing is compiled: its norms")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, as it is imported

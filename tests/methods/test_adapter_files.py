@@ -139,7 +139,7 @@ MUTILATIONS: dict[str, tuple[Mutilation, int]] = {
     "the tensors empty": (raw(TENSORS, lambda data, rng: b""), 1),
     "the tensors of noise": (raw(TENSORS, lambda data, rng: rng.randbytes(len(data))), 1),
     "a header of 2^63 bytes": (raw(TENSORS, lambda data, rng: (1 << 63).to_bytes(8, "little") + data[8:]), 1),
-    "a header that is no JSON": (raw(TENSORS, lambda data, rng: data[:8] + b"x" + data[9:]), 1),
+    "a header that is not JSON": (raw(TENSORS, lambda data, rng: data[:8] + b"x" + data[9:]), 1),
     "offsets beyond the end": (reheaded(lambda h, r: a_tensor(h, r).update(data_offsets=[0, 1 << 40])), 1),
     "offsets below zero": (reheaded(lambda h, r: a_tensor(h, r).update(data_offsets=[-8, 8])), 1),
     "a dtype nobody knows": (reheaded(lambda h, r: a_tensor(h, r).update(dtype="F99")), 1),
@@ -191,7 +191,7 @@ def test_the_key_is_named(whole: Path, base: Path, tmp_path: Path) -> None:
     state = load_file(folder / TENSORS)
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     save_file({name: tensor for name, tensor in state.items() if name != key}, folder / TENSORS)
-    with pytest.raises(ModelError, match=f"lacks tensors that this base and its config ask for: `{key}`"):
+    with pytest.raises(ModelError, match=f"lacks tensors that this base and its config require: `{key}`"):
         opened_model.load(opened_model.open_subject(str(folder), str(base)))
 
 
@@ -317,15 +317,15 @@ SPOILT: list[tuple[str, dict[str, Any], str]] = [
         "has the shape (5, 64), the config asks for 1,000,000,000 virtual",
     ),
     ("PROMPT_TUNING", {"token_dim": 10**9}, "the config asks for 5 virtual tokens of 1000000000 numbers"),
-    ("PROMPT_TUNING", {"num_virtual_tokens": 5.5}, "must be a whole number above 0, given `5.5`"),
-    ("PROMPT_TUNING", {"task_type": None}, "`task_type` None: read are soft prompts of causal language models"),
-    ("PROMPT_TUNING", {"task_type": "SEQ_2_SEQ_LM"}, "`task_type` SEQ_2_SEQ_LM: read are"),
-    ("PROMPT_TUNING", {"num_transformer_submodules": 2}, "`num_transformer_submodules` 2: read are"),
-    ("ADALORA", {KEPT: {"a": [True] * 3}}, "must hold a list of `init_r` (4) times true or false"),
-    ("ADALORA", {KEPT: {"a": [[1]] * 4}}, "must hold a list of `init_r` (4) times true or false"),
-    ("ADALORA", {KEPT: {"a": 4}}, "must hold a list of `init_r` (4) times true or false"),
-    ("ADALORA", {KEPT: [1]}, "must hold a list of `init_r` (4) times true or false"),
-    ("ADALORA", {KEPT: {"a": [True] * 4}, "init_r": 10**9}, "list of `init_r` (1,000,000,000) times true or false"),
+    ("PROMPT_TUNING", {"num_virtual_tokens": 5.5}, "must be an integer above 0, given `5.5`"),
+    ("PROMPT_TUNING", {"task_type": None}, "`task_type` None: only soft prompts of causal LMs are supported"),
+    ("PROMPT_TUNING", {"task_type": "SEQ_2_SEQ_LM"}, "`task_type` SEQ_2_SEQ_LM: only soft prompts"),
+    ("PROMPT_TUNING", {"num_transformer_submodules": 2}, "`num_transformer_submodules` 2: only soft prompts"),
+    ("ADALORA", {KEPT: {"a": [True] * 3}}, "must hold a list of `init_r` (4) booleans"),
+    ("ADALORA", {KEPT: {"a": [[1]] * 4}}, "must hold a list of `init_r` (4) booleans"),
+    ("ADALORA", {KEPT: {"a": 4}}, "must hold a list of `init_r` (4) booleans"),
+    ("ADALORA", {KEPT: [1]}, "must hold a list of `init_r` (4) booleans"),
+    ("ADALORA", {KEPT: {"a": [True] * 4}, "init_r": 10**9}, "list of `init_r` (1,000,000,000) booleans"),
     ("ADALORA", {"init_r": 10**9}, "the config asks for rank 1000000000, the tensors have 4"),
     ("ADALORA", {"lora_alpha": float("inf")}, "`lora_alpha` must be a number above 0, given `inf`"),
 ]
@@ -365,7 +365,7 @@ def test_tensors_of_other_tools_that_do_nothing(base: Path, tmp_path: Path, kind
 def test_adapters_of_two_kinds_are_not_held_at_once(whole: Path, base: Path, tmp_path: Path) -> None:
     net = opened_model.attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), whole, "default")
     other = _peft(base, tmp_path / "adapter", "PROMPT_TUNING")
-    with pytest.raises(ModelError, match="of the kind PROMPT_TUNING, and one of the kind LORA is loaded") as caught:
+    with pytest.raises(ModelError, match="of type PROMPT_TUNING, and one of type LORA is loaded") as caught:
         opened_model.attach(net, other, "second")
     assert "open it alone" in str(caught.value)
     assert set(net.peft_config) == {"default"}

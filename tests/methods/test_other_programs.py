@@ -10,7 +10,7 @@ import pytest
 from loratune.methods import other_programs
 from tests.conftest import Fit
 
-MERGED = ": give them what `loratune merge` makes"
+MERGED = ": give them the output of `loratune merge`"
 FEW = "vLLM and llama.cpp can't load this adapter "
 
 

@@ -95,7 +95,7 @@ def test_off_is_the_base_but_not_the_start() -> None:
         with tuned.off():
             assert Policy(tuned.net).cross_entropy(batch).item() == before
     assert not tuned.off_is_start
-    with pytest.raises(ValueError, match="can't be had again"), tuned.policy().reference():
+    with pytest.raises(ValueError, match="can't be restored"), tuned.policy().reference():
         pass
 
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_the_straight_one(fit: Fit) -> None:
 
 def test_rows_stand_side_by_side(fit: Fit) -> None:
     facts = fit(method=METHOD).facts()
-    assert facts["batching"] == {"packed": False, "why_not": "`method: prompt` puts something before each row"}
+    assert facts["batching"] == {"packed": False, "why_not": "`method: prompt` puts virtual tokens before each row"}
 
 
 def test_over_nf4_evaluated_answered_and_not_merged(fit: Fit, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def _learned(folder: Path, virtual: int, lengths: tuple[int, ...]) -> Path:
 @pytest.mark.parametrize(("virtual", "remedy"), [(40, f"or data.max_length: {POSITIONS - 40}"), (70, "fewer `method.")])
 def test_virtual_tokens_take_positions_of_a_table(tmp_path: Path, virtual: int, remedy: str) -> None:
     recipe = _learned(tmp_path, virtual, (8, 30))
-    with pytest.raises(DataError, match=rf"{max(0, POSITIONS - virtual)} positions that {virtual} virtual") as caught:
+    with pytest.raises(DataError, match=rf"{max(0, POSITIONS - virtual)} positions: {virtual} of the") as caught:
         loratune.train(loratune.load_recipe(recipe))
     assert remedy in str(caught.value)
 
@@ -153,13 +153,13 @@ def test_answers_end_with_the_positions_that_virtual_tokens_leave(tmp_path: Path
     lines: list[str] = []
     loratune.chat(run.folder, "a", on_event=lambda e: lines.append(e.text) if isinstance(e, loratune.Told) else None)
     assert any(line.startswith("answers end after") for line in lines)
-    with pytest.raises(UsageError, match="64 positions, and 40 virtual tokens take some"):
+    with pytest.raises(UsageError, match="64 positions, and virtual tokens take 40 of them"):
         loratune.chat(run.folder, "a" * 23)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a" * size, "completion": " b"} for size in (4, 15)])
     found = loratune.evaluate(run.folder, data=str(rows), max_new_tokens=50)
     assert found.generated == 2
     long = tiny.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 25, "completion": " b"}])
-    with pytest.raises(DataError, match="longer than the 24 positions that 40 virtual tokens leave of the 64"):
+    with pytest.raises(DataError, match="longer than 24 positions: 40 of the model's 64 are taken by virtual tokens"):
         loratune.evaluate(run.folder, data=str(long))
 
 
@@ -170,7 +170,7 @@ def test_a_tokenizer_larger_than_the_embedding(fit: Fit, tmp_path: Path) -> None
     tokens.add_tokens(["beyond"] + [f"more{i}" for i in range(2000)])
     torch.manual_seed(0)
     Prompt(virtual_tokens=8).apply(net, Setup(1, tokens))
-    with pytest.raises(ModelError, match=r"`method.init_text` has token \d+, none of the"):
+    with pytest.raises(ModelError, match=r"`method.init_text`: token \d+ has no embedding"):
         Prompt(virtual_tokens=8, init_text="beyond").apply(net, Setup(1, tokens))
 
 

@@ -82,7 +82,7 @@ def test_a_router_is_frozen_and_that_is_said(fit: Fit, bases: Any, capsys: pytes
     assert (
         "the routers (`mlp.gate`, `mlp.shared_expert_gate`) are frozen (`method.router: trained` trains them)" in told
     )
-    assert "no matrices in `mlp.experts`: frozen, PEFT's `all-linear` does not reach it" in told
+    assert "no matrices in `mlp.experts`: frozen, PEFT's `all-linear` does not cover it" in told
     assert _modules(trained.folder) == {
         f"model.layers.{name}.lora_{part}.weight"
         for name in (
@@ -161,7 +161,7 @@ def test_a_tower_that_text_does_not_reach_gets_no_matrices(
             f"run{number}", rows=8, model={"base": str(bases("gemma3"))}, method={"type": "lora", "r": 2, **wanted}
         )
         told = capsys.readouterr().err
-        assert "no matrices in `model.vision_tower`: text does not go through it" in told
+        assert "no matrices in `model.vision_tower`: not used for text" in told
         names = _modules(trained.folder)
         assert names
         assert all(name.startswith("model.language_model.layers.") for name in names)
@@ -181,7 +181,7 @@ def test_layers_of_gpt2_can_be_chosen(fit: Fit, bases: Any) -> None:
 def test_an_unknown_name_lists_the_layers_of_gpt2(fit: Fit, bases: Any) -> None:
     with pytest.raises(ModelError) as raised:
         fit("a", model={"base": str(bases("gpt2"))}, method={"type": "lora", "target_modules": ["q_proj"]})
-    assert "matches no module of this model; there are: `c_attn`, `c_fc`, `c_proj`, `lm_head`" in str(raised.value)
+    assert "matches no module of this model; known: `c_attn`, `c_fc`, `c_proj`, `lm_head`" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_pattern_that_is_none_is_a_mistake_with_its_place(tmp_path: Path, base
     with pytest.raises(RecipeError) as raised:
         recipe.load(path)
     (problem,) = raised.value.problems
-    assert f"`{word}` is no regular expression" in problem.message
+    assert f"`{word}` is not a regular expression" in problem.message
     assert problem.place is not None
     assert problem.place.line is not None
 

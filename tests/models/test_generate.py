@@ -60,15 +60,15 @@ def test_rows_past_the_positions_are_told(kind: str, tmp_path: Path, capsys: pyt
     fits = tiny.write_jsonl(tmp_path / "fits.jsonl", rows[:2])
     options = {"format": "completion", "max_new_tokens": 12, "out": tmp_path / "out.jsonl", "on_event": Terminal()}
     assert evaluate(tmp_path / "base", data=str(fits), **options).generated == 2
-    assert f"1 of 2 answers are limited to what is left of {POSITIONS} positions" in capsys.readouterr().err
+    assert f"1 of 2 answers may be truncated at {POSITIONS} positions" in capsys.readouterr().err
     if kind == "gpt2":
-        with pytest.raises(DataError, match=r"long.jsonl:3: 1 of 3 rows are longer than the 64 positions"):
+        with pytest.raises(DataError, match=r"long.jsonl:3: 1 of 3 rows are longer than the model's 64 positions"):
             evaluate(tmp_path / "base", data=str(long), **options)
         return
     assert evaluate(tmp_path / "base", data=str(long), **options).generated == 2
     told = capsys.readouterr().err
-    assert "1 of 3 rows are longer than the 64 positions the model was made for" in told
-    assert "1 of 3 prompts leave no position: not answered" in told
+    assert "1 of 3 rows are longer than the model's 64 positions" in told
+    assert "1 of 3 prompts leave no room: not answered" in told
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -80,5 +80,5 @@ def test_a_chat_ends_with_the_positions(kind: str, tmp_path: Path, capsys: pytes
     assert "answers end after 5 tokens here: the model has no more positions" in capsys.readouterr().err
     chat(tmp_path / "base", "a", max_new_tokens=12, on_event=Terminal())
     assert "positions" not in capsys.readouterr().err
-    with pytest.raises(UsageError, match=f"^{POSITIONS} tokens leave no room: the model was made for {POSITIONS}"):
+    with pytest.raises(UsageError, match=f"^{POSITIONS} tokens leave no room: the model has {POSITIONS}"):
         chat(tmp_path / "base", "a" * POSITIONS, max_new_tokens=12)

@@ -50,7 +50,7 @@ def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_what_is_loaded_is_told(stored: dict[str, Path], kind: str) -> None:
     loaded = base_model.load(Model(base=str(stored[kind]), dtype="float32"), where=CPU)
     assert loaded.quantization == kind
-    assert loaded.notes == [f"the base's files hold {kind} weights: it is used as it is"]
+    assert loaded.notes == [f"the base's files hold {kind} weights: it is used unchanged"]
 
 
 @pytest.mark.parametrize("wanted", [NoQuantization(), Nf4()])
@@ -63,7 +63,7 @@ def test_a_stored_base_trains_as_one_quantized_here(
     assert there.column("loss") == here.column("loss")
     assert there.column("grad_norm") == here.column("grad_norm")
     assert there.facts()["quantization"] == "nf4"
-    assert "over a nf4 base" in (there.folder / "README.md").read_text()
+    assert "on a nf4 base" in (there.folder / "README.md").read_text()
 
 
 def test_an_evaluation_does_not_change_gradients(stored: dict[str, Path]) -> None:
@@ -118,7 +118,7 @@ def test_a_method_that_its_weights_do_not_allow(
 def test_another_quantization_than_the_stored_one(stored: dict[str, Path]) -> None:
     with pytest.raises(ModelError) as raised:
         base_model.load(Model(base=str(stored["nf4"]), quantization=Int8()), where=CPU)
-    assert "`model.quantization: int8`, and its files are quantized as `nf4` already" in str(raised.value)
+    assert "`model.quantization: int8`, but its files are already quantized as `nf4`" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -80,7 +80,7 @@ def test_scaling_in_the_metadata(said: dict[str, object], rope: dict[str, object
     gguf_file.metadata(file, said)
     config = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     if rope is None:
-        with pytest.raises(ModelError, match="positions are scaled"):
+        with pytest.raises(ModelError, match="its RoPE scaling"):
             rope_scaling.complete(config, file)
         return
     rope_scaling.complete(config, file)
