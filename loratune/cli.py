@@ -60,12 +60,12 @@ Subject = Annotated[
 ]
 AllowMismatch = Annotated[
     bool,
-    typer.Option("--allow-base-mismatch", help="go on with another base than it was trained on; that is recorded"),
+    typer.Option("--allow-base-mismatch", help="allow a base other than the one it was trained on; this is recorded"),
 ]
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="run code that comes with the base model: read it first; that is recorded"
+        "--trust-remote-code", help="run code that comes with the base model: read it first; this is recorded"
     ),
 ]
 
@@ -99,18 +99,18 @@ def train(
     set_: Set = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="resume from the newest valid checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start over in a folder that holds a run")] = False,
-    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="with --resume: go on although recipe or rows have changed")] = False,
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="with --resume: continue although recipe or rows have changed")] = False,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
 ) -> None:  # fmt: skip
-    """Train what a recipe says; the result lies in its `output` folder."""
+    """Run the training of a recipe; the result is saved in its `output` folder."""
     import loratune
     from loratune.commands import next_steps
 
     if resume and overwrite:
-        raise errors.UsageError("--resume and --overwrite exclude each other")
+        raise errors.UsageError("--resume and --overwrite can't be combined")
     if allow_drift and not resume:
-        raise errors.UsageError("--allow-drift is about what has changed before a --resume")
+        raise errors.UsageError("--allow-drift needs --resume")
     loaded = loratune.load_recipe(recipe, set_)
     with signals.at_once():
         start = loratune.train
@@ -175,10 +175,10 @@ def inspect(
     random: Annotated[bool, typer.Option("--random", help="show rows drawn with the recipe's seed, not the first")] = False,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=MOST, help="how many rows to show")] = 3,
     as_json: AsJson = False,
-    html: Annotated[Path | None, typer.Option("--html", help="write a page that needs nothing else", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write a self-contained HTML page", show_default=False)] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:  # fmt: skip
-    """Show rows as the model will see them: trained tokens marked, special tokens visible."""
+    """Show rows as the model will see them: label tokens marked, special tokens visible."""
     import loratune
     from loratune.commands import inspect
     from loratune.runs import outputs
@@ -212,7 +212,7 @@ def schema() -> None:
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="where to write; made when missing")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="folder to write to; created if missing")] = Path(),
     base: Annotated[
         str | None,
         typer.Option("--base", help="base model to put into the recipe: hub id, folder or .gguf", show_default=False),
@@ -232,21 +232,21 @@ def init(
 def evaluate(
     subject: Subject,
     data: Annotated[str | None, typer.Option("--data", help="rows to evaluate on: file, folder, glob or hub data set; default: the run's held-out rows", show_default=False)] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="how a row is read; default: as the run's recipe, else chat", show_default=False)] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="format of the rows; default: that of the run's recipe, else chat", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", help="base model to compare with; default: the one it was trained on", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, max=MOST, help="evaluate the first N rows only", show_default=False)] = None,
     generate: Annotated[bool, typer.Option("--generate/--no-generate", help="also generate answers and compare them")] = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST, help="longest generated answer in tokens")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="answers generated at once")] = 16,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=1e6, callback=_no_nan, help="0 is greedy")] = 0.0,
-    regex: Annotated[str | None, typer.Option("--regex", help="compare what this pattern finds (its first group) in answer and reference", show_default=False)] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="compare the match of this regular expression (its first group) in answer and reference", show_default=False)] = None,
     choices: Annotated[str | None, typer.Option("--choices", help="comma-separated answers; compare which one is named first", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="file for the predictions (JSONL); default: predictions.jsonl in the run folder, for a base or a foreign adapter in the current folder", show_default=False)] = None,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Measure loss and answers on held-out rows, the base beside the adapter, with 95 % intervals."""
+    """Evaluate loss and answers on held-out rows, for the base and the adapter, with 95 % intervals."""
     import loratune
     from loratune.commands import next_steps
     from loratune.commands.evaluate import show
@@ -275,7 +275,7 @@ def merge(
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Fold an adapter into its base model and compare the two before anything is kept."""
+    """Merge an adapter into its base model; the result is compared with base + adapter before it is saved."""
     import loratune
     from loratune.commands import next_steps
     from loratune.models import base_files
@@ -297,7 +297,7 @@ def merge(
 def chat(
     subject: Subject,
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="answer this and leave", show_default=False)
+        str | None, typer.Option("-p", "--prompt", help="answer this and exit", show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="system prompt", show_default=False)] = None,
     base: Annotated[
@@ -312,7 +312,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, max=1e6, callback=_no_nan, help="0 is greedy")
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST, help="of the random choices above temperature 0")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST, help="seed of the sampling above temperature 0")] = 0,
     allow_base_mismatch: AllowMismatch = False,
     trust_remote_code: TrustCode = False,
 ) -> None:
@@ -355,7 +355,7 @@ def _told(error: Exception) -> errors.LoratuneError | None:
     if isinstance(error, errors.LoratuneError):
         return error
     if isinstance(error, MemoryError):
-        return errors.SetupError("memory ran out", "close other programs, or use less data at once")
+        return errors.SetupError("out of memory", "close other programs, or use less data at once")
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         place = errors.Place(errors.shorten(files.shown(os.fsdecode(error.filename)), 400))
         return errors.StorageError(errors.Problem(f"can't be read or written: {error.strerror}", place))

@@ -65,7 +65,7 @@ class Begun:
         number: steps done before, in a run that is resumed; else 0.
         steps: of the whole run.
         every: steps between two printed lines (`train.log_every`).
-        evaluations: step and eval loss, in nats per trained token, of earlier evaluations of a resumed run.
+        evaluations: step and eval loss, in nats per label token, of earlier evaluations of a resumed run.
     """
 
     number: int
@@ -99,7 +99,7 @@ class StepDone(Step):
         number: of the step, from 1.
         steps: of the whole run.
         epoch: epochs done so far, with fraction.
-        loss: before the step, in nats per trained token (`dpo`: per pair).
+        loss: before the step, in nats per label token (`dpo`: per pair).
         grad_norm: L2 norm of the gradient before clipping.
         lr: learning rate of the first parameter group.
         rows: in this step.
@@ -121,7 +121,7 @@ class Evaluated:
 
     Attributes:
         number: of the step it was measured after.
-        loss: in nats per trained token (`dpo`: per pair).
+        loss: in nats per label token (`dpo`: per pair).
         trained_tokens: it is the mean of (`dpo`: pairs).
         best: whether it is the lowest so far.
         seconds: it took.

@@ -137,7 +137,7 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("mine")
     done = call("init", tmp_path, "--base", "some/model")
     assert isinstance(done.exception, loratune.UsageError)
-    assert str(done.exception) == f"{tmp_path}/recipe.yaml: is there already\n  nothing was written"
+    assert str(done.exception) == f"{tmp_path}/recipe.yaml: already exists\n  nothing was written"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
@@ -180,7 +180,7 @@ def test_wrong_words(words: tuple[str, ...]) -> None:
 def test_allow_drift_goes_with_resume(sound: Path) -> None:
     done = call("train", sound, "--allow-drift")
     assert isinstance(done.exception, loratune.UsageError)
-    assert str(done.exception) == "--allow-drift is about what has changed before a --resume"
+    assert str(done.exception) == "--allow-drift needs --resume"
 
 
 def test_resume_and_overwrite_exclude_each_other(sound: Path) -> None:

@@ -92,7 +92,7 @@ def test_nothing_is_printed_and_lines_are_logged(
     loratune.inspect(loratune.load_recipe(tmp_path / "recipe.yaml"))
     assert capfd.readouterr() == ("", "")
     told = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "loratune"]
-    assert ("INFO", "measuring base on 6 rows") in told
+    assert ("INFO", "evaluating base on 6 rows") in told
     assert any(line.startswith("verified: largest logit difference") for _, line in told)
 
 
@@ -165,7 +165,7 @@ def test_what_can_not_be_saved_is_said_beside_the_error(
 
     with pytest.raises(Mine) as caught:
         fit("a", on_event=hear, **scene.SECTIONS)
-    assert caught.value.__notes__ == ["the last whole step is not saved: no space left"]
+    assert caught.value.__notes__ == ["the last complete step is not saved: no space left"]
     run = tmp_path / "a" / "run"
     assert scene.newest_step(run) == 4
     monkeypatch.undo()

@@ -17,10 +17,10 @@ from loratune.models import base_model
 from loratune.system import startup
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
-AGAIN = "Ctrl-C once more, or /exit, leaves"
+AGAIN = "Ctrl-C again, or /exit, leaves"
 
 
-HINT = "close other programs, or take a smaller base model"
+HINT = "close other programs, or use a smaller base model"
 
 
 def chat(
@@ -70,7 +70,7 @@ def chat(
                 lambda text: tell.tell(Answered(text)),
             )  # fmt: skip
             if not talk.active.encoder.turns.template:
-                tell.note("no chat template: each message is gone on with as it stands, and none is remembered")
+                tell.note("no chat template: each message is continued as plain text, without the earlier ones")
             if prompt is not None:
                 return _answer(talk, prompt, tell)
             return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)

@@ -92,7 +92,7 @@ def _read_line() -> str:
 
 def _checked(line: str) -> str:
     if len(line) > LONGEST:
-        raise UsageError(f"a message of more than {LONGEST:,} characters", "does a line end in the input?")
+        raise UsageError(f"a message of more than {LONGEST:,} characters", "is a line break missing in the input?")
     if not files.is_utf8(line):  # `cli.main` keeps other bytes as surrogates
-        raise UsageError("what was read is not UTF-8", "give it as UTF-8")
+        raise UsageError("the input is not UTF-8", "give it as UTF-8")
     return line

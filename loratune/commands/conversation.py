@@ -21,9 +21,9 @@ COMMANDS = {
     "/system": ("[TEXT]", "set the system prompt; without text: show it"),
     "/reset": ("", "forget the conversation; the system prompt stays"),
     "/help": ("", "show this"),
-    "/exit": ("", "leave, as /quit, Ctrl-D or Ctrl-C twice do; Ctrl-C once ends an answer"),
+    "/exit": ("", "leave (also /quit, Ctrl-D, or Ctrl-C twice); Ctrl-C once ends an answer"),
 }
-ALONE = "open it in a chat of its own"
+ALONE = "open it in a separate chat"
 LEAVE = ("/exit", "/quit")
 HELP = "\n".join(f"{f'{name} {argument}':24}{what}" for name, (argument, what) in COMMANDS.items())
 
@@ -86,7 +86,7 @@ class Conversation:
         if system:
             self._set_system(system)
 
-    @base_model.or_out_of_memory("/reset forgets what was said; shorter answers (--max-new-tokens) take less, too")
+    @base_model.or_out_of_memory("use /reset, or shorter answers with --max-new-tokens")
     def say(self, text: str) -> str:
         """Answer a message, passing on each piece of the answer, and keep both.
 
@@ -101,10 +101,10 @@ class Conversation:
         net, pieces = self.loaded.model, []
         limit = generate.room(net)
         if limit is not None and len(ids) >= limit:
-            told = f"{len(ids):,} tokens leave no room: the model was made for {generate.positions(net):,} positions"
+            told = f"{len(ids):,} tokens leave no room: the model has {generate.positions(net):,} positions"
             if before := generate.virtual_tokens(net):
-                told += f", and {before:,} virtual tokens take some"
-            raise UsageError(told, "/reset forgets what was said, or say it shorter")
+                told += f", and virtual tokens take {before:,} of them"
+            raise UsageError(told, "/reset forgets the conversation, or shorten the message")
         most = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(ids))
         self.room = most if most < self.max_new_tokens else None
 
@@ -141,7 +141,7 @@ class Conversation:
         if word == "/system":
             return self._system(argument)
         if argument and word in COMMANDS:
-            raise UsageError(f"`{word}` takes nothing behind it", "a space before it sends the line as a message")
+            raise UsageError(f"`{word}` takes no argument", "a space before it sends the line as a message")
         if word == "/base":
             self._check_biases("the base")
             self.alone, self.active = True, self.opened
@@ -172,11 +172,11 @@ class Conversation:
         if not text:
             return f"system prompt: {self.system}" if self.system else "no system prompt: /system TEXT sets one"
         self._set_system(text)
-        return "the system prompt is set" + ("; the conversation goes on, /reset forgets it" if self.turns else "")
+        return "the system prompt is set" + ("; the conversation continues, /reset forgets it" if self.turns else "")
 
     def _set_system(self, text: str) -> None:
         if not self.active.encoder.turns.template:
-            raise UsageError("there is no chat template: a system prompt would not be seen")
+            raise UsageError("no chat template: the model would not see a system prompt")
         self._ids([*self._head(text), {"role": "user", "content": "?"}], "?")
         self.system = text
 
@@ -206,7 +206,7 @@ class Conversation:
         """Load an adapter on the base; return its name, and add lines to print to `notes`."""
         self._check_biases("another adapter")
         if self.adapters and adapter_files.changes_biases(folder):
-            raise UsageError(Problem("brings bias vectors, which would change the others", Place(str(folder)), ALONE))
+            raise UsageError(Problem("has bias vectors, which would change the others", Place(str(folder)), ALONE))
         tokenizer = opened_model.tokenizer(what)
         found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
         peft = f"adapter{self._loads}" if self._loads else "default"
@@ -243,9 +243,9 @@ def _whole(text: str) -> str:
         UsageError: when it is empty, or has half a character, from bytes that are not UTF-8.
     """
     if not text:
-        raise UsageError("there is nothing to answer: the message is empty")
+        raise UsageError("the message is empty")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError("the message is not UTF-8: it holds half a character") from None
+        raise UsageError("the message is not UTF-8: it has a lone surrogate (half a character)") from None
     return text

@@ -43,7 +43,7 @@ SHOWN = 66  # characters of each that are printed
 class Score:
     """A mean over rows with its 95 % bootstrap interval.
 
-    Losses are in nats per trained token; what counts rows or tokens is a part (0-1) of them.
+    Losses are in nats per label token; what counts rows or tokens is a part (0-1) of them.
     """
 
     value: float
@@ -60,7 +60,7 @@ class Evaluation:
         rows: number of rows.
         generated: number of rows answered (0 where nothing was generated).
         scores: system (`base`, `adapter` or `model`) -> metric -> its mean (`value`) with the ends of its 95 % interval
-            (`low`, `high`): `loss` in nats per trained token, `perplexity`, the others parts (0-1) of tokens or rows.
+            (`low`, `high`): `loss` in nats per label token, `perplexity`, the others parts (0-1) of tokens or rows.
         predictions: file with prompt, reference and answers of each row, or None.
         base_differs: how the base differs from the one it was trained on, where that was allowed.
         trust_remote_code: whether code that comes with the base model was allowed to run.
@@ -92,7 +92,7 @@ class Evaluation:
         }
 
 
-HINT = "--batch-size 1 answers one row at a time, --no-generate none; or close other programs"
+HINT = "use --batch-size 1 or --no-generate, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,11 @@ def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _
         done.differs = loaded.base_differs or done.differs
         if not done.per_row:
             task.questions = _with_room(loaded, task.rows, task.questions, wish.max_new_tokens, tell)
-        tell.note(f"measuring {system} on {task.rows.samples:,} rows")
+        tell.note(f"evaluating {system} on {task.rows.samples:,} rows")
         done.per_row[system] = _losses(loaded, task.rows)
         if not task.questions:
             continue
-        with tell.counting(f"{system}: answering") as progress:
+        with tell.counting(f"{system}: generating answers") as progress:
             answers = _answers(
                 loaded, task.questions, wish.max_new_tokens, wish.batch_size, wish.temperature, progress, task.ends
             )
@@ -295,7 +295,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
             raise UsageError("no rows to evaluate on", "name them with --data")
         held_out = dataset.of(known.data, known.train.seed, encoder)[1]
         if held_out is None:
-            raise UsageError("the run held no rows out", "name some with --data")
+            raise UsageError("the run has no held-out rows", "name some with --data")
     else:
         local = files.local(path)
         there, pattern = files.there(local), glob.has_magic(path)
@@ -323,7 +323,7 @@ def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str
     try:
         return dict(zip(answers, regex_match.found(regex, list(answers.values())), strict=True))
     except UsageError as error:
-        tell.problem(f"{error.problems[0].message}: measured without it")
+        tell.problem(f"{error.problems[0].message}: evaluated without it")
         return {}
 
 
@@ -374,10 +374,10 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
         return questions
     left = {index: question for index, question in questions.items() if len(question[0]) < limit}
     if len(left) < len(questions):
-        tell.problem(f"{len(questions) - len(left):,} of {len(questions):,} prompts leave no position: not answered")
+        tell.problem(f"{len(questions) - len(left):,} of {len(questions):,} prompts leave no room: not answered")
     short = sum(len(prompt) + most > limit for prompt, _ in left.values())
     if short:
-        tell.problem(f"{short:,} of {len(left):,} answers are limited to what is left of {limit:,} positions")
+        tell.problem(f"{short:,} of {len(left):,} answers may be truncated at {limit:,} positions")
     return left
 
 

@@ -47,8 +47,8 @@ model:
 
 method:
   type: lora
-  r: 16                              # rank: size of what can be learned
-  lora_alpha: 32                     # its scale, as a rule twice the rank
+  r: 16                              # rank: capacity of the adapter
+  lora_alpha: 32                     # scale of the update, usually twice the rank
   target_modules: all-linear
 
 data:
@@ -89,7 +89,7 @@ def write(folder: Path, base: str = BASE) -> list[Path]:
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
         folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     }
-    there = [Problem("is there already", Place(str(path)), "nothing was written") for path in made if files.there(path)]
+    there = [Problem("already exists", Place(str(path)), "nothing was written") for path in made if files.there(path)]
     if there:
         raise UsageError(there)
     outputs.check(folder / "recipe.yaml", "`init FOLDER`")

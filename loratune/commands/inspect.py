@@ -157,7 +157,7 @@ def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
 
 
 def as_text(inspection: Inspection, colour: bool) -> str:
-    """Return the rows for a terminal: trained tokens in green, or in [[ ]] without colour."""
+    """Return the rows for a terminal: label tokens in green, or in [[ ]] without colour."""
     lines = [
         f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
         f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
@@ -204,7 +204,7 @@ pre {{ font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-w
   padding: 1rem; border-radius: 8px; }}
 .t {{ background: #c9f2d0; }} .s {{ color: #6b21a8; font-size: 85%; }} .place {{ color: #555; font-size: 90%; }}
 </style></head><body><h1>{title}</h1>
-<p>{summary}. Trained tokens are <span class="t">marked</span>, <span class="s">special tokens</span> are violet.</p>
+<p>{summary}. Label tokens are <span class="t">marked</span>, <span class="s">special tokens</span> are violet.</p>
 {rows}</body></html>
 """
 
@@ -216,10 +216,10 @@ def as_html(inspection: Inspection, title: str) -> str:
         body = "".join(
             f'<span class="{"t " * p.trained}{"s" * p.special}">{html.escape(p.text)}</span>' for p in row.pieces
         )
-        place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} trained"
+        place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} label tokens"
         blocks.append(f'<h2>{_named(row)}</h2><p class="place">{place}</p><pre>{body}</pre>')
     summary = (
-        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} of them trained, "
+        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens, "
         f"longest row {inspection.longest:,} tokens"
     )
     return _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(blocks))

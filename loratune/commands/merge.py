@@ -126,7 +126,7 @@ def _check(target: Path, dtype: str) -> None:
     if files.there(target) and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(Problem("is not an empty folder", Place(str(target)), "name a new one with --out"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise UsageError(f"--dtype `{dtype}` is none of auto, bfloat16, float16, float32")
+        raise UsageError(f"--dtype must be one of auto, bfloat16, float16, float32, given `{dtype}`")
 
 
 def _differences(

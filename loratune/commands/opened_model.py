@@ -135,7 +135,7 @@ def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = Fals
     if exact and loaded.quantization != "none":
         loaded.model = quantization.dequantized(loaded.model)
         loaded.notes = [
-            f"the base's files hold {loaded.quantization} weights: the adapter goes into what they stand for"
+            f"the base's files hold {loaded.quantization} weights: the adapter is merged into their dequantized values"
         ]
     if subject.adapter is not None:
         check_base(subject, loaded, section, allow_mismatch)
@@ -182,7 +182,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
     if known and (other := str(net.active_peft_config.peft_type.value)) != (
         kind := str(safety.read_object(file)["peft_type"])
     ):
-        told = f"is an adapter of the kind {kind}, and one of the kind {other} is loaded: PEFT can't hold both"
+        told = f"is an adapter of type {kind}, and one of type {other} is loaded: PEFT can't hold both"
         raise ModelError(Problem(told, Place(str(folder)), "open it alone"))
     try:
         with warnings.catch_warnings():
@@ -254,7 +254,9 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
         raise ModelError(Problem("the adapter does not name its base model", Place(str(folder)), "name it with --base"))
     if revision is not None and not is_inside(revision):
         raise SafetyError(
-            Problem(f"the revision of its base `{shorten(str(revision))}` leads out of its folder", Place(str(folder)))
+            Problem(
+                f"the revision of its base `{shorten(str(revision))}` points outside its folder", Place(str(folder))
+            )
         )
     if os.path.isabs(name):
         return _still_there(Model(base=name))
@@ -264,8 +266,8 @@ def _adapter_base(folder: Path, known: Recipe | None, base: str | None) -> Model
 def _still_there(section: Model) -> Model:
     """Return the section of a recorded base; raise an error if its folder is gone."""
     if os.path.isabs(section.base) and not files.there(Path(section.base)):
-        told = "no such folder: the base it was trained on lay here"
-        raise ModelError(Problem(told, Place(section.base), "name where it lies now with --base"))
+        told = "no such folder: the base it was trained on was here"
+        raise ModelError(Problem(told, Place(section.base), "give its new path with --base"))
     return section
 
 

@@ -100,7 +100,7 @@ def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool
                 drift.refused.append(line)
     if seal["processes"] != facts.start.processes:
         drift.told.append(
-            f"processes: {seal['processes']} -> {facts.start.processes}; sums are rounded in another order"
+            f"processes: {seal['processes']} -> {facts.start.processes}; sums are rounded in a different order"
         )
     for name, now in facts.start.versions.items():
         if seal["versions"].get(name) != now:
@@ -128,8 +128,8 @@ def check(folder: Path, found: Found, changed: Drift, allow_drift: bool, facts: 
         return
     if not allow_drift:
         shown = [Problem(f"changed since {found.folder.name}: {line}", Place(str(folder))) for line in changed.refused]
-        hint = "resume with what it was begun with (recipe.yaml there), accept it with --allow-drift, or --overwrite it"
-        raise RunFolderError([*shown, Problem("this would be another training than the one that was begun", hint=hint)])
+        hint = "resume with what it started with (recipe.yaml there), accept it with --allow-drift, or --overwrite it"
+        raise RunFolderError([*shown, Problem("this would no longer be the training that was started", hint=hint)])
     facts.drift = [*(facts.drift or ()), *(f"after step {found.progress.step}: {x}" for x in changed.refused)]
     for line in changed.refused:
         report.problem(f"changed since {found.folder.name}, and allowed: {line}")
@@ -189,4 +189,4 @@ def _moved_rates(train: Train, seal: Mapping[str, Any], steps: int) -> str:
     warmup, kind = warmup_steps(train.warmup, steps), train.schedule.type
     after = rate(train.schedule, min(done, steps), steps, warmup)
     last = rate(train.schedule, done, max(before, done), warmup_steps(train.warmup, before))
-    return f" ({before} -> {steps} steps: `{kind}` goes on at {after:.3g} of the rate, was at {last:.3g})"
+    return f" ({before} -> {steps} steps: `{kind}` continues at {after:.3g} of the rate, was at {last:.3g})"

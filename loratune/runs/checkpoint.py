@@ -95,7 +95,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     known = storage.read_json(folder / "run.json").get("status")
     saved = _all(folder)
     if known is None and not (resume and saved) and folder.exists() and not _is_bare(folder):
-        raise RunFolderError(Problem("this is no run and not empty", Place(str(folder)), "give another `output`"))
+        raise RunFolderError(Problem("not empty, and not a run", Place(str(folder)), "give another `output`"))
     check_foreign(folder)
     if resume or overwrite:
         return
@@ -105,7 +105,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     if known is not None and saved:
         was = "was killed" if known == "running" else f"is {known}"  # not running: we hold the lock
         raise RunFolderError(
-            Problem(f"a run that {was} lies here", Place(str(folder)), "--resume it, or --overwrite it")
+            Problem(f"this folder holds a run that {was}", Place(str(folder)), "--resume it, or --overwrite it")
         )
 
 
@@ -159,7 +159,7 @@ def make_run(folder: Path, facts: Facts, resume: bool) -> list[str]:
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "ledger.jsonl").unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(Problem(f"the run folder can't be made: {error.strerror}", Place(str(folder)))) from None
+        raise StorageError(Problem(f"the run folder can't be created: {error.strerror}", Place(str(folder)))) from None
     return kept
 
 
@@ -174,7 +174,7 @@ def _start_over(folder: Path) -> list[str]:
     if saved.is_symlink():
         where = saved.readlink()
         saved.unlink()
-        return [f"`checkpoints` was a link to {where}: what lies there stays, and the new run has a folder of its own"]
+        return [f"`checkpoints` was a link to {where}: that folder is left alone, and the new run has its own"]
     for place in (*_all(folder), saved / "final"):
         if place.is_symlink():
             place.unlink()
@@ -187,7 +187,7 @@ def _start_over(folder: Path) -> list[str]:
 
 
 def _told_of_rest(folder: Path, rest: Path) -> str:
-    return f"{folder.name} held more than its run wrote: that stays, in {rest.relative_to(folder.parent.parent)}"
+    return f"{folder.name} held files that its run did not write: moved to {rest.relative_to(folder.parent.parent)}"
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -250,7 +250,7 @@ def newest(run: Path) -> Found | None:
         return Found(folder, progress, seal, finished, [_quarantine(*one) for one in bad])
     if bad:
         told = "; ".join(f"{folder.name} {wrong}" for folder, wrong in bad)
-        raise StorageError(Problem(f"no valid checkpoint: {told}", Place(str(run)), "start again with --overwrite"))
+        raise StorageError(Problem(f"no valid checkpoint: {told}", Place(str(run)), "start over with --overwrite"))
     return None
 
 

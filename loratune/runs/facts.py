@@ -75,7 +75,7 @@ class End:
     Attributes:
         step: the last one done.
         saved_step: the one whose weights were saved.
-        train_loss: of the last step, in nats per trained token.
+        train_loss: of the last step, in nats per label token.
         best_eval_loss: lowest loss on held-out rows; None without.
         seconds: spent in steps.
         tokens_per_second: in steps.

@@ -45,7 +45,7 @@ def held(folder: Path) -> Iterator[str | None]:
     except OSError as error:
         if error.errno == errno.ELOOP and (folder / NAME).is_symlink():
             told = f"is a link to {os.readlink(folder / NAME)}, which is not followed"
-            raise RunFolderError(Problem(told, Place(str(folder / NAME)), "take it away")) from None
+            raise RunFolderError(Problem(told, Place(str(folder / NAME)), "remove it")) from None
         raise StorageError(Problem(f"can't be written: {error.strerror}", Place(str(folder)))) from None
     try:
         yield before
@@ -199,7 +199,7 @@ def _told(who: dict[str, Any]) -> str:
 
 
 def _left_by(who: dict[str, Any]) -> str:
-    return f"taking over the lock of a run that did not end by itself ({_told(who)})"
+    return f"taking over the lock of a run that was killed ({_told(who)})"
 
 
 def _in_use(folder: Path, who: dict[str, Any]) -> RunFolderError:

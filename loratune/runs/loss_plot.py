@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-Point = tuple[float, float]  # step, loss in nats per trained token
+Point = tuple[float, float]  # step, loss in nats per label token
 
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48

@@ -35,7 +35,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
         f"trained with loratune {facts.start.versions['loratune']}.", "",
         "| | |", "|---|---|",
         f"| {rows} | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
-        f"| trained tokens | {data['trained_tokens']:,} per epoch |",
+        f"| label tokens | {data['trained_tokens']:,} per epoch |",
         f"| steps | {end.step} of {recipe.train.batch_size} {rows} |",
         f"| objective | {_objective(recipe)} |",
         f"| method | {_method(recipe, setup.quantization)} |",
@@ -50,7 +50,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
             recipe.model.revision,
         ),
         "",
-        "`recipe.yaml` is the whole recipe as it was run, `run.json` versions and counts, `metrics.jsonl` every step.",
+        "`recipe.yaml` is the full recipe of the run, `run.json` has versions and counts, `metrics.jsonl` every step.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -71,10 +71,10 @@ def merged(title: str, adapter: str, base: str, about: dict[str, Any], chat: boo
     lines = [
         "---", *front, "- loratune", "- merge", "---", "",
         f"# {title}", "",
-        f"The adapter `{adapter}` folded into `{name_of(base)}` with loratune {about['version']}: "
+        f"The adapter `{adapter}` merged into `{name_of(base)}` with loratune {about['version']}: "
         f"its update added to W in float32, rounded once to {about['dtype']}.", "",
         "| compared with base + adapter | |", "|---|---|",
-        f"| largest difference of a logit | {about['difference']:.2e} ({about['relative']:.1e} of the largest logit) |",
+        f"| largest logit difference | {about['difference']:.2e} ({about['relative']:.1e} of the largest logit) |",
         f"| same next token | {100 * about['agreement']:.1f} % of the positions |", "",
         *use(None, base, chat, ends),
         "",
@@ -115,8 +115,8 @@ def use(
     """
     names = ["AutoModelForCausalLM", "AutoTokenizer", *(["GenerationConfig"] if adapter else [])]
     lines = [*(["from peft import PeftModel"] if adapter else []), f"from transformers import {', '.join(names)}", ""]
-    lines += ['folder = "."  # this one; from elsewhere its path, or its name on a hub']
-    lines += [f"base = {_base(base, adapter)!r}  # the base model, in the same way"] if adapter else []
+    lines += ['folder = "."  # this folder; from elsewhere, its path or hub id']
+    lines += [f"base = {_base(base, adapter)!r}  # the base model: its path or hub id"] if adapter else []
     at = f"base, revision={revision!r}" if revision else "base"
     lines += [
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -125,7 +125,7 @@ def use(
     if adapter:
         lines += [
             "model = PeftModel.from_pretrained(model, folder)",
-            "model.generation_config = GenerationConfig.from_pretrained(folder)  # knows where an answer ends",
+            "model.generation_config = GenerationConfig.from_pretrained(folder)  # has the end tokens",
         ]
     if chat:
         lines += [
@@ -145,7 +145,7 @@ def use(
         shown = ", ".join(f"`{end}`" for end in ends)
         told = ["", f"An answer ends with {shown}, as `generation_config.json` says."]
         if adapter:
-            told[1] += f" A server that puts the adapter on its base may read the base's: give it {shown} as a stop."
+            told[1] += f" A server may read the base's file instead: give it {shown} as a stop token."
     return ["## Use", "", "```python", *lines, "```", *told]
 
 
@@ -160,7 +160,7 @@ def _base(base: str, adapter: str) -> str:
 
 
 def _method(recipe: Recipe, quantization: str) -> str:
-    return recipe.method.describe() + ("" if quantization == "none" else f" over a {quantization} base")
+    return recipe.method.describe() + ("" if quantization == "none" else f" on a {quantization} base")
 
 
 def _objective(recipe: Recipe) -> str:

@@ -39,12 +39,12 @@ def check(path: Path, option: str, base: str | None = None) -> None:
         if kind is None and folder == own and not run_files.is_run(folder):
             kind = "a base model"
         if kind is not None:
-            told = f"lies in {kind}, into which nothing is written: {folder}"
-            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+            told = f"is in {kind}, which is never written to: {folder}"
+            raise UsageError(Problem(told, Place(str(path)), f"choose another path with {option}"))
         name = path.parent.resolve().joinpath(path.name).relative_to(folder).as_posix()
         if run_files.is_run(folder) and run_files.is_written(name) and not run_files.is_predictions(name):
             told = f"has a name that the run in {folder} writes itself"
-            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+            raise UsageError(Problem(told, Place(str(path)), f"choose another path with {option}"))
 
 
 def check_apart(path: Path, option: str, inputs: Sequence[Input]) -> None:
@@ -66,10 +66,8 @@ def check_apart(path: Path, option: str, inputs: Sequence[Input]) -> None:
             not source.is_dir() or path.name.removesuffix(".gz").endswith(SUFFIXES)
         ):
             same = run_files.meets(path, source) == "is"
-            told = (
-                f"is what {what} names" if same else f"is among the files that {what} {shorten(given, 400)} stands for"
-            )
-            raise UsageError(Problem(told, Place(str(path)), f"name a place elsewhere with {option}"))
+            told = f"is what {what} names" if same else f"is one of the files of {what} {shorten(given, 400)}"
+            raise UsageError(Problem(told, Place(str(path)), f"choose another path with {option}"))
 
 
 def inputs_of(recipe: Recipe) -> list[Input]:
@@ -100,7 +98,7 @@ def predictions(name: str, out: Path | None, base: str, inputs: Sequence[Input] 
     storage.check_place(path)
     if path.is_file() and not _are_predictions(path):
         raise UsageError(
-            Problem("holds something else than predictions, and is not overwritten", Place(str(path)),
+            Problem("does not hold predictions, so it is not overwritten", Place(str(path)),
                     "name another file with --out")
         )  # fmt: skip
     return path
@@ -119,7 +117,7 @@ def check_page(path: Path) -> None:
         with files.opened(path) as stream:
             start = stream.read(1000)
         if start and _PAGE not in start:
-            told = "holds something else than a page of `inspect`, and is not overwritten"
+            told = "does not hold a page of `inspect`, so it is not overwritten"
             raise UsageError(Problem(told, Place(str(path)), "name another file with --html"))
 
 

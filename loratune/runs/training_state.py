@@ -57,7 +57,7 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     state = _with_tensors(json.loads((folder / "optimizer.json").read_text(encoding="utf-8")), tensors)
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     if [group.keys() - {"params"} for group in state["param_groups"]] != [group.keys() for group in options]:
-        raise ValueError("its optimizer is another one")
+        raise ValueError("its optimizer is different")
     optimizer.load_state_dict(state)
     if adamw.is_paged(optimizer):
         adamw.page(optimizer)

@@ -168,7 +168,7 @@ def _status(path: str | Path) -> os.stat_result:
     try:
         return os.stat(path)
     except ValueError as error:  # a name with a NUL byte, or with half a character
-        why = "not a name of UTF-8" if isinstance(error, UnicodeError) else "a name that holds a NUL byte"
+        why = "its name is not UTF-8" if isinstance(error, UnicodeError) else "its name has a NUL byte"
         raise OSError(errno.EINVAL, why, ascii(str(path))) from None
 
 
@@ -176,5 +176,5 @@ def _check(path: str | Path, about: os.stat_result) -> None:
     if stat.S_ISDIR(about.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     if not stat.S_ISREG(about.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(about.st_mode), "no file")
+        kind = _KINDS.get(stat.S_IFMT(about.st_mode), "not a regular file")
         raise OSError(errno.EINVAL, f"{kind}, which may never end; write it to a file first", str(path))

@@ -20,7 +20,7 @@ from loratune.system import child_process
 
 PATIENCE = 10.0  # seconds for all texts: a thousand answers of a thousand characters take 0.1
 MEMORY = 1 << 30  # bytes for the child
-SIMPLER = "a repetition within a repetition, such as (a+)+, can take for ever: write it simpler"
+SIMPLER = "a repetition within a repetition, such as (a+)+, can take forever: simplify it"
 
 
 def check(pattern: str) -> None:
@@ -54,10 +54,10 @@ def found(pattern: str, texts: Sequence[str], patience: float = PATIENCE) -> lis
     except OSError as error:
         raise SetupError(f"no process can be started for --regex: {error.strerror}") from None
     if done.returncode:
-        raise UsageError(f"--regex `{shown}` is more than can be searched for within {MEMORY >> 30} GiB of memory")
+        raise UsageError(f"--regex `{shown}` needs more than {MEMORY >> 30} GiB of memory")
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
-        raise UsageError(f"--regex `{shown}` is no regular expression: {answer}")
+        raise UsageError(f"--regex `{shown}` is not a regular expression: {answer}")
     return [None if one is None else str(one) for one in answer]
 
 
@@ -72,7 +72,7 @@ def end(patterns: Sequence[str], texts: Sequence[str], patience: float = PATIENC
     except subprocess.TimeoutExpired:
         return False
     except OSError as error:
-        raise SetupError(f"no process can be started for expressions: {error.strerror}") from None
+        raise SetupError(f"no process can be started for regular expressions: {error.strerror}") from None
     return True
 
 

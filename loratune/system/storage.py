@@ -66,9 +66,9 @@ def check_place(path: Path) -> None:
     if (kind := files.odd(path)) is not None:  # a rename would replace `/dev/null` by a file
         raise StorageError(Problem(f"can't be written: is {kind}, not a file", Place(str(path)), "name a file"))
     if not os.path.isdir(path.parent):
-        raise StorageError(Problem("can't be written: no such folder", Place(str(path.parent)), "make it first"))
+        raise StorageError(Problem("can't be written: no such folder", Place(str(path.parent)), "create it first"))
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise StorageError(Problem("can't be written: its folder may not be written into", Place(str(path))))
+        raise StorageError(Problem("can't be written: its folder is not writable", Place(str(path))))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def commit(target: Path, write: Callable[[Path], None], about: dict[str, Any], r
         reason = why_not_written(error)
         if reason is None:
             raise
-        hint = "free some space; what was saved before is whole"
+        hint = "free some space; earlier saves are intact"
         raise StorageError(Problem(f"can't be written: {reason}", Place(str(target)), hint)) from None
     finally:
         _forget(staging)
@@ -305,11 +305,11 @@ def verify(folder: Path, alone: bool = False) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
-        return f"has no whole {MANIFEST}"
+        return f"has no complete {MANIFEST}"
     for name, known in sealed.items():
         file = folder / name
         if not is_inside(name) or not file.resolve().is_relative_to(folder.resolve()):
-            return f"`{name}` leads out of its folder"
+            return f"`{name}` points outside its folder"
         if not file.is_file():
             return f"`{name}` is missing"
         try:
@@ -317,7 +317,7 @@ def verify(folder: Path, alone: bool = False) -> str | None:
         except OSError as error:
             return f"`{name}` can't be read: {error.strerror}"
         if not same:
-            return f"`{name}` is not as it was written"
+            return f"`{name}` has changed since it was written"
     if alone:
         for file in sorted(folder.rglob("*")):
             name = file.relative_to(folder).as_posix()

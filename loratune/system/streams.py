@@ -66,7 +66,8 @@ def close() -> None:
     lost = sys.stdout.lost if isinstance(sys.stdout, _Guarded) else None
     if lost is not None and not isinstance(lost, BrokenPipeError):
         raise StorageError(
-            f"the result can't be written to stdout: {lost.strerror}", "the work itself is done; name a place with room"
+            f"the result can't be written to stdout: {lost.strerror}",
+            "the work itself is done; redirect it to a disk with space",
         )
 
 

@@ -27,9 +27,9 @@ _ENGINES = {
 }
 # variables that accelerate would read, those that change nothing, and what decides instead
 _NOT_READ = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "train.batch_size says how many rows a step has"),
-    "ACCELERATE_MIXED_PRECISION": (("", "no"), "model.dtype says the precision"),
-    "ACCELERATE_DYNAMO_BACKEND": (("", "no"), "train.compile says whether to compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "train.batch_size sets the rows of a step"),
+    "ACCELERATE_MIXED_PRECISION": (("", "no"), "model.dtype sets the precision"),
+    "ACCELERATE_DYNAMO_BACKEND": (("", "no"), "train.compile sets whether to compile"),
 }
 _OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -86,13 +86,13 @@ def check(environment: Mapping[str, str]) -> None:
         SetupError: naming every variable that is missing, wrong, or asks for another engine.
     """
     problems = [
-        Problem(f"{name} is set: this launch asks for {engine}, which is not used here", hint=_TORCHRUN)
+        Problem(f"{name} is set: this launch asks for {engine}, which is not supported", hint=_TORCHRUN)
         for name, engine in _ENGINES.items()
         if base_model.is_true(environment.get(name, ""))
     ]
     if device := environment.get("ACCELERATE_TORCH_DEVICE"):
-        hint = "CUDA_VISIBLE_DEVICES says which GPUs there are"
-        problems.append(Problem(f"ACCELERATE_TORCH_DEVICE={device}: a device is not named like that here", hint=hint))
+        hint = "CUDA_VISIBLE_DEVICES selects the GPUs"
+        problems.append(Problem(f"ACCELERATE_TORCH_DEVICE={device}: a device can't be chosen like this", hint=hint))
     problems += [Problem(text, hint=_TORCHRUN) for text in _wrong_ranks(environment)]
     if problems:
         raise SetupError(problems)
@@ -106,7 +106,7 @@ def _wrong_ranks(environment: Mapping[str, str]) -> list[str]:
         try:
             numbers |= {name: int(text)} if text else {}
         except ValueError:
-            return [f"{name}={text} is no number"]
+            return [f"{name}={text} is not an integer"]
     world = max((numbers.get(name, 1) for name in ("WORLD_SIZE", *_OF_MPI)), default=1)
     if world <= 1 and numbers.get("LOCAL_RANK", -1) < 0:
         return []  # one process

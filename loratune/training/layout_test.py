@@ -81,7 +81,7 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     if wish == "off":
         found = Packing("padded", why_not="data.packing: off", why_not_shared="data.packing: off")
     elif recipe.method.padded_only:
-        reason = f"`method: {recipe.method.type}` puts something before each row"
+        reason = f"`method: {recipe.method.type}` puts virtual tokens before each row"
         found = Packing("padded", why_not=reason, why_not_shared=reason)
     elif loaded.quantization == "int8":  # LLM.int8() chooses outlier columns over all tokens at once
         reason = "int8 rounds all rows of a micro-batch together"
@@ -91,12 +91,12 @@ def choose(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     if wish == "on" and not found.packed:
         raise _refused(recipe, "data.packing", f"this model does not keep packed rows apart: {found.why_not}")
     if shared == "on" and found.layout != "shared":
-        raise _refused(recipe, "data.prefix_sharing", f"rows can't share what they begin with: {found.why_not_shared}")
+        raise _refused(recipe, "data.prefix_sharing", f"prefix sharing is not possible: {found.why_not_shared}")
     return found
 
 
 def _refused(recipe: Recipe, key: str, reason: str) -> ModelError:
-    return ModelError(Problem(f"`{key}: on`, and {reason}", Place(recipe.model.base), f"set {key}: auto or off"))
+    return ModelError(Problem(f"`{key}: on`, but {reason}", Place(recipe.model.base), f"set {key}: auto or off"))
 
 
 def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[float, str]:
@@ -118,8 +118,8 @@ def shareable(recipe: Recipe, rows: Rows, device: str, world: int) -> tuple[floa
         world,
     )
     if wish == "auto" and saved < LEAST:
-        return 0.0, f"the rows of a step have too little in common ({100 * saved:.1f} % of their tokens)"
-    return saved, "neftune draws noise for each row apart" if recipe.objective.is_noisy else ""
+        return 0.0, f"the rows of a step share too few tokens ({100 * saved:.1f} %)"
+    return saved, "neftune draws noise for each row separately" if recipe.objective.is_noisy else ""
 
 
 def why_not(
@@ -148,7 +148,7 @@ def why_not(
     try:
         behind, drew = _logits(net, [first, second], autocast, layout)
         if drew and layout == "shared":
-            return "it draws something at random for each token (dropout), and for each row apart"
+            return "it draws random numbers (dropout) for each row separately"
         off = _distance(behind, alone)
         if rounding == "float32" and float(off.max()) <= leak:  # a preceding row makes no difference
             return ""
@@ -218,7 +218,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
     for by, name, layout in ways:
         loaded.model.set_attn_implementation(name)
         if loaded.model.config._attn_implementation != name:
-            told = ["its attention can't be exchanged"]
+            told = ["its attention can't be replaced"]
         else:
             rounding = "half" if half else "float32"
             reason = why_not(net, made, alone, accelerator.autocast, rounding, layout)
@@ -230,7 +230,7 @@ def _tried(recipe: Recipe, loaded: Loaded, net: Any, rows: Rows, accelerator: Ac
         elif layout == "shared":
             return Packing(layout, by, saved=saved)
         else:
-            unshared = unshared or reasons.get("shared", f"`{own}` attention can't be told what rows share")
+            unshared = unshared or reasons.get("shared", f"`{own}` attention does not support prefix sharing")
             why_mask = reasons.get("packed", "") if by == "mask" else ""
             return Packing(layout, by, why_not_shared=unshared, missed=saved, why_mask=why_mask)
     loaded.model.set_attn_implementation(own)

@@ -207,7 +207,7 @@ def measure(
         bad = next((samples for samples, total in measured if not bool(total.isfinite())), [])
         raise TrainingError(
             f"{when}the eval loss is {total_loss}" + (f". Rows: {_places(bad)}" if bad else ""),
-            "look at these rows; lower optimizer.lr, or set model.dtype: float32",
+            "check these rows; lower optimizer.lr, or set model.dtype: float32",
         )
     names = dict.fromkeys(name for one in known for name in one)
     means = {name: sum(one.get(name, 0.0) for one in known) / max(count, 1) for name in names}
@@ -225,7 +225,7 @@ def _check_finite(number: int, batch: Samples, loss: float, skipped: int, scaled
 def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
     """Check on the first step that every trained parameter gets a gradient."""
     if number == 1 and loss == 0.0:
-        raise TrainingError("step 1: the loss is exactly 0: nothing would be learned", "look at rows and base model")
+        raise TrainingError("step 1: the loss is exactly 0: nothing would be learned", "check rows and base model")
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     # an expert that no token was sent to has no gradient yet
     without = [name for name, p in trained if p.grad is None and not re.search(r"(^|[._])experts?[._]", name)]
@@ -233,10 +233,10 @@ def _check_first(model: Any, number: int, loss: float, norm: float) -> None:
         names = ", ".join(f"`{name}`" for name in without[:4]) + (", ..." if len(without) > 4 else "")
         raise TrainingError(
             f"step {number}: {len(without)} of {len(trained)} trained tensors have no gradient: {names}",
-            "the model passes them by: leave them out of method.target_modules, or set model.attention: eager",
+            "the model does not use them: leave them out of method.target_modules, or set model.attention: eager",
         )
     if number == 1 and norm == 0.0:
-        raise TrainingError("step 1: the gradient is exactly 0: nothing would be learned", "look at rows and method")
+        raise TrainingError("step 1: the gradient is exactly 0: nothing would be learned", "check rows and method")
 
 
 def _not_finite(number: int, batch: Samples, loss: float) -> TrainingError:
@@ -244,13 +244,13 @@ def _not_finite(number: int, batch: Samples, loss: float) -> TrainingError:
     return TrainingError(
         f"step {number}: the {what}; stopped before the optimizer stepped. "
         f"Its rows: {_places([sample for part in batch.micro for sample in part])}",
-        "look at these rows; lower optimizer.lr, or set model.dtype: float32",
+        "check these rows; lower optimizer.lr, or set model.dtype: float32",
     )
 
 
 def _never_finite(number: int) -> TrainingError:
     return TrainingError(
-        f"step {number}: the gradient has not been finite in {SKIPPED} steps in a row, whatever float16 was scaled by: "
+        f"step {number}: the gradient has not been finite in {SKIPPED} steps in a row, at any loss scale of float16: "
         "nothing is learned",
         "set model.dtype: bfloat16 or float32, or lower optimizer.lr",
     )

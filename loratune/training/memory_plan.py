@@ -203,4 +203,4 @@ def switch(model: Any, layers: list[Any], plan: Plan, wish: str | int, draws: bo
         offload.inputs_to_host(layers[: plan.again])
     if not whole:
         return plan
-    return replace(plan, note="this model has gradient checkpointing for all layers or none: for all")
+    return replace(plan, note="this model has gradient checkpointing for all layers or none: used for all")

@@ -36,7 +36,7 @@ class RunReport(Report):
         metrics: the file that gets one JSON object per step and per evaluation; None for none.
 
     Attributes:
-        train: step and loss of each step, in nats per trained token.
+        train: step and loss of each step, in nats per label token.
         evaluation: step and eval loss of each evaluation, in the same unit.
         seconds: spent in steps.
     """

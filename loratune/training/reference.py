@@ -44,8 +44,8 @@ def take(job: Job, resumed: bool) -> None:
     if found is None:
         policy = job.tuned.policy()
         if resumed and not job.tuned.off_is_start:
-            told = "the log probabilities of the model before step 1 are gone, or of other rows or another base"
-            hint = "start over with --overwrite: this method can't go back to that model"
+            told = "the reference's log probabilities are missing, or of other rows or another base"
+            hint = "start over with --overwrite: this method can't restore that model"
             raise RunFolderError(Problem(told, Place(str(file)), hint))
         told = "log p of the model before step 1"
         before = policy.reference() if resumed else nullcontext(policy)

@@ -47,7 +47,7 @@ class Run:
     Attributes:
         folder: the run folder: the adapter (or model), its recipe, run.json, metrics.jsonl, loss.svg, README.md.
         steps: number of steps.
-        train_loss: of the last step, in nats per trained token (`dpo`: per pair).
+        train_loss: of the last step, in nats per label token (`dpo`: per pair).
         eval_loss: best loss on held-out rows, or None.
         seconds: spent in steps.
     """
@@ -197,7 +197,7 @@ class _Course:
             except LoratuneError as failed:
                 if by_signal:
                     raise
-                error.add_note(f"the last whole step is not saved: {failed}")
+                error.add_note(f"the last complete step is not saved: {failed}")
             if not by_signal:
                 raise
             raise signals.interrupted(asked.number, self.progress.step) from None

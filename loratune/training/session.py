@@ -47,7 +47,7 @@ def find(folder: Path, resume: bool, overwrite: bool, accelerator: Accelerator, 
         for line in found.bad if found else ():
             report.problem(line)
         if resume and checkpoint.status(folder) == "running":
-            report.note("the run before was killed: it said nothing at its end")
+            report.note("the previous run was killed")
     if accelerator.num_processes > 1:
         (found,) = broadcast_object_list([found])
     return found
@@ -57,7 +57,7 @@ def start(job: Job, resume: bool) -> Progress:
     """Begin at the first step."""
     set_seed(job.recipe.train.seed, device_specific=True)
     if resume:
-        job.report.note("no checkpoint to resume from: beginning at step 1")
+        job.report.note("no checkpoint to resume from: starting at step 1")
     return Progress(0)
 
 
@@ -78,7 +78,7 @@ def resume(job: Job, found: Found, allow_drift: bool, allow_base_mismatch: bool)
         if base_model.is_out_of_memory(error):
             raise
         what = str(error).splitlines()[0]
-        hint = "resume with the recipe it was begun with (recipe.yaml there), or --overwrite it"
+        hint = "resume with the recipe it was started with (recipe.yaml there), or --overwrite it"
         where = Place(str(job.folder))
         raise RunFolderError(Problem(f"{found.folder.name} does not fit this recipe: {what}", where, hint)) from None
     left = job.length.steps - progress.step
@@ -117,7 +117,7 @@ def take(job: Job, plan: Plan) -> None:
     job.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    job.report.problem(f"out of memory: once more with {plan.told()}")
+    job.report.problem(f"out of memory: retrying with {plan.told()}")
     wish, known = job.recipe.train.gradient_checkpointing, job.memory
     switched = memory_plan.switch(job.base.loaded.model, known.layers, plan, wish, known.cost.draws)
     job.memory = replace(known, plan=switched)
@@ -138,8 +138,8 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
             )
 
     if job.first:
-        training_state.check_finite(dict(trainable(job.net)), f"step {progress.step}: what is trained")
-        hint = "the checkpoints before are whole: free some space, then --resume"
+        training_state.check_finite(dict(trainable(job.net)), f"step {progress.step}: a trained tensor")
+        hint = "earlier checkpoints are intact: free some space, then --resume"
         storage.check_space(job.folder, job.checkpoint_bytes, f"the checkpoint of step {progress.step}", hint)
         job.checkpoint_bytes = checkpoint.save(
             job.folder, progress, write, job.optimizer,

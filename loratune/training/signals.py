@@ -127,7 +127,7 @@ def interrupted(number: int, step: int) -> Interrupted:
     if not step:
         return Interrupted(f"{name}: stopped before the first step: nothing to save", exit_code(number))
     return Interrupted(
-        f"{name}: stopped after step {step}, a checkpoint is saved", exit_code(number), "go on with --resume"
+        f"{name}: stopped after step {step}, a checkpoint is saved", exit_code(number), "continue with --resume"
     )
 
 

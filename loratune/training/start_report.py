@@ -105,7 +105,7 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
     changed = {
         "dropped, too long": counts.dropped,
         "skipped, not usable": counts.skipped,
-        "cut": counts.truncated,
+        "truncated": counts.truncated,
         "split": counts.split,
         "split into one row per turn (the template changes earlier turns)": counts.by_turn,
         "dropped as duplicates": counts.deduplicated,
@@ -123,7 +123,7 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
         "rows",
         f"{rows.samples:,} {pairs}to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
         + (f", {held_out.samples:,} held out" if held_out else "")
-        + ("; unchanged since they were last read: taken from the cache" if rows.cached else ""),
+        + ("; unchanged since they were last read: from the cache" if rows.cached else ""),
     )
     if rows.damaged or (held_out is not None and held_out.damaged):
         report.field("", DAMAGED, problem=True)
@@ -135,7 +135,7 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
         report.field("", line, problem=True)
     for one in (rows, held_out):
         if one is not None and one.unkept:
-            report.field("", f"not kept for the next run: {one.unkept.splitlines()[0]}", problem=True)
+            report.field("", f"not cached for the next run: {one.unkept.splitlines()[0]}", problem=True)
             break
 
 
@@ -147,7 +147,7 @@ def _tell_batches(report: Report, recipe: Recipe, batching: dict[str, Any]) -> N
             "batches",
             f"packed: {batching['rows_per_pack']:.1f} rows per pack of at most {recipe.data.max_length:,} "
             f"tokens, {100 * batching['filled']:.0f} % filled"
-            + (", kept apart by a mask" if batching["by"] == "mask" else "")
+            + (", separated by a mask" if batching["by"] == "mask" else "")
             + (f" ({batching['why_mask']})" if batching["why_mask"] else ""),
         )
         if batching["missed"]:

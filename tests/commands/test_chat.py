@@ -179,8 +179,8 @@ def test_commands(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert err.splitlines() == [
         *HELP.splitlines(),
         "unknown command `/adaptor`", "  did you mean `/adapter`? A space before it sends it as a message",
-        "`/reset` takes nothing behind it", "  a space before it sends the line as a message",
-        "the system prompt is set; the conversation goes on, /reset forgets it",
+        "`/reset` takes no argument", "  a space before it sends the line as a message",
+        "the system prompt is set; the conversation continues, /reset forgets it",
         "the conversation is forgotten", "system prompt: be brief",
     ]  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_an_adapter_that_fails_leaves_the_model_as_it_was(
     out, err = talk(monkeypatch, capsys, opened, *tries, f"/adapter {alike[1]}", "/reset", "one two")
     before = Reference(base, None if first else alike[0]).answer("one two")
     assert out == f"{before}\n" * 3 + Reference(base, alike[1]).answer("one two") + "\n"
-    assert err.count("lacks tensors that this base and its config ask for") == 2
+    assert err.count("lacks tensors that this base and its config require") == 2
     assert err.count("the adapter does not fit this base") == 1  # without its head, PEFT itself fails
 
 
@@ -250,7 +250,7 @@ def test_biases_of_an_adapter_are_lent_to_nobody(
     (biased / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
     out, err = talk(monkeypatch, capsys, runs[0], f"/adapter {biased}", "one two")
     assert out == f"{Reference(base, runs[0]).answer('one two')}\n"
-    assert err == f"{biased}: brings bias vectors, which would change the others\n  open it in a chat of its own\n"
+    assert err == f"{biased}: has bias vectors, which would change the others\n  open it in a separate chat\n"
     out, err = talk(monkeypatch, capsys, biased, "/base", f"/adapter {runs[0]}", "one two")
     assert out == f"{Reference(base, runs[1]).answer('one two')}\n"
     assert err.count("biased: has changed the bias vectors of the base: ") == 2
@@ -273,8 +273,8 @@ def test_an_adapter_is_asked_by_its_own_template(
     reference.net.generation_config.eos_token_id = end
     assert out == f"{reference.answer('one', system='x')}\n"
     assert err.splitlines()[:2] == [
-        "no chat template: each message is gone on with as it stands, and none is remembered",
-        "there is no chat template: a system prompt would not be seen",
+        "no chat template: each message is continued as plain text, without the earlier ones",
+        "no chat template: the model would not see a system prompt",
     ]
 
 
@@ -401,7 +401,7 @@ def test_a_conversation_on_a_terminal(terminal: Terminal) -> None:
         terminal.type(typed)
         if typed:
             terminal.shows(typed)
-        terminal.interrupt("> " if typed else "Ctrl-C once more, or /exit, leaves")
+        terminal.interrupt("> " if typed else "Ctrl-C again, or /exit, leaves")
         if not typed:
             terminal.shows("> ")
     assert terminal.process.poll() is None

@@ -245,7 +245,7 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert failing(UsageError, run, data=rows, format="chats") == (
         "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`\n  did you mean `chat`?"
     )
-    assert failing(UsageError, run, regex="(").startswith("--regex `(` is no regular expression: ")
+    assert failing(UsageError, run, regex="(").startswith("--regex `(` is not a regular expression: ")
     (tmp_path / "empty").mkdir()
     assert failing(ModelError, tmp_path / "empty").startswith(
         f"{tmp_path}/empty: no adapter_config.json and no config.json"
@@ -255,7 +255,7 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_run_without_held_out_rows(base: Path, tmp_path: Path) -> None:
     done = loratune.train(recipe.load(tiny.write_recipe(tmp_path, base, rows=8)))
-    assert failing(UsageError, done.folder) == "the run held no rows out\n  name some with --data"
+    assert failing(UsageError, done.folder) == "the run has no held-out rows\n  name some with --data"
 
 
 @pytest.fixture(scope="module")

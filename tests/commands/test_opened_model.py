@@ -72,8 +72,8 @@ def test_a_base_that_moved(left: str, fit: Fit, moving: Path, tmp_path: Path) ->
             ask()
         (problem,) = error.value.problems
         assert str(problem.place) == str(moving)
-        assert problem.message == "no such folder: the base it was trained on lay here"
-        assert problem.hint == "name where it lies now with --base"
+        assert problem.message == "no such folder: the base it was trained on was here"
+        assert problem.hint == "give its new path with --base"
         assert "repo" not in str(error.value).lower()
     assert opened_model.open_subject(str(run), str(now)).base.base == str(now)
     merge(run, tmp_path / "merged", base=str(now))
@@ -114,7 +114,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("runs/frist", "did you mean `runs/first`?"),
         ("./runs/fisrt", "did you mean `runs/first`?"),
-        ("runs/somewhere-else", "`runs` is a folder here; a model of the hub is named OWNER/NAME"),
+        ("runs/somewhere-else", "`runs` is a folder here; a model on the hub is named OWNER/NAME"),
         ("runs/first/checkpoints/step-000001", None),
         ("models/tiny.gguf", "did you mean `models/tiny`?"),
         ("runs/first/", None),

@@ -131,7 +131,7 @@ def test_another_length_is_refused_where_it_moves_the_rates_of_a_run_that_was_cu
     if schedule == "constant":
         assert line == "train.epochs: 1.0 -> 2.0"
     else:
-        assert line == "train.epochs: 1.0 -> 2.0 (9 -> 18 steps: `cosine` goes on at 0.821 of the rate, was at 0.413)"
+        assert line == "train.epochs: 1.0 -> 2.0 (9 -> 18 steps: `cosine` continues at 0.821 of the rate, was at 0.413)"
 
 
 def test_versions_and_processes_are_told(whole: Recipe):
@@ -139,7 +139,7 @@ def test_versions_and_processes_are_told(whole: Recipe):
     found = changes.of_run(seal, whole, _facts({}, processes=2, versions={"torch": "3"}), finished=False)
     assert found.refused == []
     assert found.told == [
-        "processes: 1 -> 2; sums are rounded in another order",
+        "processes: 1 -> 2; sums are rounded in a different order",
         "torch: 2 -> 3; the last digits may differ",
     ]
 

@@ -85,6 +85,6 @@ def test_a_killed_run_is_named_as_such(tmp_path: Path, base: Path):
     assert checkpoint.status(folder) == "killed"
     refused = run(recipe)
     assert refused.code == 6
-    assert "a run that was killed lies here" in refused.told
-    assert "taking over the lock of a run that did not end by itself (process" in refused.told
+    assert "this folder holds a run that was killed" in refused.told
+    assert "taking over the lock of a run that was killed (process" in refused.told
     assert run(recipe, "--overwrite").code == 0

@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_are_not_saved(fit: Fit, tmp_path: Path, mon
     monkeypatch.setattr(AdamW, "build", built)
     monkeypatch.setattr(training_state, "randomness", spoil)
     with pytest.raises(
-        TrainingError, match=r"step 3: what is trained is not finite \(`.*lora_A.*`\): nothing was saved"
+        TrainingError, match=r"step 3: a trained tensor is not finite \(`.*lora_A.*`\): nothing was saved"
     ):
         fit("a", **{**SECTIONS, "data": {"max_length": 256}})  # without held-out rows, whose loss would tell first
     assert scene.newest_step(tmp_path / "a" / "run") == 2

@@ -263,16 +263,16 @@ def test_variants_over_an_nf4_base(fit: Fit, base: Path, prompts: list[torch.Ten
     [
         (
             {"target_modules": ["q_proj", "query"]},
-            "`method.target_modules`: `query` matches no module of this model; there are: `down_proj`, `gate_proj`, `k_proj`, "
+            "`method.target_modules`: `query` matches no module of this model; known: `down_proj`, `gate_proj`, `k_proj`, "
             "`lm_head`, `o_proj`, `q_proj`, `up_proj`, `v_proj`",
         ),
         (
             {"target_modules": r".*\.attn\..*"},
-            r"`.*\.attn\..*` matches no module of this model; there are: `down_proj`",
+            r"`.*\.attn\..*` matches no module of this model; known: `down_proj`",
         ),
         (
             {"modules_to_save": ["head"]},
-            "`method.modules_to_save`: `head` matches no module of this model; there are: `0`",
+            "`method.modules_to_save`: `head` matches no module of this model; known: `0`",
         ),
         ({"rank_pattern": {"query": 8}}, "`method.rank_pattern`: `query` matches no module"),
         ({"alpha_pattern": {"query": 8}}, "`method.alpha_pattern`: `query` matches no module"),

@@ -167,7 +167,7 @@ def test_layers_that_a_cpu_would_get_wrong_are_refused(narrow: Path, kind: Any, 
         _load(narrow, kind)
     text = str(caught.value)
     assert "model.layers.0.mlp.down_proj (96)" in text
-    assert "no multiple of 64" in text
+    assert "not a multiple of 64" in text
     assert "q_proj" not in text, "only what is wrong is named"
     assert "leave `model.quantization` out" in text
 

@@ -109,7 +109,7 @@ def test_a_run_keeps_its_precision_on_another_machine(
     dtype = "bfloat16" if begun else "float32"
     assert resumed.facts()["dtype"] == straight.facts()["dtype"] == dtype
     assert _exactly(resumed) == _exactly(straight)
-    assert f"note     {dtype}, as the run was begun" in capsys.readouterr().err
+    assert f"note     {dtype}, as when the run started" in capsys.readouterr().err
     assert fit("other", **sections).facts()["dtype"] != dtype, "guard: a run that begins here chooses otherwise"
 
 
@@ -198,7 +198,7 @@ def test_one_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_us
     capsys.readouterr()
     resumed = fit("a", resume=True, **SECTIONS)
     told = capsys.readouterr().err
-    assert f"step-000006 `{name}` is not as it was written: not used" in told
+    assert f"step-000006 `{name}` has changed since it was written: not used" in told
     assert "resuming after step 4" in told
     assert _exactly(resumed) == _exactly(straight)
 
@@ -368,7 +368,7 @@ def test_a_finished_run_is_not_overwritten_unasked(fit: Fit):
 
 def test_a_stopped_run_is_not_overwritten_unasked(fit: Fit, tmp_path: Path):
     _stopped(fit, tmp_path)
-    with pytest.raises(RunFolderError, match="a run that is failed lies here") as caught:
+    with pytest.raises(RunFolderError, match="this folder holds a run that is failed") as caught:
         fit("a", **SECTIONS)
     assert caught.value.exit_code == 6
     shutil.rmtree(tmp_path / "a" / "run" / "checkpoints")  # nothing to lose: it may begin anew
@@ -378,7 +378,7 @@ def test_a_stopped_run_is_not_overwritten_unasked(fit: Fit, tmp_path: Path):
 def test_a_folder_with_other_things_is_left_alone(fit: Fit, tmp_path: Path):
     (tmp_path / "a" / "run").mkdir(parents=True)
     (tmp_path / "a" / "run" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="no run and not empty"):
+    with pytest.raises(RunFolderError, match="not empty, and not a run"):
         fit("a", **SECTIONS)
     assert [f.name for f in (tmp_path / "a" / "run").iterdir()] == ["thesis.tex"]
 
@@ -394,7 +394,7 @@ def test_an_overwritten_run_that_fails_leaves_no_adapter_of_the_old_one(fit: Fit
 def test_overwrite_is_for_runs_only(fit: Fit, tmp_path: Path):
     (tmp_path / "a" / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "a" / "run" / "checkpoints" / "of-another-tool.bin").write_bytes(b"weeks of work")
-    with pytest.raises(RunFolderError, match="no run and not empty"):
+    with pytest.raises(RunFolderError, match="not empty, and not a run"):
         fit("a", overwrite=True, **SECTIONS)
     assert (tmp_path / "a" / "run" / "checkpoints" / "of-another-tool.bin").exists()
 
@@ -403,9 +403,9 @@ def test_overwrite_is_for_runs_only(fit: Fit, tmp_path: Path):
     ("change", "said"),
     [
         ({"method": {**SECTIONS["method"], "r": 8}}, "size mismatch|Error"),
-        ({"method": {**SECTIONS["method"], "target_modules": ["q_proj"]}}, "is only on one side"),
-        ({"method": {**SECTIONS["method"], "modules_to_save": ["lm_head"]}}, "is only on one side"),
-        ({"optimizer": {"type": "adafactor", "lr": 1e-2}}, "its optimizer is another one"),
+        ({"method": {**SECTIONS["method"], "target_modules": ["q_proj"]}}, "is not in both checkpoint and model"),
+        ({"method": {**SECTIONS["method"], "modules_to_save": ["lm_head"]}}, "is not in both checkpoint and model"),
+        ({"optimizer": {"type": "adafactor", "lr": 1e-2}}, "its optimizer is different"),
     ],
     ids=["rank", "fewer targets", "more modules", "optimizer"],
 )

@@ -71,9 +71,7 @@ def test_the_card_of_a_merge(fit: Fit, base: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     assert text.splitlines()[8:12] == ["# merged", "", text.splitlines()[10], ""]
     assert "rounded once to bfloat16" in text
-    assert (
-        f"| largest difference of a logit | {done.difference:.2e} ({done.relative:.1e} of the largest logit) |" in text
-    )
+    assert f"| largest logit difference | {done.difference:.2e} ({done.relative:.1e} of the largest logit) |" in text
     assert "apply_chat_template" in text
     assert "PeftModel" not in text
     assert "An answer ends with `<|im_end|>`" in text
@@ -124,5 +122,5 @@ def test_a_card_says_what_was_minimised_and_counts_pairs(fit: Fit, tmp_path: Pat
     assert "| steps | 2 of 8 pairs |" in card
     assert "| objective | dpo, beta 0.1; loss per pair |" in card
     rows = (fit("rows", objective={"label_smoothing": 0.1}).folder / "README.md").read_text()
-    assert "| objective | sft, label_smoothing 0.1; loss in nats per trained token |" in rows
+    assert "| objective | sft, label_smoothing 0.1; loss in nats per label token |" in rows
     assert "| steps | 3 of 8 rows |" in rows

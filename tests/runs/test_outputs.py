@@ -51,8 +51,8 @@ def test_a_checkpoint_that_was_evaluated_is_as_it_was(
     assert found is not None
     assert (found.folder, found.bad) == (saved, [])
     for out in (saved / "x.jsonl", saved / "deeper" / "x.jsonl"):
-        assert f"lies in a checkpoint, into which nothing is written: {saved}" in refused(run, out, tmp_path)
-    with pytest.raises(UsageError, match="lies in a checkpoint"):
+        assert f"is in a checkpoint, which is never written to: {saved}" in refused(run, out, tmp_path)
+    with pytest.raises(UsageError, match="is in a checkpoint"):
         merge(run, saved / "merged")
     again = fit(resume=True, data=data, train={"save_every": 1, "epochs": 2}, allow_drift=True)
     assert again.run.steps == 2 * int(saved.name[5:])
@@ -70,7 +70,7 @@ def test_a_base_that_was_evaluated_is_as_it_was(tmp_path: Path, monkeypatch: pyt
     assert result.predictions == here / "predictions.jsonl"
     assert len(result.predictions.read_text().splitlines()) == 2
     assert contents(base) == before
-    told = f"lies in a base model, into which nothing is written: {base}\n  name a place elsewhere with --out"
+    told = f"is in a base model, which is never written to: {base}\n  choose another path with --out"
     assert refused(base, base / "x.jsonl", base).endswith(told)
     (tmp_path / "link").symlink_to(base)
     assert refused(base, tmp_path / "link" / "x.jsonl", base).endswith(told)
@@ -82,7 +82,7 @@ def test_a_base_that_was_evaluated_is_as_it_was(tmp_path: Path, monkeypatch: pyt
 def test_the_cache_of_the_hub_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "hub" / "models--a--b" / "x.jsonl"
-    assert "lies in the hub's cache" in refused(Path("a/b"), out, Path("a/b"))
+    assert "is in the hub's cache" in refused(Path("a/b"), out, Path("a/b"))
 
 
 def test_only_predictions_are_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_only_predictions_are_overwritten(tmp_path: Path, monkeypatch: pytest.Mo
         assert outputs.predictions("some/model", None, "some/model") == path
     for text in ("old", '{"prompt": "a"}\n', "[1]\n", "\xff"):
         path.write_text(text, encoding="latin-1")
-        told = f"{path}: holds something else than predictions, and is not overwritten\n  name another file with --out"
+        told = f"{path}: does not hold predictions, so it is not overwritten\n  name another file with --out"
         assert refused(Path("some/model"), None, Path("some/model")) == told
         assert refused(Path("some/model"), path, Path("some/model")) == told
 
@@ -123,15 +123,15 @@ def test_what_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ways = elsewhere(tmp_path)
     data = {"absolute": str(tmp_path / "rows.jsonl"), "relative": "rows.jsonl", "folder": "again", "glob": "./*.jsonl",
             "link": "link.jsonl"}[given]  # fmt: skip
-    among = "is what --data names" if "." in data and given != "glob" else "is among the files that --data "
+    among = "is what --data names" if "." in data and given != "glob" else "is one of the files of --data "
     for out in (*ways.values(), *map(Path, ways)):
         with pytest.raises(UsageError) as caught:
             outputs.predictions("a/b", out, "a/b", [("--data", data)])
         assert str(caught.value).startswith(f"{out}: {among}"), out
-        assert str(caught.value).endswith("name a place elsewhere with --out")
+        assert str(caught.value).endswith("choose another path with --out")
     for out in (Path("new.jsonl"), None, Path("again/new.jsonl")):
         if given in ("folder", "glob"):
-            with pytest.raises(UsageError, match="is among the files that --data"):
+            with pytest.raises(UsageError, match="is one of the files of --data"):
                 outputs.predictions("a/b", out, "a/b", [("--data", data)])
         else:
             outputs.predictions("a/b", out, "a/b", [("--data", data)])
@@ -176,7 +176,7 @@ def test_a_name_of_the_run_itself_is_refused(tmp_path: Path) -> None:
 def test_init_writes_into_nothing_that_stays_as_it_is(base: Path, tmp_path: Path) -> None:
     before = contents(base)
     for folder in (base, base / "deep"):
-        with pytest.raises(UsageError, match="lies in a base model, into which nothing is written"):
+        with pytest.raises(UsageError, match="is in a base model, which is never written to"):
             init.write(folder)
     assert contents(base) == before
     (tmp_path / "recipe.yaml").symlink_to("elsewhere")

@@ -33,7 +33,8 @@ def test_what_no_run_wrote_stays(fit: Fit, capsys: pytest.CaptureFixture[str]) -
     rest = run / "checkpoints" / ".quarantine" / inside.name
     assert [file.name for file in rest.iterdir()] == ["README.md"]
     assert (
-        f"{inside.name} held more than its run wrote: that stays, in checkpoints/.quarantine" in capsys.readouterr().err
+        f"{inside.name} held files that its run did not write: moved to checkpoints/.quarantine"
+        in capsys.readouterr().err
     )
     assert len([*(run / "checkpoints").glob("step-*")]) == 2
     assert storage.verify(run) is None

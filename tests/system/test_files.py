@@ -117,7 +117,7 @@ def test_rows_out_of_a_pipe_are_refused_with_a_remedy(
         row_files.files(tmp_path / "x.jsonl")
     (tmp_path / "more").mkdir()
     make(tmp_path / "more" / "y.jsonl")
-    with pytest.raises(DataError, match="take it out of the folder"):
+    with pytest.raises(DataError, match="remove it from the folder"):
         row_files.files(tmp_path / "more")
 
 
@@ -310,7 +310,7 @@ def test_a_text_beyond_all_bounds_is_a_row_that_can_not_be_read(monkeypatch: pyt
     block = Block(ready=tuple(row_files.RawRow(Place("a", line), {"text": "b" * (99 + line)}) for line in (1, 2)))
     kept, lost = prepare.prepare(block, tiny.data(format="text", max_length=200), Encoder(tiny.tokenizer()))
     assert (kept.fate, lost.fate) == ("kept", "refused")
-    assert lost.reason == "a text of 101 characters; at most 100 are read: cut it into several rows"
+    assert lost.reason == "a text of 101 characters; at most 100 are read: split it into several rows"
 
 
 def test_a_long_line_is_still_a_row(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_list_is_read_object_by_object(tmp_path: Path) -> None:
         assert row.value == {"text": "a" * (1 << 20), "n": 12}
     with pytest.raises(DataError) as caught:
         next(found)
-    assert str(caught.value) == f"{path}:152: a value of more than 16,777,216 characters: cut it into several"
+    assert str(caught.value) == f"{path}:152: a value of more than 16,777,216 characters: split it into several"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 150_000  # KiB
 
 
@@ -358,14 +358,14 @@ def test_a_conversation_of_millions_of_tokens(tmp_path: Path) -> None:
     (found,) = prepare.prepare(block, Data(train=(source,)), Encoder(tiny.tokenizer()))
     assert (found.fate, found.reason) == (
         "refused",
-        "a conversation of 5,242,902 bytes; at most 4,194,304 are rendered: cut it into several rows",
+        "a conversation of 5,242,902 bytes; at most 4,194,304 are rendered: split it into several rows",
     )
     said = ({"role": role, "content": "ä"} for role in ("user", "assistant") * 1025)
     path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"messages": list(said)}])
     (found,) = prepare.prepare(
         next(row_files.blocks(Source(path=str(path)))), Data(train=(source,)), Encoder(tiny.tokenizer())
     )
-    told = "a conversation of 2,050 messages; at most 2,048 are rendered: cut it into several rows"
+    told = "a conversation of 2,050 messages; at most 2,048 are rendered: split it into several rows"
     assert (found.fate, found.reason) == ("refused", told)
 
 
@@ -376,7 +376,7 @@ def test_configs_that_are_nested_without_end(tmp_path: Path) -> None:
         if read:
             assert safety.read_object(path)["a"]
             continue
-        with pytest.raises(ModelError, match="is no JSON: "):
+        with pytest.raises(ModelError, match="is not JSON: "):
             safety.read_object(path)
     path.write_bytes(b'{"a": "' + b"a" * (40 << 20) + b'"}')
     with pytest.raises(ModelError, match="is longer than 33,554,432 bytes"):
@@ -390,7 +390,7 @@ def test_a_pattern_that_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.perf_counter()
     with pytest.raises(UsageError, match=r"takes more than 1 s on 2 texts") as caught:
         regex_match.found(r"(a+)+$", ["a", "a" * 60 + "b"], patience=1.0)
-    assert "write it simpler" in str(caught.value)
+    assert "simplify it" in str(caught.value)
     assert time.perf_counter() - began < WAIT
 
 
@@ -494,7 +494,7 @@ def test_messages_that_are_not_utf8(base: Path, tmp_path: Path) -> None:
     done = subprocess.run(line, input=b"hi\n\xe8", capture_output=True, timeout=WAIT * 2, env=env, check=False)
     assert (done.returncode, done.stderr.splitlines()[-2:]) == (
         2,
-        [b"what was read is not UTF-8", b"  give it as UTF-8"],
+        [b"the input is not UTF-8", b"  give it as UTF-8"],
     )
 
 

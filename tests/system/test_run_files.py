@@ -59,10 +59,10 @@ def work(tmp_path: Path) -> Path:
         ("base", "base/run", "holds the run folder"),
         ("base", "link/deep/run", "holds the run folder"),
         ("./", "new", "holds the run folder"),
-        ("base", ".", "lies in the run folder"),
-        ("run/merged", "run", "lies in the run folder"),
-        ("run/checkpoints/step-000001", "run", "lies in the run folder"),
-        ("run/checkpoints/step-000001", "outer/run", "lies in the run folder"),
+        ("base", ".", "is in the run folder"),
+        ("run/merged", "run", "is in the run folder"),
+        ("run/checkpoints/step-000001", "run", "is in the run folder"),
+        ("run/checkpoints/step-000001", "outer/run", "is in the run folder"),
     ],
 )
 def test_a_base_and_a_run_folder_lie_apart(work: Path, base: str, output: str, how: str) -> None:
@@ -113,7 +113,7 @@ def test_home_and_settings_are_seen(work: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("key", ["train", "eval"])
 def test_what_a_run_writes_is_never_its_rows(work: Path, rows: str, output: str, key: str) -> None:
     said = told(work, "base", output, **dict[str, Any]({key: rows}))
-    assert f"`data.{key}` {work / rows} stands for files that a run writes into {work / output}" in said
+    assert f"`data.{key}` {work / rows} includes files that a run writes into {work / output}" in said
 
 
 @pytest.mark.parametrize(
@@ -164,12 +164,12 @@ def test_a_run_in_a_place_that_stays_as_it_is_is_refused(work: Path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(work / "hub"))
     for output, kind, place in (
         ("model", "is a base model", "model"),
-        ("way/deep/run", "lies in a base model", "model"),
+        ("way/deep/run", "is in a base model", "model"),
         ("other/checkpoints/step-000001", "is a checkpoint", "other/checkpoints/step-000001"),
-        ("other/checkpoints/step-000001/run", "lies in a checkpoint", "other/checkpoints/step-000001"),
-        ("outer/hub/models--a--b/run", "lies in the hub's cache", "hub"),
+        ("other/checkpoints/step-000001/run", "is in a checkpoint", "other/checkpoints/step-000001"),
+        ("outer/hub/models--a--b/run", "is in the hub's cache", "hub"),
     ):
-        said = f"the run folder {work / output} {kind}, into which nothing is written: {work / place} | name another"
+        said = f"the run folder {work / output} {kind}, which is never written to: {work / place} | name another"
         assert said in told(work, "base", output)
     for output in ("tuned", "tuned/deeper", "other", "other/run"):
         assert told(work, "base", output) == ""

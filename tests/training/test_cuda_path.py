@@ -194,11 +194,11 @@ def test_a_kernel_without_a_backward_pass_is_found_before_the_first_step(monkeyp
 @pytest.mark.parametrize(
     ("asked", "dtype", "bf16", "full", "told"),
     [
-        ("auto", torch.float32, False, False, ["so `auto` is float32; `model.dtype: float16` takes half"]),
+        ("auto", torch.float32, False, False, ["so `auto` is float32; `model.dtype: float16` halves the memory"]),
         ("auto", torch.float32, False, True, []),
         ("auto", torch.bfloat16, True, False, []),
-        ("auto", torch.float32, True, False, ["as the run was begun"]),
-        ("bfloat16", torch.bfloat16, False, False, ["bfloat16 is slow here"]),
+        ("auto", torch.float32, True, False, ["as when the run started"]),
+        ("bfloat16", torch.bfloat16, False, False, ["bfloat16 is slow on this device"]),
         ("float16", torch.float16, False, False, []),
     ],
 )

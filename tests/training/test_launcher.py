@@ -26,13 +26,13 @@ def test_a_launch_that_works(environment: dict[str, str]) -> None:
     ("environment", "told"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP is set: this launch asks for FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "True"}, "this launch asks for DeepSpeed, which is not used here"),
+        ({"ACCELERATE_USE_DEEPSPEED": "True"}, "this launch asks for DeepSpeed, which is not supported"),
         ({"ACCELERATE_TORCH_DEVICE": "cuda:1"}, "ACCELERATE_TORCH_DEVICE=cuda:1"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0, but no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1, WORLD_SIZE=2, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({**WORLD, "MASTER_ADDR": ""}, "RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, but no MASTER_ADDR"),
         ({**WORLD, "RANK": "2"}, "RANK=2 of WORLD_SIZE=2: ranks go from 0"),
-        ({**WORLD, "RANK": "one"}, "RANK=one is no number"),
+        ({**WORLD, "RANK": "one"}, "RANK=one is not an integer"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4, but no RANK, LOCAL_RANK, WORLD_SIZE"),
     ],
 )
@@ -84,4 +84,4 @@ def test_offline_in_every_spelling(name: str, value: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**rest, name: value}
     )
-    assert "only models in the local cache can be had" in done.stdout
+    assert "only models in the local cache can be used" in done.stdout

@@ -428,7 +428,7 @@ def test_a_first_step_that_does_not_fit_is_tried_once_with_a_lighter_plan(
     assert again == (0 if kind == "tokens" else 1)
     told = capsys.readouterr().err
     lighter = "activations: about" if kind == "tokens" else "gradient checkpointing on 1 of 2 layers, activations"
-    assert f"out of memory: once more with {lighter}" in told
+    assert f"out of memory: retrying with {lighter}" in told
     monkeypatch.setitem(memory_plan.BUDGETS, "cpu", budgets[-1:])
     straight = fit("straight", **DRAWING, train=train if kind == "tokens" else {**train, "gradient_checkpointing": 1})
     for name in ("loss", "grad_norm"):

@@ -207,7 +207,7 @@ def test_bfloat16_without_instructions_for_it_is_told(
 ):
     monkeypatch.setattr("loratune.models.base_model.computes_in_bf16", lambda where: fast)
     fit(rows=8, model={"dtype": dtype})
-    assert ("bfloat16 is slow here" in capsys.readouterr().err) == (dtype == "bfloat16" and not fast)
+    assert ("bfloat16 is slow on this device" in capsys.readouterr().err) == (dtype == "bfloat16" and not fast)
 
 
 def test_products_are_as_exact_as_their_dtype_whatever_was_set_before(fit: Fit):
@@ -426,7 +426,7 @@ def test_a_model_that_mixes_packed_rows_is_refused(fit: Fit, stateful: Path, tmp
     with pytest.raises(ModelError) as caught:
         fit(on=stateful, data={"packing": "on"})
     (problem,) = caught.value.problems
-    assert problem.message.startswith("`data.packing: on`, and this model does not keep packed rows apart: a row's")
+    assert problem.message.startswith("`data.packing: on`, but this model does not keep packed rows apart: a row's")
     assert "with the row before it" in problem.message
     assert str(problem.place) == str(stateful)
     assert problem.hint == "set data.packing: auto or off"
@@ -477,9 +477,9 @@ def test_what_rows_share_is_told_and_counted(fit: Fit, capsys: pytest.CaptureFix
         ({"data": {"packing": "off"}}, "data.packing: off"),
         (
             {"method": {"lora_dropout": 0.1}},
-            "it draws something at random for each token (dropout), and for each row apart",
+            "it draws random numbers (dropout) for each row separately",
         ),
-        ({"objective": {"type": "sft", "neftune": 5.0}}, "neftune draws noise for each row apart"),
+        ({"objective": {"type": "sft", "neftune": 5.0}}, "neftune draws noise for each row separately"),
         ({"model": {"attention": "eager"}}, "`eager` attention costs more for packs than for rows"),
     ],
 )
@@ -506,7 +506,7 @@ def test_rows_with_little_in_common_share_it_only_if_asked_to(fit: Fit, monkeypa
     monkeypatch.setattr(layout_test, "LEAST", 0.05)
     alone = {"train": {"batch_size": 1}}
     batching = fit(**alone).facts()["batching"]
-    assert batching["why_not_shared"] == "the rows of a step have too little in common (2.8 % of their tokens)"
+    assert batching["why_not_shared"] == "the rows of a step share too few tokens (2.8 %)"
     assert batching["missed"] == 0, "nothing to regret"
     assert fit("on", **alone, data={"prefix_sharing": "on"}).facts()["batching"]["saved"] == 0.0279
 

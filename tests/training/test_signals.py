@@ -33,7 +33,7 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, base: Path, number: signal.S
     assert run.returncode == 128 + number, told
     last = told.strip().splitlines()[-2:]
     step = len(metrics.read_text().splitlines())
-    assert last == [f"{number.name}: stopped after step {step}, a checkpoint is saved", "  go on with --resume"]
+    assert last == [f"{number.name}: stopped after step {step}, a checkpoint is saved", "  continue with --resume"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "MANIFEST.json").exists()
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
