@@ -72,7 +72,7 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
     assert {leaf for leaf in told if not leaf.startswith("data.")} == {
         "model.base", "model.revision", "output", "train.compile", "train.early_stopping", "train.epochs",
         "train.eval_every",
-        "train.gradient_checkpointing", "train.keep", "train.kernels", "train.log_every", "train.max_steps", "train.micro_batch_size",
+        "train.gradient_checkpointing", "train.keep", "train.kernels", "train.log_every", "train.max_steps", "train.micro_batch_size", "train.offload",
         "train.save_every",
     }  # fmt: skip
     assert {
