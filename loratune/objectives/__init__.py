@@ -7,13 +7,23 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
-from loratune.objectives.preference import Dpo
+from loratune.objectives.preference import Cpo, Dpo, Orpo, Simpo
 from loratune.objectives.sft import Sft
 
 Objective = Annotated[
-    Sft | Dpo,
+    Sft | Dpo | Orpo | Simpo | Cpo,
     Field(discriminator="type"),
-    BareWord({"causal_lm": "write `sft`"}, default="sft"),
+    BareWord(
+        {
+            "causal_lm": "write `sft`",
+            "ipo": "write `{type: dpo, loss: ipo}`",
+            "cdpo": "write `{type: dpo, label_smoothing: 0.1}`",
+            "rdpo": "write `{type: dpo, loss: robust, label_smoothing: 0.1}`",
+            "apo": "write `{type: dpo, loss: apo_zero}`",
+            "rpo": "write `{type: dpo, sft_weight: 1.0}`",
+        },
+        default="sft",
+    ),
 ]
 
-__all__ = ["Dpo", "Objective", "Sft"]
+__all__ = ["Cpo", "Dpo", "Objective", "Orpo", "Sft", "Simpo"]
