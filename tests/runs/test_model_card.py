@@ -120,7 +120,7 @@ def test_a_card_says_what_was_minimised_and_counts_pairs(fit: Fit, tmp_path: Pat
     card = (pairs.fitted(fit, tmp_path, number=16)("pairs").folder / "README.md").read_text()
     assert "| pairs | 16 to train on, of 16 read |" in card
     assert "| steps | 2 of 8 pairs |" in card
-    assert "| objective | dpo, beta 0.1; loss per pair |" in card
+    assert "| objective | dpo, loss sigmoid, beta 0.1; loss per pair |" in card
     rows = (fit("rows", objective={"label_smoothing": 0.1}).folder / "README.md").read_text()
     assert "| objective | sft, label_smoothing 0.1; loss in nats per label token |" in rows
     assert "| steps | 3 of 8 rows |" in rows
