@@ -236,6 +236,14 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "on_long",
             hint="use drop or truncate, or a larger `data.max_length`",
         )
+    if method.dropout and recipe.objective.values:
+        yield problem(
+            f"`objective: {recipe.objective.type}` compares with the model before step 1, and dropout makes the model "
+            "differ from that at random",
+            "method",
+            "lora_dropout",
+            hint="remove `lora_dropout`",
+        )
     for complaint in (*method.complaints(model, recipe.optimizer), *recipe.objective.complaints(data)):
         yield problem(complaint.message, *complaint.path, hint=complaint.hint)
 

@@ -61,6 +61,11 @@ class AdaLora(MethodSection):
     trainable_token_indices: ClassVar[tuple[int, ...]] = ()
     router: ClassVar[Literal["frozen"]] = "frozen"
 
+    @property
+    def dropout(self) -> float:
+        """Fraction (0-1) of A's inputs that is dropped in training."""
+        return self.lora_dropout
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         return f"AdaLoRA r {self.init_r} to {self.target_r}, lora_alpha {self.lora_alpha:g}"

@@ -81,6 +81,11 @@ class Lora(MethodSection):
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
 
+    @property
+    def dropout(self) -> float:
+        """Fraction (0-1) of A's inputs that is dropped in training."""
+        return self.lora_dropout
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         scale = f"lora_alpha {self.lora_alpha:g}{', rsLoRA' if self.rslora else ''}"

@@ -32,6 +32,11 @@ class MethodSection(Section):
     has_b: ClassVar[bool] = False
 
     @property
+    def dropout(self) -> float:
+        """Fraction (0-1) of what it adds that is dropped in training; under the recipe's key `lora_dropout`."""
+        return 0.0
+
+    @property
     def before_rows(self) -> int:
         """Virtual tokens that stand before each row in the model's output."""
         return 0

@@ -62,6 +62,23 @@ def or_out_of_memory(hint: str) -> Iterator[None]:
         raise SetupError(f"out of memory on {device()}", hint) from None
 
 
+def turn_off_dropout(model: Any) -> bool:
+    """Set all dropout of a model to 0; return whether there was any."""
+    found = False
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            found, module.p = found or module.p > 0, 0.0
+        for name in (
+            "attention_dropout",
+            "dropout",
+            "activation_dropout",
+        ):  # fractions that layers of transformers hold
+            if isinstance(value := getattr(module, name, None), float) and value > 0:
+                found = True
+                setattr(module, name, 0.0)
+    return found
+
+
 def is_true(value: str) -> bool:
     """Return whether the value of an environment variable means true, as accelerate reads it."""
     return value.lower() in ("1", "true", "yes", "on", "y", "t")

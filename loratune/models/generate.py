@@ -57,7 +57,7 @@ def answers(
             leaves fewer than `max_new_tokens` positions is answered alone, with as many tokens as are left.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts at once, padded on the left; sorted by length.
-        temperature: 0 is greedy.
+        temperature: tokens are drawn from softmax(logits / temperature), with no other change; 0 is greedy.
         progress: called with the number of answers so far.
         ends: end tokens in addition to the eos of model and tokenizer; see `end_tokens.py`.
 
@@ -115,6 +115,14 @@ def stream(
         raise
 
 
+# what transformers would otherwise take from the model's generation_config.json, or set itself (a top_k of 50)
+_PLAIN = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+}  # fmt: skip
+_GREEDY = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")  # of these, what changes the likeliest token
+
+
 @torch.no_grad()
 def _generate(
     net: Any, tokenizer: Any, input_ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, temperature: float,
@@ -123,11 +131,13 @@ def _generate(
     from transformers import GenerationConfig
 
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    plain = _PLAIN if temperature > 0 else {name: _PLAIN[name] for name in _GREEDY}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted({*end_tokens.of_model(net, tokenizer), *ends}),
         pad_token_id=tokenizer.pad_token_id or 0,
         use_cache=True,
+        **plain,
         **sampling,
     )
     written: torch.Tensor = net.generate(

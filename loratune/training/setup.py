@@ -90,6 +90,8 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     loaded.notes += dict.fromkeys(note for note in reached if note)
     trained = turn_ends.of_rows(data.train, encoder)
     loaded.notes += end_tokens.notes(trained, end_tokens.of_model(loaded.model, encoder.tokenizer), encoder.tokenizer)
+    if recipe.objective.values and base_model.turn_off_dropout(loaded.model):
+        loaded.notes.append("the base's dropout is off, as the model is compared with itself before step 1")
     chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
     origin = {

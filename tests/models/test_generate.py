@@ -50,6 +50,25 @@ def test_answers_end_with_the_positions(kind: str) -> None:
     assert answers[0] == generate.answers(net, tokens, prompts[:1], 12, 1)[0]
 
 
+def test_sampling_is_from_the_models_own_distribution() -> None:
+    """Not from the 50 likeliest tokens, nor as the model's generation_config.json has it."""
+    tokens = tiny.tokenizer()
+    net = made("llama", tokens)
+    net.generation_config.top_k = 3
+    net.generation_config.repetition_penalty = 50.0
+    ids = torch.tensor([[7]]).repeat(600, 1)
+    torch.manual_seed(0)
+    drawn = generate._generate(net, tokens, ids, torch.ones_like(ids), 1, 1.0, ())[:, -1]
+    assert len(drawn.unique()) > 150, "nearly uniform over 258 tokens"
+    with torch.no_grad():
+        likeliest = net(input_ids=ids[:1]).logits[0, -1].softmax(0)
+    assert drawn.bincount(minlength=len(tokens)).double().div(600).sub(likeliest).abs().max() < 0.03
+    long = torch.tensor([[7, 8, 9, 10, 11]])
+    first = generate._generate(net, tokens, long, torch.ones_like(long), 6, 0.0, ())
+    net.generation_config.repetition_penalty = None
+    assert torch.equal(first, generate._generate(net, tokens, long, torch.ones_like(long), 6, 0.0, ()))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_rows_past_the_positions_are_told(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = tiny.tokenizer()

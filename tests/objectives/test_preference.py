@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import loratune
 from loratune.data import batches
@@ -23,6 +24,7 @@ from loratune.errors import Place, RecipeError, RunFolderError
 from loratune.kernels import packed_attention
 from loratune.methods import Full, Lora
 from loratune.methods.tuned import Setup, Tuned
+from loratune.models import base_model
 from loratune.objectives import Cpo, Dpo, Orpo, Simpo
 from loratune.objectives.preference import _log_odds
 from loratune.system.run_files import REFERENCE
@@ -225,6 +227,7 @@ def test_every_objective_learns_to_prefer_and_resumes(fit: Fit, tmp_path: Path, 
         ({"type": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "has no effect on `loss: ipo`"),
         ({"type": "dpo", "loss": "robust"}, "without `label_smoothing` is `sigmoid`"),
         ({"type": "dpo", "label_smoothing": 0.5}, "below 0.5"),
+        ({"type": "dpo", "beta": 0}, "above 0"),
         ("ipo", "write `{type: dpo, loss: ipo}`"),
         ("orpos", "did you mean `orpo`?"),
     ],
@@ -234,6 +237,31 @@ def test_keys_that_make_no_loss(tmp_path: Path, base: Path, objective: Any, told
     path = tiny.write_recipe(tmp_path, base, objective=objective, data={"format": "preference"})
     with pytest.raises(RecipeError, match=re.escape(told)):
         loratune.load_recipe(path)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_dropout_and_a_reference(tmp_path: Path, base: Path, method: str) -> None:
+    given = {"method": {"type": method, "lora_dropout": 0.1}, "data": {"format": "preference"}}
+    with pytest.raises(RecipeError, match="remove `lora_dropout`"):
+        loratune.load_recipe(tiny.write_recipe(tmp_path, base, objective="dpo", **given))
+    assert loratune.load_recipe(tiny.write_recipe(tmp_path, base, objective="orpo", **given)).method.dropout == 0.1
+
+
+def test_the_dropout_of_the_base_is_off(fit: Fit, tmp_path: Path) -> None:
+    """Else the loss of the first step would not be log 2."""
+    tokens = tiny.tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokens), n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None,
+        attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokens.save_pretrained(tmp_path / "gpt2")
+    run = pairs.fitted(fit, tmp_path, model={"base": str(tmp_path / "gpt2")}, train={"epochs": 0.5})
+    done = run(method={"type": "lora", "r": 4, "target_modules": ["c_attn"]}, optimizer={"lr": 1e-12})
+    assert done.column("loss") == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    llama_like = llama(attention_dropout=0.2)
+    assert base_model.turn_off_dropout(llama_like)
+    assert not base_model.turn_off_dropout(llama_like)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt", "adalora"])
