@@ -18,8 +18,9 @@ from loratune.config.section import BareWord, Cadence, Section, Share, members_o
 from loratune.config.yaml_nodes import Tree
 from loratune.data.formats import Preference
 from loratune.data.section import SUFFIXES, Data, Source
-from loratune.errors import Place, Problem, RecipeError, listed, shorten
+from loratune.errors import LoratuneError, Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
+from loratune.methods.adapter_files import CONFIG
 from loratune.models.chat_templates import TEMPLATES
 from loratune.models.section import Model
 from loratune.objectives import Objective, Sft
@@ -270,9 +271,13 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         )
     if recipe.objective.pairs and recipe.data.format.type == "auto":
         data["format"] = Preference()
+    method = recipe.method
+    if isinstance(method, Lora) and method.continue_from is not None:
+        method = _continued(method, method.continue_from, folder, tree, problems)
     whole = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": base}),
+            "method": method,
             "data": recipe.data.model_copy(update=data),
             "output": os.path.normpath(output),
         }
@@ -305,6 +310,10 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
             if os.path.isabs(source.path) and run_files.is_read(Path(source.path), output):
                 told = f"`data.{key}` {shorten(source.path, 400)} includes files that a run writes into {shown}"
                 yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
+    start = recipe.method.continue_from if isinstance(recipe.method, Lora) else None
+    if start is not None and (how := run_files.meets(Path(start), output)):
+        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}[how]
+        yield Problem(f"`method.continue_from` {shorten(start, 400)} {told} {shown}", place, hint)
     template = recipe.data.chat_template or ""
     if os.path.isabs(template) and run_files.is_read(Path(template), output):
         told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"
@@ -332,6 +341,19 @@ def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str
     if looks_local or not _HUB_ID.fullmatch(base):
         problems.append(Problem(f"no model at `{shorten(base)}`", place, _looked_for(path)))
     return base
+
+
+def _continued(method: Lora, value: str, folder: Path, tree: Tree, problems: list[Problem]) -> Lora:
+    path, there = _find(value, folder)
+    place = tree.place("method", "continue_from")
+    if not there or not (path / CONFIG).is_file():
+        problems.append(Problem(f"no adapter at `{shorten(value)}`", place, "name a run or an adapter folder"))
+        return method
+    try:
+        return method.continued(path.resolve())
+    except LoratuneError as error:
+        problems += error.problems
+        return method
 
 
 def _template(value: str, folder: Path, tree: Tree, problems: list[Problem]) -> str:

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "method": {
         "type": "lora", "r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "target_modules": "all-linear", "rslora": False, "dora": False,
         "init": "default", "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "modules_to_save": [],
-        "trainable_token_indices": [], "router": "frozen", "bias": "none",
+        "trainable_token_indices": [], "router": "frozen", "bias": "none", "continue_from": None,
     },
     "data": {
         "train": [{"path": "some/rows", "subset": None, "split": "train", "revision": None, "max_rows": None, "weight": 1.0}],

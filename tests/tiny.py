@@ -131,6 +131,7 @@ def write_recipe(folder: Path, base: Path, rows: int = 24, **sections: Any) -> P
             isinstance(value, dict)
             and isinstance(recipe.get(name), dict)
             and value.get("type") in (None, recipe[name].get("type"))
+            and "continue_from" not in value  # r and lora_alpha are the adapter's
         ):
             recipe[name] = {**recipe[name], **value}
         else:

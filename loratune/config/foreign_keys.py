@@ -14,6 +14,8 @@ FOREIGN = {
     "flash_attention": "write `model.attention: flash_attention_2`",
     "adapter": "write `method: lora`",
     "lora_r": "write `method.r`",
+    "lora_model_dir": "write `method.continue_from`",
+    "adapter_name_or_path": "write `method.continue_from`",
     "rank": "write `method.r`",
     "lora_rank": "write `method.r`",
     "alpha": "write `method.lora_alpha`",

@@ -10,17 +10,20 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from loratune.config.section import Complaint, Section, as_tuple
-from loratune.errors import listed
-from loratune.methods import targets, tensor_files
+from loratune.errors import ModelError, Place, Problem, listed, shorten
+from loratune.methods import adapter_files, targets, tensor_files
+from loratune.methods.adapter_files import CONFIG
 from loratune.methods.section import MethodSection
 from loratune.methods.targets import Layers, Modules
 from loratune.methods.tuned import Adapter, Setup, Tuned
+from loratune.models import safety
 from loratune.models.section import Model
 
 if TYPE_CHECKING:
@@ -37,6 +40,17 @@ def _patterns(value: dict[str, Any]) -> dict[str, Any]:
             hint = f" (a name is enough: `{word.strip('*.')}`)" if word.strip("*.") else ""
             raise PydanticCustomError("expected", f"`{word}` is not a regular expression: {error}{hint}") from None
     return value
+
+
+# fields of an adapter_config.json that are fields here, and their names here
+_OF_PEFT = {
+    "r": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules", "use_rslora": "rslora",
+    "use_dora": "dora", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+    "layers_to_transform": "layers_to_transform", "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices", "bias": "bias",
+}  # fmt: skip
+# fields that change what an adapter computes, and that this method does not have
+_NOT_HERE = ("alora_invocation_tokens", "layer_replication", "lora_bias", "target_parameters", "use_qalora")
 
 
 class Lora(MethodSection):
@@ -80,6 +94,12 @@ class Lora(MethodSection):
         description="router of a mixture of experts; trained: in full, and saved with the adapter",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which bias vectors are trained")
+    continue_from: str | None = Field(
+        None,
+        min_length=1,
+        description="adapter to continue training: a run or an adapter folder; rank, scale, modules and the like are "
+        "those of the adapter",
+    )
 
     @property
     def dropout(self) -> float:
@@ -89,11 +109,44 @@ class Lora(MethodSection):
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         scale = f"lora_alpha {self.lora_alpha:g}{', rsLoRA' if self.rslora else ''}"
-        return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, init {self.init}"
+        start = f"init {self.init}" if self.continue_from is None else f"from {Path(self.continue_from).name}"
+        return f"{'DoRA' if self.dora else 'LoRA'} r {self.r}, {scale}, {start}"
+
+    def continued(self, folder: Path) -> Lora:
+        """Return this section with the fields of the adapter in a folder.
+
+        Raises:
+            ModelError: when it is no LoRA adapter, has what this method has not, or other values than given here.
+        """
+        place = Place(str(folder / CONFIG))
+        config = safety.read_object(folder / CONFIG)
+        if config.get("peft_type") != "LORA":
+            kind = shorten(str(config.get("peft_type")))
+            raise ModelError(Problem(f"is an adapter of type `{kind}`; only LoRA can be continued", place))
+        if others := [key for key in _NOT_HERE if config.get(key)]:
+            raise ModelError(Problem(f"`{others[0]}` is not supported", place, "continue a plain LoRA adapter"))
+        known = {ours: config[name] for name, ours in _OF_PEFT.items() if config.get(name) not in (None, [], {})}
+        given = self.model_dump(include=self.model_fields_set)
+        own = {name: value for name, value in given.items() if name not in _OF_PEFT.values()}
+        try:
+            made = Lora.model_validate({**own, **known, "continue_from": str(folder)})
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            told = f"`{'.'.join(map(str, wrong['loc']))}` is not valid: {wrong['msg']}"
+            raise ModelError(Problem(shorten(told, 300), place)) from None
+        found = made.model_dump()
+        for name in given.keys() & set(_OF_PEFT.values()):
+            if given[name] != found[name]:
+                told = f"`method.{name}`: the adapter has {shorten(str(found[name]))}"
+                raise ModelError(Problem(told, place, f"remove `{name}`"))
+        return made
 
     def complaints(self, model: Model, optimizer: Section) -> Iterator[Complaint]:
         """Yield why this method does not combine with other sections of the recipe, or its own keys with each other."""
         yield from super().complaints(model, optimizer)
+        if self.continue_from is not None and self.init != "default":
+            told = f"`method.init: {self.init}` is for a new adapter, and `continue_from` names one"
+            yield Complaint(told, ("method", "init"), "remove `init`")
         if self.changes_base and self.dora:
             yield Complaint(f"`method.init: {self.init}` and `method.dora` don't combine", ("method", "dora"))
         if self.changes_base and self.rslora and (self.rank_pattern or self.alpha_pattern):
@@ -125,12 +178,15 @@ class Lora(MethodSection):
             setup: of the training; its batches are used only by `init: eva`.
 
         Raises:
-            ModelError: when a target matches no module of this model, or a token id is not in its vocabulary.
+            ModelError: when a target matches no module of this model, a token id is not in its vocabulary, or the
+                adapter to continue does not fit.
         """
         from peft import get_peft_model
 
         from loratune.kernels import lora_linear, norm_swiglu
 
+        if self.continue_from is not None:
+            adapter_files.check(Path(self.continue_from))
         targets.check(self, model)
         model.requires_grad_(False)  # not prepare_model_for_kbit_training: that copies norms and head to float32
         config = self._config(model)
@@ -150,7 +206,9 @@ class Lora(MethodSection):
         norm_swiglu.install(peft_model, again=few_passes)
         if self.changes_base:
             return OnChangedBase(peft_model)
-        return LoraAdapter(peft_model, off_is_start=self.bias == "none")
+        if self.continue_from is not None:
+            _load_into(peft_model, Path(self.continue_from))
+        return LoraAdapter(peft_model, off_is_start=self.bias == "none" and self.continue_from is None)
 
     def notes(self, model: PreTrainedModel) -> list[str]:
         """Return notes on the model after `apply`: which modules have no matrices, and what is slower."""
@@ -263,6 +321,19 @@ class OnChangedBase(LoraAdapter):
             config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
             config.alpha_pattern = {k: v * grown for k, v in config.alpha_pattern.items()}
         return config
+
+
+def _load_into(model: PeftModel, folder: Path) -> None:
+    """Load the tensors of an adapter into a new one of the same shape.
+
+    Raises:
+        ModelError: when the file has others.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    adapter_files.check_complete(model, folder, "default")
+    set_peft_model_state_dict(model, load_file(folder / adapter_files.TENSORS))
 
 
 def _best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

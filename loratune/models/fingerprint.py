@@ -161,7 +161,10 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) -> Comparison:
+def compare(
+    folder: Path, section: Model, allow: bool, tokenizer: Any = None,
+    remedy: str = "name the right one, or continue with --allow-base-mismatch: this is recorded",
+) -> Comparison:  # fmt: skip
     """Compare a base (and a tokenizer) with the record of an adapter or a full model.
 
     Another tokenizer is reported and not refused: the weights still fit, and it may be intended.
@@ -171,6 +174,7 @@ def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) ->
         section: the base.
         allow: accept another base.
         tokenizer: the one in use; None to compare none.
+        remedy: said where it is another one.
 
     Raises:
         BaseMismatchError: when the base is another one.
@@ -195,7 +199,7 @@ def compare(folder: Path, section: Model, allow: bool, tokenizer: Any = None) ->
             Problem(
                 f"this is not the base it was trained on (`{shorten(str(about['base']['name']))}`): {told}",
                 Place(section.base),
-                "name the right one, or continue with --allow-base-mismatch: this is recorded",
+                remedy,
             )
         )
     return Comparison(differences, (f"not the base it was trained on, as allowed: {told}", *notes))

@@ -17,7 +17,7 @@ from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem
 from loratune.kernels import gpu_self_test, torch_compile
 from loratune.kernels.layer_kinds import name_of
-from loratune.methods import targets, tensor_files
+from loratune.methods import Lora, targets, tensor_files
 from loratune.methods.tuned import Setup as MethodSetup
 from loratune.methods.tuned import Tuned
 from loratune.models import base_model, end_tokens, fingerprint, generate
@@ -80,6 +80,9 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     """Load the base and check it against method and rows; `dtype` is that of a resumed run."""
     full, encoder = recipe.method.trains_base, data.encoder
     loaded = base_model.load(base_model.as_begun(recipe.model, dtype), full, where, trust, encoder.tokenizer)
+    if isinstance(recipe.method, Lora) and recipe.method.continue_from is not None:
+        start, hint = Path(recipe.method.continue_from), "set `model.base` to the base the adapter was trained on"
+        loaded.notes += fingerprint.compare(start, recipe.model, False, encoder.tokenizer, hint).notes
     over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
     if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
         raise ModelError(refused)
