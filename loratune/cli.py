@@ -70,6 +70,12 @@ TrustCode = Annotated[
 ]
 
 
+def _kind(value: str) -> str:
+    if value not in ("sft", "preference"):
+        raise typer.BadParameter("must be `sft` or `preference`")
+    return value
+
+
 def _no_nan(value: float | None) -> float | None:
     if value is not None and math.isnan(value):  # NaN passes every range check
         raise typer.BadParameter("nan is not a number")
@@ -163,7 +169,8 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
         f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}"
     )
     length = f"{loaded.train.max_steps} steps" if loaded.train.max_steps else f"{loaded.train.epochs:g} epochs"
-    typer.echo(f"  length     {length}, {loaded.train.batch_size} rows per step")
+    rows = "pairs" if loaded.objective.pairs else "rows"
+    typer.echo(f"  length     {length}, {loaded.train.batch_size} {rows} per step")
     typer.echo(f"  output     {loaded.output}")
 
 
@@ -217,13 +224,19 @@ def init(
         str | None,
         typer.Option("--base", help="base model to put into the recipe: hub id, folder or .gguf", show_default=False),
     ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="sft|preference", callback=_kind, help="what to learn from: answers, or preferences"
+        ),
+    ] = "sft",
 ) -> None:
     """Write a first recipe with its schema and twenty sample rows."""
     from loratune.commands import init, next_steps
 
     if base is None and sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
         base = typer.prompt("base model (hub id, folder or .gguf)", default=init.BASE, err=True)
-    for path in init.write(folder, base or init.BASE):
+    for path in init.write(folder, base or init.BASE, kind):
         typer.echo(str(path))
     _tell_next([f"loratune train {next_steps.shown(folder / 'recipe.yaml')}"])
 

@@ -16,6 +16,7 @@ import loratune
 from loratune import cli
 from loratune.errors import RecipeError
 from loratune.recipe import load
+from tests import tiny
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes")
 SOUND = "model: {base: some/model}\nmethod: {type: lora, r: 8}\ndata: {train: some/rows}\noutput: run\n"
@@ -122,6 +123,19 @@ def test_init(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "first/data/train.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
+
+
+def test_init_for_preferences(tmp_path: Path) -> None:
+    """Rows and recipe that train; another word is answered with the known ones."""
+    base = tiny.save(tmp_path / "base")
+    assert call("init", tmp_path / "a", "--base", base, "--for", "preference").exit_code == 0
+    run = loratune.train(load(tmp_path / "a/recipe.yaml", ["train.epochs=1", "data.max_length=512"]))
+    assert run.steps == 4
+    assert "orpo" in (run.folder / "README.md").read_text()
+    done = call("init", tmp_path / "b", "--for", "preferences")
+    assert done.exit_code == 2
+    assert "must be `sft` or `preference`" in done.output
+    assert not (tmp_path / "b").exists()
 
 
 def test_init_with_a_base(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""`loratune init`: write a commented recipe, its schema and twenty rows that show the format of the data."""
+"""`loratune init`: write a commented recipe for an objective, its schema and twenty rows that show the format."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from loratune import recipe
 from loratune.errors import Place, Problem, StorageError, UsageError
@@ -36,7 +37,7 @@ _ROWS = [
     ("How can I reach a human?", "Write to help at any time; we answer within a day."),
 ]
 
-_RECIPE = """\
+_START = """\
 # yaml-language-server: $schema=./loratune.schema.json
 # Train:    loratune train recipe.yaml
 # Measure:  loratune eval runs/first
@@ -54,22 +55,43 @@ method:
 data:
   train: data/train.jsonl            # file, folder, glob, hub data set, or a list of them
   eval_fraction: 0.2                 # held out; or `eval:` with a file of its own
-  format: chat                       # chat, instruction, completion or text
+  format: {format}
   max_length: 1024                   # tokens; a longer row is an error unless `on_long` says otherwise
 
-objective: sft
+{objective}
 optimizer: {{type: adamw, lr: 1e-3}}  # high, for twenty rows; 2e-4 for thousands
 train: {{epochs: 3, batch_size: 4, schedule: cosine, warmup: 0.1, seed: 0}}
 output: runs/first
 """
 
+KINDS = {  # of recipe: its lines for format and objective
+    "sft": ("chat                       # chat, instruction, completion or text", "objective: sft"),
+    "preference": (
+        "preference                 # a prompt, a chosen and a rejected answer",
+        "objective: {type: orpo, weight: 0.1}  # or `dpo`, from a model that gives such answers already",
+    ),
+}
 
-def write(folder: Path, base: str = BASE) -> list[Path]:
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    """Return the sample rows; rejected is what a help desk should not say: the answer to another question."""
+    rows: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(_ROWS):
+        asked = {"role": "user", "content": question}
+        said = {"role": "assistant", "content": f"{answer} Yours, the help desk."}
+        other = {"role": "assistant", "content": _ROWS[(number + 7) % len(_ROWS)][1]}
+        pair = {"prompt": [asked], "chosen": [said], "rejected": [other]}
+        rows.append({"messages": [asked, said]} if kind == "sft" else pair)
+    return rows
+
+
+def write(folder: Path, base: str = BASE, kind: str = "sft") -> list[Path]:
     """Write recipe.yaml, loratune.schema.json and data/train.jsonl.
 
     Args:
         folder: where; created if missing. A relative local `base` is written relative to it.
         base: base model to put into the recipe.
+        kind: one of `KINDS`.
 
     Returns:
         The paths written.
@@ -80,14 +102,11 @@ def write(folder: Path, base: str = BASE) -> list[Path]:
     """
     if files.there(files.local(base)):
         base = str(files.local(base).resolve())
-    rows = [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{a} Yours, the help desk."}]}
-        for q, a in _ROWS
-    ]
+    known, objective = KINDS[kind]
     made = {
-        folder / "recipe.yaml": _RECIPE.format(base=json.dumps(base)),
+        folder / "recipe.yaml": _START.format(base=json.dumps(base), format=known, objective=objective),
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
-        folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(kind)),
     }
     there = [Problem("already exists", Place(str(path)), "nothing was written") for path in made if files.there(path)]
     if there:
