@@ -58,15 +58,19 @@ def least(free: int | None) -> int | None:
 def fixed_bytes(recipe: Recipe, loaded: Loaded, net: Any) -> int:
     """Return the bytes, not allocated yet, that a step needs besides activations, whatever its number of tokens.
 
-    They are gradients, optimizer states, a chunk of logits, one layer's dequantized weight, and on a GPU workspace.
+    They are gradients, optimizer states, copies of float32 adapter weights in the precision of the layers, a chunk of
+    logits, one layer's dequantized weight, and on a GPU workspace.
     """
-    gradients: int = sum(p.numel() * p.itemsize for p in net.parameters() if p.requires_grad)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    gradients: int = sum(p.numel() * p.itemsize for p in trained)
+    width = loaded.dtype.itemsize
+    copies: int = 0 if recipe.method.trains_base else sum(p.numel() * width for p in trained if p.itemsize > width)
     words = int(loaded.model.config.get_text_config().to_dict().get("vocab_size") or 0)
     about = (loaded.device.type, words, loaded.dtype.itemsize)
     logits = linear_cross_entropy.chunk_bytes(*about, trained=False) + _of_trained_head(loaded, net, words)
     working = _WORKSPACE if loaded.device.type == "cuda" else 0
     dequantized = quantization.largest_dequantized(net, loaded.dtype)
-    return gradients + _states(recipe, net) + logits + dequantized + working
+    return gradients + copies + _states(recipe, net) + logits + dequantized + working
 
 
 def movable_bytes(loaded: Loaded) -> int:
