@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import train
+
 import loratune
-from loratune.models import base_files
 
 HERE = Path(__file__).parent
-BASE = HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = [
     "river", "cloud", "table", "stone", "horse", "lamp", "garden", "window", "bread", "silver", "paper",
     "forest", "candle", "bridge", "apple", "winter", "mirror", "ladder", "button", "copper", "island", "pencil",
@@ -93,9 +92,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="model folder; the demo's by default")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "objectives.md")
     given = parser.parse_args()
-    if given.model is None and not BASE.exists():
-        sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
-    base = str(given.model or base_files.from_gguf(BASE))
+    base = str(given.model or train.demo_model())
     lines = [
         "| | exact match | token F1 | chosen answer likelier per token | its log p per token | seconds |",
         "|---|---|---|---|---|---|",

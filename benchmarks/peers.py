@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,35 @@ def run(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if name == "unsloth":
         import unsloth  # noqa: F401 - before the others, which it patches
     import torch
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
 
     config = training.model_config(case)
+    rates: list[float] = []
+
+    def look() -> None:
+        if not torch.cuda.is_available():
+            rates.append(machine.matrix_rate(config, case["dtype"]))
+
+    timer, begins, ends = clock(look)
+    set_seed(0)
+    trainer = (of_transformers if name.startswith("trainer") else of_trl)(name, folder, case)
+    trainer.add_callback(timer)
+    trainer.train()
+    return {
+        "started": begins[0],
+        "seconds": [end - begin for begin, end in zip(begins, ends, strict=True)],
+        "rates": rates,
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def clock(after: Callable[[], None] = lambda: None) -> tuple[Any, list[float], list[float]]:
+    """Return a callback for a Trainer, and lists to hold begin and end of each step; `after` follows each end."""
+    import torch
+    from transformers import TrainerCallback
+
     begins: list[float] = []
     ends: list[float] = []
-    rates: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -39,19 +63,9 @@ def run(name: str, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             ends.append(time.time())
-            if not torch.cuda.is_available():
-                rates.append(machine.matrix_rate(config, case["dtype"]))
+            after()
 
-    set_seed(0)
-    trainer = (of_transformers if name.startswith("trainer") else of_trl)(name, folder, case)
-    trainer.add_callback(Clock())
-    trainer.train()
-    return {
-        "started": begins[0],
-        "seconds": [end - begin for begin, end in zip(begins, ends, strict=True)],
-        "rates": rates,
-        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-    }
+    return Clock(), begins, ends
 
 
 def of_transformers(name: str, folder: Path, case: dict[str, Any]) -> Any:

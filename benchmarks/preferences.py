@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import machine
+import peers
+import train
 import training
 
 HERE = Path(__file__).parent
@@ -80,19 +79,9 @@ def of_trl(folder: Path, model: str) -> dict[str, Any]:
     import datasets
     import torch
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    begins: list[float] = []
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            begins.append(time.time())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.time())
-
+    timer, begins, ends = peers.clock()
     rows = datasets.Dataset.from_list([json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")])
     told = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, learning_rate=RATE, num_train_epochs=1,
@@ -100,26 +89,12 @@ def of_trl(folder: Path, model: str) -> dict[str, Any]:
     )  # fmt: skip
     trainer = DPOTrainer(
         model, args=told, train_dataset=rows, peft_config=LoraConfig(**training.LORA, target_modules="all-linear"),
-        callbacks=[Clock()],
+        callbacks=[timer],
     )  # fmt: skip
     trainer.train()
     seconds = [end - begin for begin, end in zip(begins, ends, strict=True)]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"seconds": seconds, "losses": losses, "reference": 0.0, "pairs": [BATCH] * len(seconds)}
-
-
-def measured(name: str, folder: Path, model: str, peer_python: str) -> dict[str, Any]:
-    """Run an arm as a process; return what it says on its last line."""
-    command = [sys.executable if name == "loratune" else peer_python, "-W", "ignore", __file__]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, "--arm", name, "--folder", str(folder), "--model", model],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def main() -> None:
@@ -134,23 +109,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
-        found = (of_loratune if given.arm == "loratune" else of_trl)(given.folder, given.model)
+        model = (given.folder / "model").read_text(encoding="utf-8")
+        found = (of_loratune if given.arm == "loratune" else of_trl)(given.folder, model)
         print(json.dumps({**found, "memory": machine.peak_memory()}))
         return
-    if given.model is None:
-        from loratune.models import base_files
-
-        given.model = str(
-            base_files.from_gguf(HERE.parent / "demo" / "data" / "SmolLM2-135M-Instruct.Q4_1.gguf")
-        )  # made by `make demo`
     lines = [
         "| | seconds per step, median | pairs/s | reference, once | peak memory | first loss | last loss |",
         "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as made:
         write_pairs(Path(made) / "pairs.jsonl", given.pairs, given.length)
+        (Path(made) / "model").write_text(str(given.model or train.demo_model()), encoding="utf-8")
         for name in ARMS:
-            found = measured(name, Path(made), given.model, given.peer_python)
+            found = train.measured(name, Path(made), given.peer_python, program=__file__)
+            if "failed" in found:
+                sys.exit(f"{name} failed:\n{found['stderr']}")
             seconds, pairs = found["seconds"][WARM:], found["pairs"][WARM:]
             lines.append(
                 f"| {name} | {sorted(seconds)[len(seconds) // 2]:.2f} | {sum(pairs) / sum(seconds):.2f} "

@@ -168,9 +168,19 @@ def arm(name: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def demo_model() -> Path:
+    """Return the folder of the demo's model, or leave with what to do about it."""
+    from loratune.models import base_files
+
+    if not BASE.exists():
+        sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
+    return base_files.from_gguf(BASE)
+
+
 def measured(
-    name: str, folder: Path, peer_python: str, threads: int | None = None, until: float | None = None
-) -> dict[str, Any]:
+    name: str, folder: Path, peer_python: str, threads: int | None = None, until: float | None = None,
+    program: str = __file__,
+) -> dict[str, Any]:  # fmt: skip
     """Run an arm as a process and return what it says on its last line, or under `failed` why there is nothing.
 
     It is given up at `until` (of the monotonic clock, in seconds).
@@ -179,7 +189,7 @@ def measured(
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    command = [python, "-W", "ignore", __file__, "--arm", name, "--folder", str(folder)]
+    command = [python, "-W", "ignore", program, "--arm", name, "--folder", str(folder)]
     left = None if until is None else until - time.monotonic()
     if left is not None and left <= 0:
         return {"failed": "no time is left", "stderr": "no time is left"}
@@ -244,11 +254,7 @@ def main() -> None:
         print(json.dumps(arm(given.arm, given.folder)))
         return
     if given.model is None:
-        from loratune.models import base_files
-
-        if not BASE.exists():
-            sys.exit(f"{BASE} is not there: run `make demo` first, or name a folder with --model")
-        given.model = base_files.from_gguf(BASE)
+        given.model = demo_model()
     case = {
         "model": str(given.model), "dtype": training.precision(), "steps": given.steps, "warm": given.warm,
         "batch_size": given.batch_size,

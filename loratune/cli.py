@@ -71,8 +71,10 @@ TrustCode = Annotated[
 
 
 def _kind(value: str) -> str:
-    if value not in ("sft", "preference"):
-        raise typer.BadParameter("must be `sft` or `preference`")
+    from loratune.commands.init import KINDS
+
+    if value not in KINDS:
+        raise typer.BadParameter(f"must be {' or '.join(f'`{kind}`' for kind in KINDS)}")
     return value
 
 

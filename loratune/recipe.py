@@ -287,6 +287,9 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
     return whole
 
 
+_MEETS = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}
+
+
 def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
     """Yield a problem for each input of the recipe that overlaps with the run folder; paths are absolute.
 
@@ -296,9 +299,8 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
     hint = "name another folder for the run"
     shown = shorten(str(output), 400)
     if os.path.isabs(recipe.model.base) and (how := run_files.meets(Path(recipe.model.base), output)):
-        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}[how]
         why = "nothing is written into a base" if how != "lies in" else "a base must be outside the run folder"
-        yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {told} {shown}: {why}", place, hint)
+        yield Problem(f"`model.base` {shorten(recipe.model.base, 400)} {_MEETS[how]} {shown}: {why}", place, hint)
     else:
         real = Path(os.path.realpath(output))
         kinds = ((above, run_files.protected(above)) for above in (real, *real.parents))
@@ -312,8 +314,7 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
                 yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
     start = recipe.method.continue_from if isinstance(recipe.method, Lora) else None
     if start is not None and (how := run_files.meets(Path(start), output)):
-        told = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}[how]
-        yield Problem(f"`method.continue_from` {shorten(start, 400)} {told} {shown}", place, hint)
+        yield Problem(f"`method.continue_from` {shorten(start, 400)} {_MEETS[how]} {shown}", place, hint)
     template = recipe.data.chat_template or ""
     if os.path.isabs(template) and run_files.is_read(Path(template), output):
         told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"

@@ -92,11 +92,6 @@ class Cast:
     downs: torch.Tensor
     ups: tuple[torch.Tensor, ...]
 
-    @property
-    def ranks(self) -> list[int]:
-        """The rank of each layer."""
-        return [up.shape[1] for up in self.ups]
-
 
 class Casts:
     """A and s B of a model in the precision of its layers, made once per step.
@@ -107,7 +102,7 @@ class Casts:
     def __init__(self, model: Any):
         """Take a model after `join`."""
         layers = [module for module in model.modules() if isinstance(module, _Ours)]
-        self._groups = [layer.together or (layer,) for layer in layers if layer in (layer.together or (layer,))[:1]]
+        self._groups = [layer.group for layer in layers if layer is layer.group[0]]
         self._into: list[Cast] = []
 
     @contextmanager
@@ -120,7 +115,7 @@ class Casts:
         if not self._into:  # the memory of the first step is used by all
             self._into = [_empty(group) for group in groups]
         masters = [layer.master() for group in groups for layer in group]
-        into = [part for cast in self._into for part in torch.split_with_sizes(cast.downs, cast.ranks)]
+        into = [part for cast in self._into for part in torch.split_with_sizes(cast.downs, _ranks(cast.ups))]
         with torch.no_grad():
             torch._foreach_copy_(into, [a for a, _, _ in masters])
             scaled = torch._foreach_mul([b for _, b, _ in masters], [scale for _, _, scale in masters])
@@ -172,8 +167,7 @@ class LowRank(torch.autograd.Function):
         else:
             downs = [part.to(x.dtype) for part in a]  # (r, in) each, saved apart: copies of weights, known by shape
             ups = [(part * scale).to(x.dtype) for part, scale in zip(b, scales, strict=True)]  # (out, r) each
-        ranks = [up.shape[1] for up in ups]
-        inners = torch.split_with_sizes(rows @ _stacked(downs).t(), ranks, dim=1)  # (tokens, r) each
+        inners = torch.split_with_sizes(rows @ _stacked(downs).t(), _ranks(ups), dim=1)  # (tokens, r) each
         parts = zip(weights, biases, inners, ups, strict=True)
         outs = [_product(rows, weight(), bias, inner, up) for weight, bias, inner, up in parts]
         ctx.save_for_backward(*ups, *inners, *downs, *again.kept)
@@ -200,7 +194,7 @@ class LowRank(torch.autograd.Function):
         of_x = through @ _stacked(downs) if small_first else None
         if any(ctx.needs_input_grad[6::3]):
             of_down = ctx.product(through, *kept).to(ctx.masters[0])
-            found[1::3] = torch.split_with_sizes(of_down, [part.shape[1] for part in ups])
+            found[1::3] = torch.split_with_sizes(of_down, _ranks(ups))
         for index, g in enumerate(gradients):
             if g is None:
                 continue
@@ -214,6 +208,11 @@ class LowRank(torch.autograd.Function):
         if of_x is not None:
             of_x = (of_x if small_first else of_x.addmm_(through, _stacked(downs))).view(ctx.shape)
         return of_x, None, None, None, None, *found
+
+
+def _ranks(ups: Sequence[torch.Tensor]) -> list[int]:
+    """Return the rank of each layer, from its s B, (out, r)."""
+    return [up.shape[1] for up in ups]
 
 
 def _stacked(downs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -270,11 +269,16 @@ class _Ours(torch.nn.Module):
         given = [part for layer in layers for part in layer._tensors()]
         scales = [layer.master()[2] for layer in layers]
         weights = [layer._weight for layer in layers]
-        cast = self.cast if len(layers) == max(len(self.together), 1) else None
+        cast = self.cast if len(layers) == len(self.group) else None
         outs = LowRank.apply(x, norm_swiglu.of(x), cast, scales, weights, *given)  # type: ignore[no-untyped-call]
         if len(layers) > 1:
             x._made = {version: dict(zip(layers[1:], outs[1:], strict=True))}  # type: ignore[attr-defined]
         return outs[0]  # type: ignore[no-any-return]
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """All layers with the same input; itself alone where there are no others."""
+        return self.together or (self,)
 
     def master(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Return A, B and the scale s."""

@@ -25,7 +25,7 @@ class Embedding(torch.nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of ids, on their device; the host waits for the ids."""
         rows = embedding(ids.to(self.weight.device), self.weight)
-        return _to(rows, ids.device)
+        return to_device(rows, ids.device)
 
 
 class Linear(torch.nn.Linear):
@@ -120,7 +120,7 @@ def _beside(device: torch.device) -> Any:
     return _streams[device]
 
 
-def slices(weight: torch.Tensor, device: torch.device, rows: int = SLICE) -> Iterator[tuple[int, torch.Tensor]]:
+def slices(weight: torch.Tensor, device: torch.device, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the first row and the rows of each slice of a weight, (rows, width), on a device.
 
     The next slice is copied while one is in use; a slice is overwritten after the next one was taken.
@@ -160,16 +160,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight, ctx.device = weight, x.device
-        parts = []
-        for begin, part in slices(weight, x.device):
-            end = begin + len(part)
-            parts.append(linear(x, part, None if bias is None else _to(bias[begin:end], x.device)))
-        return torch.cat(parts, dim=-1)
+        return torch.cat([out for _, _, out in _products(x, weight, bias, SLICE)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = torch.zeros((), device=ctx.device)
-        for begin, part in slices(ctx.weight, ctx.device):
+        for begin, part in slices(ctx.weight, ctx.device, SLICE):
             gradient = gradient + (outer[0][..., begin : begin + len(part)] @ part).float()
         return gradient.to(outer[0].dtype), None, None
 
@@ -219,18 +215,26 @@ class Head(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def _products(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield the first row of each slice of a weight, the slice, and its part of x W^T + b."""
+    for begin, part in slices(weight, x.device, rows):
+        offset = None if bias is None else to_device(bias[begin : begin + len(part)], x.device)
+        yield begin, part, linear(x, part, offset)
+
+
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rows: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield each slice of a head, its logits in float32, and the targets' places in it and whether they are there."""
-    for begin, part in slices(weight, hidden.device, rows):
-        logits = linear(hidden, part, None if bias is None else _to(bias[begin : begin + len(part)], hidden.device))
+    for begin, part, logits in _products(hidden, weight, bias, rows):
         places = (targets - begin)[:, None]
         inside = (places >= 0) & (places < len(part))
         yield part, logits.float(), places.clamp(0, len(part) - 1), inside
 
 
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if tensor.device == device:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; from pageable memory the host would wait for the copy."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return pinned.to(device, non_blocking=True)

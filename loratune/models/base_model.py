@@ -62,17 +62,14 @@ def or_out_of_memory(hint: str) -> Iterator[None]:
         raise SetupError(f"out of memory on {device()}", hint) from None
 
 
+_DROPOUT = ("attention_dropout", "dropout", "activation_dropout")  # fractions (0-1) in layers of transformers
+
+
 def turn_off_dropout(model: Any) -> bool:
     """Set all dropout of a model to 0; return whether there was any."""
     found = False
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            found, module.p = found or module.p > 0, 0.0
-        for name in (
-            "attention_dropout",
-            "dropout",
-            "activation_dropout",
-        ):  # fractions that layers of transformers hold
+        for name in ("p",) if isinstance(module, torch.nn.Dropout) else _DROPOUT:
             if isinstance(value := getattr(module, name, None), float) and value > 0:
                 found = True
                 setattr(module, name, 0.0)

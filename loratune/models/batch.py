@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from loratune.kernels.offload import to_device
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -43,7 +45,8 @@ class Batch:
 
         def moved(values: dict[str, Any]) -> dict[str, Any]:
             return {
-                name: _to(value, device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+                name: to_device(value, device) if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
             }
 
         parts = {"places": self.places, "targets": self.targets, "row": self.row, "sample": self.sample}
@@ -56,9 +59,3 @@ class Batch:
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values of targets over each row, (targets, ...) -> (rows, ...)."""
         return values.new_zeros(len(self.sample), *values.shape[1:]).index_add(0, self.row, values)
-
-
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on a device; from pageable memory the host would wait for the copy."""
-    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-    return pinned.to(device, non_blocking=True)
