@@ -7,13 +7,16 @@ or connection was closed; under nohup it is ignored, as intended. The exit code 
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from loratune.errors import Interrupted
@@ -22,8 +25,10 @@ LISTENED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CODES = {signal.SIGINT: 130, signal.SIGHUP: 129}
 # a launcher forwards what the terminal has sent to every process already: that counts as one signal, not two
 SAME = 1.0  # seconds
-# an exception raised in a weak reference's callback or a `__del__` is lost: the signal is sent once more
-AGAIN = 0.01  # seconds after which such a callback has ended
+# an exception raised in a weak reference's callback or a `__del__` is lost, and one raised while a thread is started
+# leaves a thread that nobody ends, for which the process would wait: the signal is sent once more, a little later
+AGAIN = 0.01  # seconds after which such a call has ended
+_STARTS_A_THREAD = (threading.Thread.start.__code__, ThreadPoolExecutor.submit.__code__)
 
 
 def _handled() -> tuple[signal.Signals, ...]:
@@ -71,12 +76,30 @@ class Signals:
             return
         self.number, self._when = number, time.monotonic()
         if not self.training:
-            raise Leave
+            if _starts_a_thread(frame):
+                self.again()
+            else:
+                raise Leave
 
     def again(self) -> None:
-        """Send a signal again whose `Leave` was lost."""
+        """Send the signal again: its `Leave` was lost, or would have come at a bad moment."""
         number, self.number = self.number, 0
-        threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
+        def send() -> None:
+            time.sleep(AGAIN)
+            os.kill(os.getpid(), number)
+
+        # not a `threading.Thread`: what was interrupted may hold the lock that starting one takes
+        _thread.start_new_thread(send, ())
+
+
+def _starts_a_thread(frame: FrameType | None) -> bool:
+    """Return whether the code that a signal interrupted is starting a thread."""
+    while frame is not None:
+        if frame.f_code in _STARTS_A_THREAD:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +67,29 @@ def test_a_signal_in_a_callback_is_not_lost(capfd: pytest.CaptureFixture[str]) -
         start()
     assert asked.number == signal.SIGINT
     assert capfd.readouterr().err == ""
+
+
+def test_a_signal_while_a_thread_starts_comes_after_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the pool would not know its thread, and the process would wait for that for ever."""
+    start = threading._start_new_thread  # type: ignore[attr-defined]
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        started = start(*args)
+        signal.raise_signal(signal.SIGTERM)
+        return started
+
+    monkeypatch.setattr(threading, "_start_new_thread", interrupted)
+    jobs = []
+
+    def work() -> None:
+        jobs.append(pool.submit(int, "3"))
+        time.sleep(10)
+
+    with ThreadPoolExecutor(1) as pool, signals.listening() as asked, pytest.raises(signals.Leave):
+        work()
+    assert jobs[0].result() == 3
+    assert asked.number == signal.SIGTERM
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
