@@ -171,7 +171,7 @@ def check(recipe: RecipePath, set_: Set = [], as_json: AsJson = False) -> None: 
         f"  objective  {loaded.objective.type}, {loaded.optimizer.type} lr {loaded.optimizer.lr:g}, {loaded.train.schedule.type}"
     )
     length = f"{loaded.train.max_steps} steps" if loaded.train.max_steps else f"{loaded.train.epochs:g} epochs"
-    rows = "pairs" if loaded.objective.pairs else "rows"
+    rows = f"{loaded.objective.sample}s"
     typer.echo(f"  length     {length}, {loaded.train.batch_size} {rows} per step")
     typer.echo(f"  output     {loaded.output}")
 

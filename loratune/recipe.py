@@ -16,7 +16,7 @@ from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
 from loratune.config.section import BareWord, Cadence, Section, Share, members_of
 from loratune.config.yaml_nodes import Tree
-from loratune.data.formats import Preference
+from loratune.data.formats import made
 from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import LoratuneError, Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
@@ -269,8 +269,8 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
         problems.append(
             Problem(f"`{shorten(recipe.output)}` can't be the run folder", tree.place("output"), "name a new folder")
         )
-    if recipe.objective.pairs and recipe.data.format.type == "auto":
-        data["format"] = Preference()
+    if recipe.data.format.type == "auto" and "auto" not in recipe.objective.formats:
+        data["format"] = made(recipe.objective.formats[0])
     method = recipe.method
     if isinstance(method, Lora) and method.continue_from is not None:
         method = _continued(method, method.continue_from, folder, tree, problems)

@@ -148,7 +148,7 @@ class Store:
         self.rows = list(rows)
         self.lengths = np.array([len(row.ids) for row in rows])
         self.weights = np.ones(len(rows)) if weights is None else np.array(weights)
-        self.about = {"per_sample": per_sample}
+        self.about = {"per_sample": per_sample, "sample": "row"}
 
     def row(self, number: int) -> Row:
         return self.rows[number]

@@ -293,7 +293,7 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
     if path is None:
         if known is None:
             raise UsageError("no rows to evaluate on", "name them with --data")
-        held_out = dataset.of(known.data, known.train.seed, encoder)[1]
+        held_out = dataset.of(known.data, known.train.seed, encoder, pooled=known.objective.pooled)[1]
         if held_out is None:
             raise UsageError("the run has no held-out rows", "name some with --data")
     else:

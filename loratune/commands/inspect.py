@@ -110,12 +110,14 @@ def inspect(
             report.problem(line)
         shown = tuple(
             one
-            for index in _chosen(rows.samples, row, number, recipe.train.seed if random else None, rows.per_sample > 1)
+            for index in _chosen(
+                rows.samples, row, number, recipe.train.seed if random else None, rows.sample_word == "pair"
+            )
             for one in take_apart(rows, index, tokenizer, encoder)
         )
         counts, longest = rows.counts, int(rows.lengths.max())
         return Inspection(
-            rows.samples, counts.tokens, counts.trained_tokens, longest, shown, rows.unread, rows.per_sample > 1
+            rows.samples, counts.tokens, counts.trained_tokens, longest, shown, rows.unread, rows.sample_word == "pair"
         )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loratune.data import prefix_sharing
 from loratune.data.bin_packing import pack
 from loratune.data.dataset import Rows
-from loratune.data.encode import Row
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
 
@@ -107,7 +106,7 @@ def batches(
         mine = [data.sample(int(i)) for i in chosen[rank::world]]
         if not mine:  # fewer samples than processes: this one gets a padding sample without label tokens
             first = data.sample(int(chosen[0]))
-            idle = tuple(Row(row.ids, np.zeros_like(row.trained), row.place) for row in first.rows)
+            idle = tuple(replace(row, trained=np.zeros_like(row.trained), pooled=False) for row in first.rows)
             mine = [Sample(idle, first.values)]
         if layout == "padded":
             micro = split(mine, micro_batch_size, budget)

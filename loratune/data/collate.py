@@ -40,6 +40,10 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
     else:
         inputs, places = _packed(rows, known) if layout == "packed" else _shared(rows, known)
     names = samples[0].values if samples else {}
+    most = max((len(sample.labels) for sample in samples), default=0)
+    labels = torch.full((len(samples), most), torch.nan)
+    for index, sample in enumerate(samples):
+        labels[index, : len(sample.labels)] = torch.from_numpy(sample.labels)
     return Batch(
         inputs,
         torch.from_numpy(np.concatenate(places)),
@@ -48,17 +52,17 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
         torch.from_numpy(np.repeat(np.arange(len(samples)), [len(sample.rows) for sample in samples])),
         len(samples),
         sum(len(row.ids) for row in rows),
+        labels,
         {name: torch.tensor([sample.values[name] for sample in samples]) for name in names},
     )
 
 
 def _asked(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions of a row, (targets,), and what is predicted there: t predicts token t+1, the last its class."""
+    """Return positions of a row, (targets,), and the tokens predicted there; of a pooled row the last one, and 0."""
+    if row.pooled:
+        return np.array([len(row.ids) - 1]), np.zeros(1, dtype=np.int32)
     positions = np.flatnonzero(row.trained[1:])
-    targets = row.ids[positions + 1]
-    if row.label is None:
-        return positions, targets
-    return np.append(positions, len(row.ids) - 1), np.append(targets, row.label)
+    return positions, row.ids[positions + 1]
 
 
 def labels(batch: Batch) -> torch.Tensor:

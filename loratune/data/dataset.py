@@ -44,6 +44,7 @@ class Rows:
         unkept: why they could not be cached for the next run, or nothing.
         left_out: lines on files in their folders that were not read.
         values: known values of each sample by name, (samples,) each; see `reference.take`.
+        pooled: whether the objective looks at the last token of each row, and at no label token.
     """
 
     store: Store
@@ -54,12 +55,14 @@ class Rows:
     unkept: str = ""
     left_out: tuple[str, ...] = ()
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pooled: bool = False
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> Row:
-        return self.store.row(int(self.chosen[index]))
+        row = self.store.row(int(self.chosen[index]))
+        return replace(row, pooled=True) if self.pooled else row
 
     def place(self, index: int) -> Place:
         """Return where a row came from."""
@@ -84,7 +87,13 @@ class Rows:
     @property
     def per_sample(self) -> int:
         """Rows of a sample: 1, or 2 for a pair of a chosen and a rejected answer."""
-        found: int = self.store.about.get("per_sample", 1)
+        found: int = self.store.about["per_sample"]
+        return found
+
+    @property
+    def sample_word(self) -> str:
+        """Word for a sample: row, or pair."""
+        found: str = self.store.about["sample"]
         return found
 
     @property
@@ -223,7 +232,7 @@ def _read(
             raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
         about = {
             "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
-            "per_sample": 2 if data.format.type == "preference" else 1,
+            "per_sample": data.format.rows_per_sample, "sample": data.format.sample,
         }  # fmt: skip
         return writer.commit(about, key)
     except BaseException:
@@ -300,7 +309,9 @@ class _Seen:
         return False
 
 
-def of(section: Data, seed: int, encoder: Encoder, progress: Progress = _untold) -> tuple[Rows, Rows | None]:
+def of(
+    section: Data, seed: int, encoder: Encoder, progress: Progress = _untold, pooled: bool = False
+) -> tuple[Rows, Rows | None]:
     """Return the training rows and the held-out rows (or None); see `load`.
 
     Args:
@@ -308,16 +319,17 @@ def of(section: Data, seed: int, encoder: Encoder, progress: Progress = _untold)
         seed: for the choice of held-out rows.
         encoder: with the tokenizer.
         progress: called with the number of rows so far.
+        pooled: see `Rows`.
 
     Raises:
         DataError: also when a row is in both and the recipe doesn't allow it.
     """
-    found = load(section.train, section, encoder, progress)
+    found = replace(load(section.train, section, encoder, progress), pooled=pooled)
     if section.eval_fraction is not None:
         return hold_out(found, section.eval_fraction, seed)
     if section.eval is None:
         return found, None
-    held_out = load(section.eval, section, encoder, progress, name="eval")
+    held_out = replace(load(section.eval, section, encoder, progress, name="eval"), pooled=pooled)
     if section.overlap == "error":
         _check_apart(found, held_out)
     return found, held_out

@@ -6,7 +6,7 @@ Trained are exactly the assistant's words and the token that ends its turn; `ass
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import Any
@@ -21,6 +21,11 @@ from loratune.errors import ModelError, Place
 from loratune.models.tokenizing import adds_bos_itself
 
 Whole = Conversation | Plain  # an example that is tokenized as one text
+_NO_LABELS = np.empty(0, dtype=np.float32)
+
+
+def _no_labels() -> np.ndarray:
+    return _NO_LABELS
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,19 @@ class Row:
         ids: token ids, int32, shape (tokens,).
         trained: True for label tokens, bool, shape (tokens,).
         place: where the row came from.
-        label: class of the whole row, a target at its last token; None where its tokens are the only targets.
+        labels: what the data row says besides its texts, float32, shape (labels,); see its format.
+        pooled: whether the objective looks at its last token, and at no label token.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     place: Place
-    label: int | None = None
+    labels: np.ndarray = field(default_factory=_no_labels)
+    pooled: bool = False
 
     def count(self) -> int:
-        """Return the number of targets: label tokens but the first of a row, which nothing predicts, and its label."""
-        return int(self.trained[1:].sum()) + (self.label is not None)
+        """Return the number of label tokens but the first of a row, which nothing predicts."""
+        return int(self.trained[1:].sum())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ Layout = Literal["padded", "packed", "shared"]
 
 
 class Row(Protocol):
-    """A tokenized row: `ids` and `trained`, both of shape (tokens,), and the class of the row, if it has one."""
+    """A tokenized row: `ids` and `trained`, both of shape (tokens,), and whether its last token is looked at."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -32,7 +32,7 @@ class Row(Protocol):
     def trained(self) -> np.ndarray: ...
 
     @property
-    def label(self) -> int | None: ...
+    def pooled(self) -> bool: ...
 
 
 class Sample(Protocol):
@@ -70,8 +70,8 @@ class Shared:
 
 def needed(row: Row) -> int:
     """Return how many tokens of a row its loss depends on, at least one: the last label token is only predicted."""
-    if row.label is not None:
-        return len(row.ids)  # it is predicted at the last token
+    if row.pooled:
+        return len(row.ids)
     trained = np.flatnonzero(row.trained)
     return max(1, int(trained[-1])) if len(trained) else 1
 

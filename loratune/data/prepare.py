@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from loratune.data.formats import (
     Completion,
     Conversation,
     Example,
+    Group,
     Instruction,
-    Pair,
     Plain,
     Preference,
     RowError,
@@ -80,7 +80,7 @@ def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
     of_parts = [(part, place) for some, (_, _, place) in zip(parts, read, strict=True) for part in some]
     rows = iter(encoder.batch(of_parts))
     tokenized = (
-        replace(_fitted(*one, _together([next(rows) for _ in some]), data), unread=left)
+        replace(_fitted(*one, _together(one[0], [next(rows) for _ in some]), data), unread=left)
         for one, some, left in zip(read, parts, unread, strict=True)
     )
     return [next(tokenized) if one is None else one for one in found]
@@ -88,16 +88,21 @@ def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
 
 def _parts(example: Example) -> tuple[Conversation | Plain, ...]:
     """Return the parts of a row that are tokenized separately."""
-    return (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
+    return example.parts if isinstance(example, Group) else (example,)
 
 
-def _together(encoded: Sequence[list[Row] | RowError]) -> list[Row] | RowError:
-    """Return the rows of all parts of a row, or the error of the first unusable part."""
+def _together(example: Example, encoded: Sequence[list[Row] | RowError]) -> list[Row] | RowError:
+    """Return the rows of all parts of an example, with its labels, or the error of the first unusable part."""
     found: list[Row] = []
     for some in encoded:
         if isinstance(some, RowError):
             return some
+        if isinstance(example, Group) and len(some) > 1:
+            what = "the chat template renders earlier turns differently once others follow"
+            return RowError("", f"has {example.what} of several turns: {what}; keep the last turn of each")
         found += some
+    if isinstance(example, Group) and example.labels:
+        found[0] = replace(found[0], labels=np.array(example.labels, dtype=np.float32))
     return found
 
 
@@ -141,8 +146,8 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     if not all(row.count() for row in encoded):
         error = RowError("", "has no label token: nothing would be learned from it")
         return _unusable(place, error, data, format)
-    if isinstance(example, Pair) and _are_same(encoded):
-        error = RowError("", "has two answers with the same tokens: nothing would be learned from them")
+    if isinstance(example, Group) and _some_are_same(encoded):
+        error = RowError("", f"has two {example.what} with the same tokens: nothing would be learned from them")
         return _unusable(place, error, data, format)
     fate, pieces = _fit(encoded, example, data)
     told = _TOLD.get(fate)
@@ -153,11 +158,12 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
 
 
 def _content(encoded: Sequence[Row]) -> int:
-    """Return a 63-bit hash of the tokens of a row and which of them are trained."""
+    """Return a 63-bit hash of the tokens of a row, which of them are trained, and its labels."""
     digest = hashlib.blake2b(digest_size=8)
     for row in encoded:
         digest.update(np.ascontiguousarray(row.ids).data)
         digest.update(np.ascontiguousarray(row.trained).data)
+        digest.update(row.labels.tobytes())
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
@@ -167,26 +173,26 @@ _TOLD: dict[Fate, str] = {"refused": "at most {:,}", "dropped": "dropped", "cut"
 
 def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
     """Return the fate of a row (one, or one per turn) under `max_length`, and the rows left of it."""
-    pair = isinstance(example, Pair)
+    group = isinstance(example, Group)
     if all(len(row.ids) <= data.max_length for row in encoded):
-        return ("kept" if pair or len(encoded) == 1 else "by turn"), list(encoded)
+        return ("kept" if group or len(encoded) == 1 else "by turn"), list(encoded)
     if data.on_long == "error":
         return "refused", []
     if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
         return "split", _split(encoded[0], data.max_length)
     left = []
     for row in encoded:
-        cut = Row(row.ids[: data.max_length], row.trained[: data.max_length], row.place)
+        cut = replace(row, ids=row.ids[: data.max_length], trained=row.trained[: data.max_length])
         if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
             left.append(cut)
-    if pair and (len(left) < 2 or _are_same(left)):  # one answer alone can't be compared
+    if group and (len(left) < len(encoded) or _some_are_same(left)):  # one answer alone can't be compared
         left = []
     return ("cut" if left else "dropped"), left
 
 
-def _are_same(rows: Sequence[Row]) -> bool:
-    """Return whether the rows of a pair are the same tokens: texts may differ in what the template leaves out."""
-    return np.array_equal(rows[0].ids, rows[1].ids)
+def _some_are_same(rows: Sequence[Row]) -> bool:
+    """Return whether two rows are the same tokens: texts may differ in what the template leaves out."""
+    return any(np.array_equal(one.ids, other.ids) for one, other in combinations(rows, 2))
 
 
 def _split(row: Row, max_length: int) -> list[Row]:

@@ -36,6 +36,7 @@ _SCHEMA = pa.schema(
         "trained": pa.list_(pa.bool_()),
         "length": pa.int32(),
         "count": pa.int32(),  # label tokens
+        "labels": pa.list_(pa.float32()),
         "weight": pa.float64(),  # how often the row occurs per epoch
         "content": pa.int64(),  # the same for rows with the same content
         "record": pa.int64(),  # index of the row that was read: pieces of one share it
@@ -86,6 +87,7 @@ class Writer:
             pa.ListArray.from_arrays(offsets, pa.array(trained)),
             pa.array(lengths),
             pa.array([row.count() for row in rows], pa.int32()),
+            pa.array([row.labels for row in rows], pa.list_(pa.float32())),
             pa.array(weights, pa.float64()),
             pa.array(contents, pa.int64()),
             pa.array(records, pa.int64()),
@@ -192,6 +194,8 @@ class _Batch:
         self._ids = _numbers(ids.values)
         trained = batch.column("trained").values
         self._bits, self._first_bit = np.frombuffer(trained.buffers()[1] or b"", np.uint8), trained.offset
+        labels = batch.column("labels")
+        self._label_offsets, self._labels = _numbers(labels.offsets), _numbers(labels.values)
         self._source, self._line = batch.column("source"), batch.column("line")
 
     def __len__(self) -> int:
@@ -202,7 +206,8 @@ class _Batch:
         first, past = start + self._first_bit, end + self._first_bit
         bits = np.unpackbits(self._bits[first >> 3 : -(-past >> 3)], bitorder="little")
         trained = bits[first & 7 : (first & 7) + end - start].view(np.bool_)
-        return Row(self._ids[start:end].copy(), trained, self.place(index))
+        labels = self._labels[self._label_offsets[index] : self._label_offsets[index + 1]].copy()
+        return Row(self._ids[start:end].copy(), trained, self.place(index), labels)
 
     def tails(self, width: int) -> np.ndarray:
         """Return the last tokens of each row's last trained span, shape (rows with one, width); see `Store.tails`."""

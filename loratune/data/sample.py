@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from loratune.data.encode import Row
 from loratune.errors import Place
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row, or a pair of a chosen and a rejected row.
+    """One row, a pair of a chosen and a rejected row, or a row for each label.
 
     Attributes:
         rows: in the objective's order.
@@ -30,6 +32,11 @@ class Sample:
     def padded(self) -> int:
         """Total tokens of its rows, each padded to the longest."""
         return len(self.rows) * max(len(row.ids) for row in self.rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """What its data row says besides its texts, float32, (labels,)."""
+        return self.rows[0].labels
 
     @property
     def place(self) -> Place:

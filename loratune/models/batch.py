@@ -23,6 +23,8 @@ class Batch:
         sample: the sample of each row, int64, (rows,).
         samples: number of samples.
         tokens: number of tokens, without padding.
+        labels: what the data row of each sample says besides its texts, float32, (samples, most labels), NaN after the
+            last one of a sample.
         values: known values of each sample by name, float32, (samples,) each.
     """
 
@@ -33,6 +35,7 @@ class Batch:
     sample: torch.Tensor
     samples: int
     tokens: int
+    labels: torch.Tensor
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -49,8 +52,9 @@ class Batch:
                 for name, value in values.items()
             }
 
-        parts = {"places": self.places, "targets": self.targets, "row": self.row, "sample": self.sample}
-        return replace(self, inputs=moved(self.inputs), values=moved(self.values), **moved(parts))
+        names = ("places", "targets", "row", "sample", "labels")
+        parts = moved({name: getattr(self, name) for name in names})
+        return replace(self, inputs=moved(self.inputs), values=moved(self.values), **parts)
 
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values of targets over each sample, (targets,) -> (samples,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from loratune.config.section import Complaint
 from loratune.data.section import Data
-from loratune.objectives.section import ObjectiveSection
+from loratune.objectives.section import Figure, ObjectiveSection
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +47,21 @@ class Answers:
         return self.rejected / self.rejected_tokens
 
 
+FIGURES = {
+    "margin": Figure("in the terms of the loss", "higher"),
+    "accuracy": Figure("fraction of pairs", "higher"),
+    "logp_chosen": Figure("nats per token", "higher"),
+    "logp_rejected": Figure("nats per token", "lower"),
+}
+
+
 class Pairwise(ObjectiveSection):
     """An objective on pairs; a subclass defines `losses`. The mean is over pairs."""
 
-    pairs: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = ("preference",)
+    sample: ClassVar[str] = "pair"
     unit: ClassVar[str] = "per pair"
+    figures: ClassVar[Mapping[str, Figure]] = FIGURES
 
     def losses(self, answers: Answers, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss and the margin of each pair, and other values to report, (pairs,) each.
@@ -60,23 +70,17 @@ class Pairwise(ObjectiveSection):
         """
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> int:
-        """Return the number of pairs with a label token."""
-        return len(set(batch.sample[batch.row].tolist()))
-
-    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the summed loss of the pairs, and sums of their margins, accuracies and log p per token."""
+    def each(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return loss, margin, accuracy and log p per token of each pair, (pairs,) each."""
         import torch
 
         tokens = batch.per_row(torch.ones_like(batch.targets, dtype=torch.float32))
-        real = tokens[0::2] + tokens[1::2] > 0  # no padding samples
         answers = _answers(policy, batch, tokens.clamp(min=1))
         losses, margin, others = self.losses(answers, batch)
-        sums = {
-            "margin": margin, "accuracy": (margin > 0).float(),
+        return {
+            "loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
             "logp_chosen": answers.chosen_mean, "logp_rejected": answers.rejected_mean, **others,
         }  # fmt: skip
-        return (losses * real).sum(), {name: (one.detach() * real).sum() for name, one in sums.items()}
 
 
 class Dpo(Pairwise):
@@ -100,6 +104,10 @@ class Dpo(Pairwise):
 
     type: Literal["dpo"] = "dpo"
     values: ClassVar[tuple[str, ...]] = ("reference_chosen", "reference_rejected")
+    figures: ClassVar[Mapping[str, Figure]] = {
+        **FIGURES, "reward_chosen": Figure("beta log p/p0", "higher"),
+        "reward_rejected": Figure("beta log p/p0", "lower"),
+    }  # fmt: skip
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = Field("sigmoid", description="form of the loss")
     beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the model before step 1")
     label_smoothing: float = Field(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from loratune.config.section import Complaint, Section, tag_of
 from loratune.data.section import Data
@@ -15,18 +16,42 @@ if TYPE_CHECKING:
     from loratune.models.policy import Policy
 
 
+NUMBER = "#"  # after the name of a figure: the number of samples that it is of
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What an objective reports besides its loss.
+
+    Attributes:
+        unit: such as nats, or a fraction (0-1).
+        better: which direction is better, or "" where neither is.
+        partial: whether it is of some samples only.
+    """
+
+    unit: str
+    better: Literal["higher", "lower", ""] = ""
+    partial: bool = False
+
+
 class ObjectiveSection(Section):
     """An objective.
 
     Attributes:
-        pairs: whether a sample is a pair of a chosen and a rejected row; else it is one row.
+        formats: names of the data formats it learns from; without one in the recipe the first is used.
+        pooled: whether it looks at the last token of each row, and at no label token.
+        sample: word for what the loss is a mean over in a batch: row, or pair.
         values: names of the values that `once` returns for each sample.
         unit: of the loss.
+        figures: what it reports besides the loss, by name, in the order of `each`.
     """
 
-    pairs: ClassVar[bool] = False
+    formats: ClassVar[tuple[str, ...]] = ("auto", "chat", "instruction", "completion", "text")
+    pooled: ClassVar[bool] = False
+    sample: ClassVar[str] = "row"
     values: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "nats per label token"
+    figures: ClassVar[Mapping[str, Figure]] = {}
 
     @property
     def is_noisy(self) -> bool:
@@ -35,13 +60,9 @@ class ObjectiveSection(Section):
 
     def complaints(self, data: Data) -> Iterator[Complaint]:
         """Yield why this objective does not combine with the recipe's `data`."""
-        me = f"`objective: {tag_of(type(self))}`"
-        if self.pairs and data.format.type not in ("auto", "preference"):
-            told = f"{me} compares two answers, and `data.format: {data.format.type}` reads one"
-            yield Complaint(told, ("data", "format"), "use `preference`: rows of prompt, chosen and rejected")
-        if not self.pairs and data.format.type == "preference":
-            told = f"`data.format: preference` reads pairs, which {me} does not use"
-            yield Complaint(told, ("data", "format"), "use `objective: dpo`")
+        if data.format.type not in (*self.formats, "auto"):
+            told = f"`objective: {tag_of(type(self))}` does not learn from rows of `data.format: {data.format.type}`"
+            yield Complaint(told, ("data", "format"), f"use `format: {self.formats[0]}`, or another objective")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return values of each sample under the model before step 1, (samples,) each, by the names in `values`.
@@ -51,9 +72,33 @@ class ObjectiveSection(Section):
         return {}
 
     def count(self, batch: Batch) -> int:
-        """Return the divisor of the summed loss of a micro-batch; the batch is not on a device yet."""
+        """Return the divisor of the summed loss of a micro-batch: its samples with a target.
+
+        The batch is not on a device yet. Padding samples of an idle process have no target.
+        """
+        return len(set(batch.sample[batch.row].tolist()))
+
+    def each(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `loss` and the `figures` of each sample, float32, (samples,) each.
+
+        A figure is NaN for a sample that it is not of, such as the reward of bad answers for a good one.
+        """
         raise NotImplementedError
 
     def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the summed loss of a micro-batch, float32, shape (), and other sums to report, by name."""
-        raise NotImplementedError
+        """Return the summed loss of a micro-batch, float32, shape (), and sums of the figures, by name.
+
+        A figure that is not of all samples has its number of samples under its name and `NUMBER`.
+        """
+        import torch
+
+        real = batch.per_sample(torch.ones_like(batch.targets, dtype=torch.float32)) > 0
+        found = self.each(policy, batch)
+        loss = found.pop("loss")
+        sums: dict[str, torch.Tensor] = {}
+        for name, values in found.items():
+            of = real & ~values.isnan()
+            sums[name] = torch.where(of, values.detach(), 0.0).sum()
+            if self.figures[name].partial:
+                sums[name + NUMBER] = of.float().sum()
+        return (loss * real).sum(), sums

@@ -27,7 +27,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
     assert end is not None
     data = setup.data["train"]
     held = f", {data['held_out']:,} held out" if data["held_out"] else ""
-    rows = "pairs" if recipe.objective.pairs else "rows"
+    rows = f"{recipe.objective.sample}s"
     lines = [
         "---", *front, "---", "",
         f"# {recipe.output.rstrip('/').rpartition('/')[2]}", "",

@@ -21,6 +21,7 @@ from loratune.methods.tuned import Tuned
 from loratune.models.base_model import is_out_of_memory
 from loratune.models.batch import Batch
 from loratune.models.policy import Policy
+from loratune.objectives.section import NUMBER
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
 
@@ -93,9 +94,19 @@ def steps(
         yield Step(
             number, batch.epoch, loss_value, norm_value, float(optimizer.param_groups[0]["lr"]),
             batch.samples, tokens, trained, computed, time.perf_counter() - began,
-            dict(zip([*sums][1:], others, strict=True)),
+            _means(dict(zip([*sums][1:], others, strict=True))),
         )  # fmt: skip
         following = following if ahead else next(prepared, None)
+
+
+def _means(found: dict[str, float]) -> dict[str, float]:
+    """Return the means of an objective's figures; one that is of some samples only has their number beside it."""
+    means: dict[str, float] = {}
+    for name, value in found.items():
+        if not name.endswith(NUMBER):
+            number = found.get(name + NUMBER, 1.0)
+            means |= {name: value / number} if number else {}
+    return means
 
 
 def _backward(
@@ -211,7 +222,7 @@ def measure(
         )
     names = dict.fromkeys(name for one in known for name in one)
     means = {name: sum(one.get(name, 0.0) for one in known) / max(count, 1) for name in names}
-    return total_loss / max(count, 1), int(count), means
+    return total_loss / max(count, 1), int(count), _means(means)
 
 
 def _check_finite(number: int, batch: Samples, loss: float, skipped: int, scaled: bool) -> None:

@@ -73,7 +73,7 @@ def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: Run
     tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():
         encoder = Encoder(tokenizer)
-        return Data(encoder, *dataset.of(recipe.data, recipe.train.seed, encoder, counting))
+        return Data(encoder, *dataset.of(recipe.data, recipe.train.seed, encoder, counting, recipe.objective.pooled))
 
 
 def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtype: str | None) -> Base:

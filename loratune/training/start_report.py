@@ -118,10 +118,10 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
-    counts, pairs = rows.counts, "pairs " if rows.per_sample == 2 else ""
+    counts, word = rows.counts, "pairs " if rows.sample_word == "pair" else ""
     report.field(
         "rows",
-        f"{rows.samples:,} {pairs}to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
+        f"{rows.samples:,} {word}to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
         + (f", {held_out.samples:,} held out" if held_out else "")
         + ("; unchanged since they were last read: from the cache" if rows.cached else ""),
     )

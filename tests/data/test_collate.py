@@ -154,16 +154,17 @@ def test_how_full_packs_of_pairs_are() -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
-def test_a_label_is_a_target_at_the_last_token_of_its_row(layout: Layout) -> None:
-    """Such a row is not untrained, and sharing keeps its last token, though no other token is predicted from there."""
-    ids = np.array([5, 6, 7], np.int32)
-    one, two = (Row(ids, np.zeros(3, bool), Place("made", n), label) for n, label in ((1, 2), (2, 0)))
-    other = Row(np.array([5, 6, 9, 4], np.int32), np.array([False, True, False, False]), Place("made", 3), 1)
+def test_a_pooled_row_is_looked_at_where_it_ends(layout: Layout) -> None:
+    """At no label token; sharing keeps its last token, though no other token is predicted from there."""
+    ids, none, some = np.array([5, 6, 7], np.int32), np.zeros(3, bool), np.array([False, True, False, False])
+    labels = [np.array(of, np.float32) for of in ((2,), (), (0, 1))]
+    one, two = (Row(ids, none, Place("made", n), labels[n], pooled=True) for n in (0, 1))
+    other = Row(np.array([5, 6, 9, 4], np.int32), some, Place("made", 3), labels[2], pooled=True)
     batch = collate(single([one, two, other]), layout)
-    assert (one.count(), other.count()) == (1, 2)
-    assert batch.targets.tolist() == [2, 0, 6, 1]
-    assert batch.row.tolist() == [0, 1, 2, 2]
+    assert batch.targets.tolist() == [0, 0, 0]
+    assert batch.row.tolist() == [0, 1, 2]
+    assert batch.labels.nan_to_num(-1).tolist() == [[2, -1], [-1, -1], [0, 1]]
     seen = batch.inputs["input_ids"].flatten()[batch.places].tolist()
-    assert seen == [7, 7, 5, 4], "the last tokens, and the one before a label token"
+    assert seen == [7, 7, 4], "the last tokens"
     if layout == "shared":
         assert batch.computed == 5, "two rows that are the same stand there once"

@@ -56,7 +56,7 @@ def made(
         content = contents[index] if contents else index
         writer.add(row, weights[index] if weights else 1.0, content, content)
     read = len(set(contents)) if contents else len(lengths)
-    found = writer.commit({"counts": {}, "formats": {}}, None)
+    found = writer.commit({"counts": {}, "formats": {}, "per_sample": 1, "sample": "row"}, None)
     counts = dataset.Counts(read=read, kept=read, tokens=sum(lengths))
     return Rows(found, np.arange(len(lengths)), counts)
 

@@ -11,7 +11,7 @@ import pytest
 
 from loratune.data import dataset
 from loratune.data.encode import Encoder
-from loratune.data.formats import Conversation, Pair, Plain, Preference, RowError
+from loratune.data.formats import Conversation, Group, Plain, Preference, RowError
 from loratune.data.section import Data
 from loratune.errors import DataError, RecipeError
 from loratune.recipe import load
@@ -21,13 +21,13 @@ USER = {"role": "user", "content": "hi"}
 GOOD, BAD = ({"role": "assistant", "content": word} for word in ("good", "bad"))
 
 
-def read(**row: Any) -> Pair:
+def read(**row: Any) -> Group:
     return Preference().read(row)
 
 
 def test_texts_are_plain() -> None:
-    assert read(prompt="q: ", chosen="a", rejected="b") == Pair(
-        Plain((("q: ", False), ("a", True))), Plain((("q: ", False), ("b", True)))
+    assert read(prompt="q: ", chosen="a", rejected="b") == Group(
+        (Plain((("q: ", False), ("a", True))), Plain((("q: ", False), ("b", True))))
     )
 
 
@@ -41,15 +41,15 @@ def test_texts_are_plain() -> None:
     ],
 )
 def test_messages_with_the_prompt_apart_or_inside(row: dict[str, Any]) -> None:
-    assert read(**row) == Pair(Conversation((USER, GOOD), (False, True)), Conversation((USER, BAD), (False, True)))
+    assert read(**row) == Group((Conversation((USER, GOOD), (False, True)), Conversation((USER, BAD), (False, True))))
 
 
 def test_earlier_answers_are_part_of_the_prompt() -> None:
     """Of two conversations with the same first turns, the last ones alone are compared."""
     before = [USER, GOOD, {"role": "user", "content": "and?"}]
     pair = read(chosen=[*before, GOOD], rejected=[*before, BAD])
-    assert isinstance(pair.chosen, Conversation)
-    assert pair.chosen.trained == (False, False, False, True)
+    assert isinstance(pair.parts[0], Conversation)
+    assert pair.parts[0].trained == (False, False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,10 @@ def test_pairs_are_recognised_for_dpo_alone(tmp_path: Path, base: Path) -> None:
     tiny.write_recipe(tmp_path, base)
     tiny.write_jsonl(tmp_path / "train.jsonl", pairs.rows(5))
     assert load(tmp_path / "recipe.yaml", ["objective=dpo"]).data.format.type == "preference"
-    with pytest.raises(RecipeError, match=r"`objective: dpo` compares two answers, and `data.format: chat` reads one"):
+    told = "`objective: dpo` does not learn from rows of `data.format: chat`"
+    with pytest.raises(RecipeError, match=told):
         load(tmp_path / "recipe.yaml", ["objective=dpo", "data.format=chat"])
-    with pytest.raises(
-        RecipeError, match=r"`data.format: preference` reads pairs, which `objective: sft` does not use"
-    ):
+    with pytest.raises(RecipeError, match=r"`objective: sft` does not learn from rows of `data.format: preference`"):
         load(tmp_path / "recipe.yaml", ["data.format=preference"])
     section: Data = load(tmp_path / "recipe.yaml").data
     with pytest.raises(DataError, match="`format: preference` reads them, for `objective: dpo`"):

@@ -212,7 +212,7 @@ def stored(rows: list[Row], folder: Path) -> row_cache.Store:
     writer = row_cache.Writer(folder)
     for number, row in enumerate(rows):
         writer.add(row, 1.0, number, number)
-    return writer.commit({}, None)
+    return writer.commit({"per_sample": 1, "sample": "row"}, None)
 
 
 def test_tails_are_those_of_the_last_trained_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

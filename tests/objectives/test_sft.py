@@ -276,6 +276,7 @@ def test_collate() -> None:
         "sample": [0, 1],
         "samples": 2,
         "tokens": 5,
+        "labels": [[], []],
         "values": {},
     }
     assert collate.labels(batch).tolist() == [[-100, -100, 7], [-100, 9, -100]]
@@ -363,6 +364,7 @@ def test_collate_packed() -> None:
         "sample": [0, 1],
         "samples": 2,
         "tokens": 5,
+        "labels": [[], []],
         "values": {},
     }
     assert batch.inputs["cu_seq_lens_q"].dtype == torch.int32
@@ -390,6 +392,7 @@ def test_collate_shared() -> None:
         "sample": [0, 1],
         "samples": 2,
         "tokens": 8,
+        "labels": [[], []],
         "values": {},
     }
     assert batch.inputs["cu_seq_lens_q"].dtype == batch.inputs["cu_seq_lens_k"].dtype == torch.int32

@@ -6,13 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from loratune.config.section import BareWord
+from loratune.config.section import BareWord, members_of
 from loratune.data.formats.auto import Auto
-from loratune.data.formats.base import Conversation, Example, Pair, Plain, RowError
+from loratune.data.formats.base import Conversation, Example, Group, Plain, RowError
 from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
 from loratune.data.formats.preference import Preference
+from loratune.data.formats.section import FormatSection
 from loratune.data.formats.text import Text
 
 Format = Annotated[
@@ -30,6 +31,13 @@ Format = Annotated[
     ),
 ]
 
+
+def made(name: str) -> FormatSection:
+    """Return the format of a name with its defaults."""
+    found: FormatSection = dict(members_of(Format))[name]()  # type: ignore[assignment]
+    return found
+
+
 __all__ = [
     "Auto",
     "Chat",
@@ -37,10 +45,11 @@ __all__ = [
     "Conversation",
     "Example",
     "Format",
+    "Group",
     "Instruction",
-    "Pair",
     "Plain",
     "Preference",
     "RowError",
     "Text",
+    "made",
 ]

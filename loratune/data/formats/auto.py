@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from loratune.config.section import Section
 from loratune.data.formats.base import Example, RowError, check_good, has_content
 from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
+from loratune.data.formats.section import FormatSection
 from loratune.data.formats.text import Text
 
 # columns that identify a format, the most certain first
@@ -27,7 +27,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], Chat | Instruction | Completion | Text], ..
 )
 
 
-class Auto(Section):
+class Auto(FormatSection):
     """The format is recognised from the columns: messages, prompt and completion, instruction and output, text."""
 
     type: Literal["auto"] = "auto"

@@ -47,14 +47,21 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, each after the prompt."""
+class Group:
+    """Texts of one data row that an objective looks at together, or one text with labels.
 
-    chosen: Conversation | Plain
-    rejected: Conversation | Plain
+    Attributes:
+        parts: each with the prompt it follows.
+        labels: what the row says besides its texts, as numbers that the objective knows.
+        what: word for the parts, for messages.
+    """
+
+    parts: tuple[Conversation | Plain, ...]
+    labels: tuple[float, ...] = ()
+    what: str = "answers"
 
 
-Example = Conversation | Plain | Pair
+Example = Conversation | Plain | Group
 
 
 @dataclass(frozen=True)

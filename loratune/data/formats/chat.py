@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Section
 from loratune.data.formats.base import (
     BAD,
     Conversation,
@@ -21,6 +20,7 @@ from loratune.data.formats.base import (
     parsed,
     unread,
 )
+from loratune.data.formats.section import FormatSection
 from loratune.errors import listed
 
 _SHAREGPT = {
@@ -40,7 +40,7 @@ _OURS = {"role", "content", "function_call", "train", "weight"}  # keys of a mes
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class Chat(Section):
+class Chat(FormatSection):
     """Rows with `messages` (role, content) or `conversations` (from, value); the assistant's turns are trained on."""
 
     type: Literal["chat"] = "chat"

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Section
 from loratune.data.formats.base import (
     BAD,
     Conversation,
@@ -20,9 +19,10 @@ from loratune.data.formats.base import (
     unread,
 )
 from loratune.data.formats.chat import joined, known_tools, lost_keys
+from loratune.data.formats.section import FormatSection
 
 
-class Completion(Section):
+class Completion(FormatSection):
     """Rows of a prompt and its completion; the completion and the end of text are trained on.
 
     Where both are lists of messages, they are one conversation, and the completion's assistant turns are trained on.

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Section
 from loratune.data.formats.base import BAD, Conversation, RowError, check_good, has_content, named, text_column, unread
+from loratune.data.formats.section import FormatSection
 
 
-class Instruction(Section):
+class Instruction(FormatSection):
     """Rows of columns that become one question and one answer in the model's chat template."""
 
     type: Literal["instruction"] = "instruction"

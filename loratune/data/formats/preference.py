@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Section
-from loratune.data.formats.base import Pair, Plain, RowError, has_content, named, text_column, unread
+from loratune.data.formats.base import Group, Plain, RowError, has_content, named, text_column, unread
 from loratune.data.formats.chat import joined, known_tools, lost_keys
+from loratune.data.formats.section import FormatSection
 
 
-class Preference(Section):
+class Preference(FormatSection):
     """Rows of a prompt, the chosen and the rejected answer; of each answer every token is compared.
 
     Texts are tokenized as they are. Lists of messages are rendered by the chat template; without a prompt column, the
@@ -20,11 +20,17 @@ class Preference(Section):
     """
 
     type: Literal["preference"] = "preference"
+    sample: ClassVar[str] = "pair"
     prompt: str = Field("prompt", description="column with the text or the messages before both answers")
     chosen: str = Field("chosen", description="column with the answer that was preferred")
     rejected: str = Field("rejected", description="column with the other answer")
 
-    def read(self, row: Mapping[str, Any]) -> Pair:
+    @property
+    def rows_per_sample(self) -> int:
+        """Tokenized rows that one data row becomes: chosen and rejected."""
+        return 2
+
+    def read(self, row: Mapping[str, Any]) -> Group:
         """Return the two answers, each after the prompt.
 
         Raises:
@@ -33,7 +39,7 @@ class Preference(Section):
         """
         lists = [name for name in (self.prompt, self.chosen, self.rejected) if isinstance(row.get(name), list)]
         pair = self._conversations(row) if lists else self._texts(row)
-        if pair.chosen == pair.rejected:
+        if pair.parts[0] == pair.parts[1]:
             raise RowError(self.rejected, f"is the same as `{self.chosen}`: nothing would be learned from it")
         return pair
 
@@ -47,16 +53,16 @@ class Preference(Section):
             found += lost_keys(row.get(name) or [], name, template)
         return found
 
-    def _texts(self, row: Mapping[str, Any]) -> Pair:
+    def _texts(self, row: Mapping[str, Any]) -> Group:
         prompt = text_column(row, self.prompt)
         answers = []
         for name in (self.chosen, self.rejected):
             if not (text := text_column(row, name)).strip():
                 raise RowError(name, "is empty: there is nothing to compare")
             answers.append(Plain(((prompt, False), (text, True))))
-        return Pair(*answers)
+        return Group(tuple(answers))
 
-    def _conversations(self, row: Mapping[str, Any]) -> Pair:
+    def _conversations(self, row: Mapping[str, Any]) -> Group:
         names = (self.chosen, self.rejected)
         asked = (self.prompt, *names) if has_content(row.get(self.prompt)) else names
         lists: dict[str, list[Any]] = {}
@@ -72,7 +78,7 @@ class Preference(Section):
         for name, conversation in ((self.chosen, chosen), (self.rejected, rejected)):
             if not conversation.trained[-1]:
                 raise RowError(name, "must end with an assistant message")
-        return Pair(chosen, rejected)
+        return Group((chosen, rejected))
 
 
 def _apart(one: list[Any], other: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:

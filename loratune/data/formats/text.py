@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loratune.config.section import Section
 from loratune.data.formats.base import Plain, RowError, text_column, unread
+from loratune.data.formats.section import FormatSection
 
 
-class Text(Section):
+class Text(FormatSection):
     """Rows of plain text; a .txt file is one row per file."""
 
     type: Literal["text"] = "text"

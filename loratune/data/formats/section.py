@@ -1,0 +1,22 @@
+"""The base class of all formats' recipe sections."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from loratune.config.section import Section
+
+
+class FormatSection(Section):
+    """How a data row is read.
+
+    Attributes:
+        sample: word for what one data row becomes: a row, or a pair.
+    """
+
+    sample: ClassVar[str] = "row"
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Tokenized rows that one data row becomes."""
+        return 1
