@@ -331,7 +331,7 @@ def _about(rows: Rows) -> Iterator[str]:
     """Yield notes on the rows, as `train` prints them."""
     if rows.damaged:
         yield DAMAGED
-    yield from rows.told_unread()
+    yield from rows.told()
 
 
 def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_model.Loaded]]:

@@ -106,7 +106,7 @@ def inspect(
             rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
         if rows.damaged or (held_out is not None and held_out.damaged):
             report.problem(dataset.DAMAGED)
-        for line in rows.told_unread(held_out):
+        for line in rows.told(held_out):
             report.problem(line)
         shown = tuple(
             one

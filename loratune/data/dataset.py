@@ -138,11 +138,15 @@ class Rows:
         found: dict[str, int] = self.store.about.get("unread", {})
         return found
 
-    def told_unread(self, held_out: Rows | None = None) -> list[str]:
-        """Return lines on files and columns that are not read, also of held-out rows from files of their own."""
+    def told(self, held_out: Rows | None = None) -> list[str]:
+        """Return lines on files and columns that are not read, and on doubtful rows.
+
+        Also of held-out rows from files of their own.
+        """
         other = held_out if held_out is not None and held_out.store is not self.store else None
         told = dict.fromkeys((*self.left_out, *(other.left_out if other else ())))
-        return [*told, *unread_columns.lines(self.unread, other.unread if other else {})]
+        notes = [*self.store.about.get("notes", ()), *(other.store.about.get("notes", ()) if other else ())]
+        return [*told, *unread_columns.lines(self.unread, other.unread if other else {}), *notes]
 
     def take(self, indices: np.ndarray) -> Rows:
         """Return a subset of the rows; `indices` must contain both rows of a pair."""
@@ -232,7 +236,7 @@ def _read(
             raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
         about = {
             "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
-            "per_sample": data.format.rows_per_sample, "sample": data.format.sample,
+            "per_sample": data.format.rows_per_sample, "sample": data.format.sample, "notes": account.notes(),
         }  # fmt: skip
         return writer.commit(about, key)
     except BaseException:
@@ -259,12 +263,15 @@ class _Account:
         self.formats: dict[str, int] = {}
         self.unread: dict[str, int] = {}
         self._ledger, self._writer, self._data = ledger, writer, data
-        self._seen = _Seen()
+        self._seen, self._orders = _Seen(), _Seen()
+        self._alike = self._swapped = 0
+        self._first_swapped = ""
 
     def add(self, row: Prepared, weight: float) -> None:
         if row.format:
             self.formats[row.format] = self.formats.get(row.format, 0) + 1
         unread_columns.add(self.unread, row.unread)
+        self._compare(row)
         again = bool(row.tokens) and self._seen.again(row.content)
         self.counts.duplicates += again
         if again and self._data.duplicates == "drop":
@@ -278,6 +285,29 @@ class _Account:
             self._writer.add(piece, weight, row.content, self.counts.read)
         lost = row.tokens - sum(len(piece.ids) for piece in row.pieces)
         self._ledger.add(row.place, row.fate, row.tokens, lost, row.reason)
+
+    def _compare(self, row: Prepared) -> None:
+        """Count pairs without a difference, and those that say the contrary of an earlier one."""
+        self._alike += row.alike
+        if row.order is None:
+            return
+        if self._orders.has(row.order[1]):
+            self._swapped += 1
+            self._first_swapped = self._first_swapped or str(row.place)
+        self._orders.again(row.order[0])
+
+    def notes(self) -> list[str]:
+        """Return lines on rows that were read and may be mistakes."""
+        told = []
+        if self._swapped:
+            told.append(
+                f"{self._swapped:,} pairs contradict an earlier one, with the same prompt and the answers swapped; the "
+                f"first is {self._first_swapped}"
+            )
+        if self._alike > 0.01 * self.counts.read:
+            part = self._alike / self.counts.read
+            told.append(f"{self._alike:,} of {self.counts.read:,} pairs ({part:.1%}) have two equal answers: skipped")
+        return told
 
     def _refuse(self, row: Prepared) -> None:
         refused = self.refused
@@ -295,12 +325,16 @@ class _Seen:
         self._old = np.empty(0, dtype=np.int64)
         self._new: set[int] = set()
 
-    def again(self, number: int) -> bool:
-        """Return whether a number was added before, and add it."""
+    def has(self, number: int) -> bool:
+        """Return whether a number was added before."""
         if number in self._new:
             return True
         at = np.searchsorted(self._old, number)
-        if at < len(self._old) and self._old[at] == number:
+        return bool(at < len(self._old) and self._old[at] == number)
+
+    def again(self, number: int) -> bool:
+        """Return whether a number was added before, and add it."""
+        if self.has(number):
             return True
         self._new.add(number)
         if len(self._new) == 1 << 16:

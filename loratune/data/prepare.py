@@ -14,6 +14,7 @@ import numpy as np
 
 from loratune.data.encode import Encoder, Row
 from loratune.data.formats import (
+    Alike,
     Auto,
     Chat,
     Completion,
@@ -51,6 +52,8 @@ class Prepared:
         content: a 63-bit hash: the same for rows with the same tokens and masks.
         pieces: the rows to train on; none if it is lost.
         unread: columns, and keys of messages, that have content but are not read.
+        alike: whether it is lost because its answers are the same.
+        order: of a pair: a hash of its tokens, and one of the same with the answers swapped; else nothing.
     """
 
     place: Place
@@ -61,6 +64,8 @@ class Prepared:
     content: int = 0
     pieces: tuple[Row, ...] = ()
     unread: tuple[str, ...] = ()
+    alike: bool = False
+    order: tuple[int, int] | None = None
 
 
 def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
@@ -137,7 +142,8 @@ def _type(example: Example, chosen: Reader) -> str:
 
 
 def _unusable(place: Place, error: RowError, data: Data, format: str = "") -> Prepared:
-    return Prepared(place, "skipped" if data.on_bad_row == "skip" else "refused", str(error), format)
+    fate: Fate = "skipped" if data.on_bad_row == "skip" else "refused"
+    return Prepared(place, fate, str(error), format, alike=isinstance(error, Alike))
 
 
 def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | RowError, data: Data) -> Prepared:
@@ -147,14 +153,32 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
         error = RowError("", "has no label token: nothing would be learned from it")
         return _unusable(place, error, data, format)
     if isinstance(example, Group) and _some_are_same(encoded):
-        error = RowError("", f"has two {example.what} with the same tokens: nothing would be learned from them")
+        error = Alike("", f"has two {example.what} with the same tokens: nothing would be learned from them")
         return _unusable(place, error, data, format)
+    if isinstance(example, Group) and len({_prompt(row) for row in encoded}) > 1:
+        why = "the chat template or the tokenizer writes the prompt differently before each"
+        return _unusable(place, RowError("", f"has {example.what} to different prompt tokens: {why}"), data, format)
     fate, pieces = _fit(encoded, example, data)
     told = _TOLD.get(fate)
     longest = max(len(row.ids) for row in encoded)
     reason = f"{longest:,} tokens, {told.format(data.max_length)}" if told else ""
     tokens = sum(len(row.ids) for row in encoded)
-    return Prepared(place, fate, reason, format, tokens, _content(encoded), tuple(pieces))
+    order = (_hash(encoded), _hash(encoded[::-1])) if data.format.sample == "pair" else None
+    return Prepared(place, fate, reason, format, tokens, _content(encoded), tuple(pieces), order=order)
+
+
+def _prompt(row: Row) -> bytes:
+    """Return the tokens before the first label token."""
+    return row.ids[: int(row.trained.argmax())].tobytes()
+
+
+def _hash(rows: Sequence[Row]) -> int:
+    """Return a 63-bit hash of the tokens of some rows, in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(b"%d " % len(row.ids))
+        digest.update(np.ascontiguousarray(row.ids).data)
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def _content(encoded: Sequence[Row]) -> int:
@@ -178,6 +202,8 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
         return ("kept" if group or len(encoded) == 1 else "by turn"), list(encoded)
     if data.on_long == "error":
         return "refused", []
+    if group:  # an answer that is cut can't be compared with another, or judged
+        return "dropped", []
     if data.on_long == "split" and isinstance(example, Plain) and example.divisible:
         return "split", _split(encoded[0], data.max_length)
     left = []
@@ -185,8 +211,6 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
         cut = replace(row, ids=row.ids[: data.max_length], trained=row.trained[: data.max_length])
         if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
             left.append(cut)
-    if group and (len(left) < len(encoded) or _some_are_same(left)):  # one answer alone can't be compared
-        left = []
     return ("cut" if left else "dropped"), left
 
 

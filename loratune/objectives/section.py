@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from loratune.config.section import Complaint, Section, tag_of
+from loratune.data.formats import Preference, made
 from loratune.data.section import Data
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ class ObjectiveSection(Section):
         if data.format.type not in (*self.formats, "auto"):
             told = f"`objective: {tag_of(type(self))}` does not learn from rows of `data.format: {data.format.type}`"
             yield Complaint(told, ("data", "format"), f"use `format: {self.formats[0]}`, or another objective")
+        read = made(self.formats[0]) if data.format.type == "auto" else data.format
+        if read.whole and data.on_long == "truncate":
+            format = f"`data.format: {tag_of(type(read))}`"
+            told = f"`data.on_long: truncate` would cut answers of {format}, which are compared whole"
+            yield Complaint(told, ("data", "on_long"), "use drop, or a larger `data.max_length`")
+        if isinstance(read, Preference) and read.margin and not self.pooled:
+            told = f"`objective: {tag_of(type(self))}` does not use `data.format.margin`"
+            yield Complaint(told, ("data", "format", "margin"), "remove it; a reward model uses it")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return values of each sample under the model before step 1, (samples,) each, by the names in `values`.

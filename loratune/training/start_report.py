@@ -129,7 +129,7 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
         report.field("", DAMAGED, problem=True)
     for line in _about_rows(recipe, rows):
         report.field("", line)
-    for line in rows.told_unread(held_out):
+    for line in rows.told(held_out):
         report.field("", line, problem=True)
     for line in counts.first:
         report.field("", line, problem=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratune.data import dataset
-from loratune.data.encode import Encoder
-from loratune.data.formats import Conversation, Group, Plain, Preference, RowError
+from loratune.data import dataset, prepare
+from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Auto, Conversation, Group, Plain, Preference, RowError
 from loratune.data.section import Data
-from loratune.errors import DataError, RecipeError
+from loratune.errors import DataError, Place, RecipeError
 from loratune.recipe import load
 from tests import pairs, tiny
 
-USER = {"role": "user", "content": "hi"}
+USER, OTHER = ({"role": "user", "content": word} for word in ("hi", "and?"))
+SYSTEM = {"role": "system", "content": "be short"}
+HUMAN = {"from": "human", "value": "hi"}
 GOOD, BAD = ({"role": "assistant", "content": word} for word in ("good", "bad"))
 
 
@@ -38,10 +41,102 @@ def test_texts_are_plain() -> None:
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": [], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": " hi\n", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD], "question": "of another column"},
+        {"prompt": "hi", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": "good", "rejected": "bad"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": "bad"},
+        {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD, "prompt": None},
+        {"messages": [USER, GOOD], "rejected_response": "bad"},
+        {"messages": [USER, GOOD], "rejected_messages": [USER, BAD], "rejected_response": ""},
+        {"messages": [USER], "chosen_response": "good", "rejected_response": "bad"},
+        {
+            "conversations": [HUMAN],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        {"chosen": [HUMAN, GOOD], "rejected": [USER, BAD]},
+        {"instruction": "hi", "chosen": "good", "rejected": "bad", "input": ""},
+        {"question": "hi", "chosen": "good", "rejected": "bad", "system": ""},
+        {"input": "hi", "chosen_response": "good", "rejected_response": "bad", "chosen": None},
+        {"query": "hi", "response": "good", "rejected_response": "bad"},
     ],
 )
-def test_messages_with_the_prompt_apart_or_inside(row: dict[str, Any]) -> None:
+def test_columns_that_data_sets_have(row: dict[str, Any]) -> None:
     assert read(**row) == Group((Conversation((USER, GOOD), (False, True)), Conversation((USER, BAD), (False, True))))
+
+
+def test_a_system_column_goes_first_and_an_input_after_its_instruction() -> None:
+    row = {"instruction": "say", "input": "this", "system": "be short", "chosen": "good", "rejected": "bad"}
+    pair = read(**row)
+    asked = {"role": "user", "content": "say\n\nthis"}
+    assert pair.parts[0] == Conversation((SYSTEM, asked, GOOD), (False, False, True))
+    assert Preference().unread(row, "") == []
+    again = read(conversations=[HUMAN], system="be short", chosen="good", rejected="bad")
+    assert again.parts[1] == Conversation((SYSTEM, USER, BAD), (False, False, True))
+
+
+def test_columns_that_the_recipe_names_are_read_as_they_are() -> None:
+    row = {"question": "q: ", "best": "a", "worst": "b", "chosen": "x", "rejected": "y", "prompt": "z"}
+    named = Preference(prompt="question", chosen="best", rejected="worst")
+    assert named.read(row) == read(prompt="q: ", chosen="a", rejected="b")
+    assert named.unread(row, "") == ["chosen", "rejected", "prompt"]
+    with pytest.raises(RowError, match="`question` is missing"):
+        named.read({"prompt": "q", "best": "a", "worst": "b"})
+
+
+def test_a_text_that_is_no_list_of_messages_stays_text() -> None:
+    row = {"prompt": "in JSON: ", "chosen": '[{"role": "admin"}]', "rejected": '[{"role": "user", "age": 3}'}
+    assert read(**row).parts[0] == Plain((("in JSON: ", False), ('[{"role": "admin"}]', True)))
+
+
+def test_turns_after_the_first_difference_are_trained() -> None:
+    """Also where the prompt is apart: a first answer that both have is part of it."""
+    tail = [OTHER, GOOD]
+    for row in (
+        {"chosen": [USER, GOOD, *tail], "rejected": [USER, BAD, OTHER, BAD]},
+        {"prompt": [USER], "chosen": [GOOD, *tail], "rejected": [BAD, OTHER, BAD]},
+    ):
+        pair = read(**row)
+        assert [part.trained for part in pair.parts if isinstance(part, Conversation)] == [
+            (False, True, False, True)
+        ] * 2
+    pair = read(prompt=[USER], chosen=[BAD, OTHER, GOOD], rejected=[BAD, OTHER, BAD])
+    assert [part.trained for part in pair.parts if isinstance(part, Conversation)] == [(False, False, False, True)] * 2
+
+
+def test_a_margin_is_read_if_the_recipe_names_its_column() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 8, "score_rejected": 2.5, "gap": 1e-3}
+    assert Preference().read(row).labels == ()
+    assert Preference().unread(row, "") == ["score_chosen", "score_rejected", "gap"]
+    scores = Preference.model_validate({"margin": ["score_chosen", "score_rejected"]})
+    assert scores.read(row).labels == (5.5,)
+    assert scores.unread(row, "") == ["gap"]
+    assert Preference.model_validate({"margin": "gap"}).read(row).labels == (1e-3,)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "`gap` must be a finite number, as it is the margin of a pair, given nan"),
+        (float("-inf"), "given -inf"),
+        (10**400, "given one beyond 1e30"),
+        ("3", "`gap` must be a number, as it is the margin of a pair, given a string"),
+        (None, "given null"),
+        (True, "given a boolean"),
+        (..., "`gap` is missing"),
+    ],
+)
+def test_a_margin_must_be_a_finite_number(value: Any, said: str) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "gap": value}
+    if value is ...:
+        del row["gap"]
+    with pytest.raises(RowError, match=said):
+        Preference.model_validate({"margin": "gap"}).read(row)
 
 
 def test_earlier_answers_are_part_of_the_prompt() -> None:
@@ -58,8 +153,31 @@ def test_earlier_answers_are_part_of_the_prompt() -> None:
         ({"prompt": "q", "chosen": "a"}, "`rejected` is missing"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "`rejected` is empty: there is nothing to compare"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "`rejected` is the same as `chosen`"),
-        ({"prompt": "q", "chosen": [GOOD], "rejected": [BAD]}, "`prompt` must be a list of messages"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": "b"}, "`rejected` must be a list of messages"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": ""}, "`rejected` is empty"),
+        ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "`chosen` is empty"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": " "}]}, "`rejected` is empty"),
+        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "`chosen` must be a string, given a number"),
+        ({"prompt": {}, "chosen": "a"}, "`rejected` is missing"),
+        (
+            {"chosen": "the sky is blue", "rejected": "the sky is green"},
+            "`chosen` and `rejected` are texts without a pr",
+        ),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "`chosen` and `rejected` are texts without a prompt"),
+        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "`prompt` differs from the first user"),
+        ({"prompt": [USER, GOOD], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `assistant`"),
+        ({"prompt": [SYSTEM], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `system`"),
+        ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "`rejected` and `chosen` have no first message in common"),
+        ({"chosen": [USER, GOOD, OTHER, BAD], "rejected": [USER, GOOD, USER, BAD]}, "ends with `assistant`"),
+        ({"chosen": [USER, OTHER, GOOD], "rejected": [USER, BAD]}, "`chosen` must answer with an assistant message"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "are the same until one of them ends"),
+        ({"messages": [USER, GOOD], "rejected_response": "good"}, "`rejected_response` is the same as `messages`"),
+        ({"messages": [USER, GOOD], "chosen_response": "a", "rejected_response": "b"}, "ends with `assistant`"),
+        ({"prompt": "q", "chosen": "[{'role': 'user'}]", "rejected": "b"}, "`chosen` is a list of messages as Python"),
+        ({"question": "q", "chosen": "a"}, "`rejected` is missing"),
+        (
+            {"prompt": [USER], "chosen": {"role": "assistant"}, "rejected": "b"},
+            r"`chosen\[0\].content` must be a string",
+        ),
         (
             {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]},
             "`rejected` must end with an assistant message",
@@ -114,7 +232,8 @@ def test_a_pair_with_one_long_answer_is_kept_whole_or_not_at_all(tmp_path: Path,
     rows = pairs.rows(6)
     rows[2]["rejected"][0]["content"] = "no " * 60
     found = load_pairs(tmp_path, rows, max_length=96, on_long=on_long, max_lost=1)
-    assert found.samples == (5 if on_long == "drop" else 6)
+    assert (found.samples, found.counts.dropped, found.counts.truncated) == (5, 1, 0)
+    assert found.counts.first == [f"{tmp_path / 'rows.jsonl'}:3: 218 tokens, dropped"]
     assert all(len({row.place for row in found.sample(i).rows}) == 1 for i in range(found.samples))
     assert found.lengths.max() <= 96
 
@@ -134,6 +253,8 @@ def test_pairs_are_recognised_for_dpo_alone(tmp_path: Path, base: Path) -> None:
     with pytest.raises(RecipeError, match=r"`objective: sft` does not learn from rows of `data.format: preference`"):
         load(tmp_path / "recipe.yaml", ["data.format=preference"])
     section: Data = load(tmp_path / "recipe.yaml").data
+    with pytest.raises(RowError, match="`chosen_response` and `rejected_response` are preference pairs"):
+        Auto().recognise({"question": "q", "chosen_response": "a", "rejected_response": "b"})
     with pytest.raises(DataError, match="`format: preference` reads them, for `objective: dpo`"):
         dataset.load(section.train, section, Encoder(tiny.tokenizer()))
 
@@ -158,13 +279,59 @@ def test_answers_that_the_template_makes_the_same_are_refused(tmp_path: Path) ->
         _stored(tmp_path, rows, trimmed)
 
 
-def test_answers_that_are_the_same_once_cut_are_dropped(tmp_path: Path) -> None:
+def test_answers_after_different_prompt_tokens_are_refused(tmp_path: Path) -> None:
+    """This template says in its first line how often the assistant speaks."""
+    template = "{{ messages | selectattr('role', 'equalto', 'assistant') | list | length > 1 }}" + tiny.CHATML
     rows = [
-        {"prompt": "q ", "chosen": "a long answer, good", "rejected": "a long answer, bad"},
-        {"prompt": "q ", "chosen": "good", "rejected": "bad"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, OTHER, BAD]},
     ]
-    found = _stored(tmp_path, rows, max_length=12, on_long="truncate", max_lost=1)
-    assert (found.samples, found.counts.dropped, found.counts.truncated) == (1, 1, 0)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: ") as caught:
+        _stored(tmp_path, rows, template)
+    assert "rows.jsonl:1: " not in str(caught.value)
+
+
+def test_a_prompt_that_tokens_of_the_answer_change_is_refused() -> None:
+    """As the tokens of a prompt may depend on what follows, both answers must leave them the same."""
+    place = Place("rows.jsonl", 1)
+    rows = [Row(np.array(ids, dtype=np.int32), np.array(ids) > 9, place) for ids in ([1, 2, 11], [1, 3, 12])]
+    section = Data.model_validate({"train": "rows.jsonl", "format": "preference"})
+    pair = read(prompt="q", chosen="a", rejected="b")
+    assert prepare._fitted(pair, "preference", place, rows, section).reason.startswith(
+        "has answers to different prompt tokens: the chat template or the tokenizer writes the prompt differently"
+    )
+    rows[1].ids[1] = 2
+    assert prepare._fitted(pair, "preference", place, rows, section).fate == "kept"
+
+
+def test_pairs_that_contradict_are_told_and_so_are_many_without_a_difference(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{number} ", "chosen": "a", "rejected": "b" if number % 3 else "a"} for number in range(60)
+    ]
+    rows += [{"prompt": "1 ", "chosen": "b", "rejected": "a"}, {"prompt": "2 ", "chosen": "b", "rejected": "a"}]
+    found = load_pairs(tmp_path, rows, on_bad_row="skip", max_lost=1)
+    assert found.counts.skipped == 20
+    assert found.told() == [
+        f"2 pairs contradict an earlier one, with the same prompt and the answers swapped; the first is "
+        f"{tmp_path / 'rows.jsonl'}:61",
+        "20 of 62 pairs (32.3%) have two equal answers: skipped",
+    ]
+    assert load_pairs(tmp_path, rows, on_bad_row="skip", max_lost=1).cached
+    assert load_pairs(tmp_path, [row for row in rows[:60] if row["rejected"] == "b"]).told() == []
+
+
+def test_what_an_objective_can_not_do_with_pairs_is_a_recipe_error(tmp_path: Path, base: Path) -> None:
+    tiny.write_recipe(tmp_path, base)
+    tiny.write_jsonl(tmp_path / "train.jsonl", pairs.rows(5))
+    with pytest.raises(RecipeError, match=r"`objective: orpo` does not use `data.format.margin`"):
+        load(tmp_path / "recipe.yaml", ["objective=orpo", "data.format={type: preference, margin: gap}"])
+    with pytest.raises(RecipeError, match=r"`data.format.margin` must be one column, or two whose difference is meant"):
+        load(tmp_path / "recipe.yaml", ["objective=dpo", "data.format={type: preference, margin: [a, b, c]}"])
+    assert load(tmp_path / "recipe.yaml", ["objective=dpo", "data.format={type: preference, margin: null}"])
+    told = "`data.on_long: truncate` would cut answers of `data.format: preference`, which are compared whole"
+    with pytest.raises(RecipeError, match=told):
+        load(tmp_path / "recipe.yaml", ["objective=dpo", "data.on_long=truncate"])
+    assert load(tmp_path / "recipe.yaml", ["objective=dpo", "data.on_long=drop"]).data.on_long == "drop"
 
 
 def test_a_pair_that_is_trained_on_too_is_named_once(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_rows_of_a_folder_and_of_its_cache(tmp_path: Path) -> None:
         assert (train.cached, held_out.cached) == (cached, cached)
         assert [train.place(i).source for i in range(len(train))] == [str(folder / HUB[1])]
         assert [held_out.place(i).source for i in range(len(held_out))] == [str(folder / HUB[3])]
-        told = train.told_unread(held_out)
+        told = train.told(held_out)
         assert len(told) == 3
         assert all(line.startswith(f"data: {folder}: ") for line in told)
     lay(folder, "train/b.jsonl")

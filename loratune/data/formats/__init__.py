@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loratune.config.section import BareWord, members_of
 from loratune.data.formats.auto import Auto
-from loratune.data.formats.base import Conversation, Example, Group, Plain, RowError
+from loratune.data.formats.base import Alike, Conversation, Example, Group, Plain, RowError
 from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
@@ -39,6 +39,7 @@ def made(name: str) -> FormatSection:
 
 
 __all__ = [
+    "Alike",
     "Auto",
     "Chat",
     "Completion",

@@ -40,11 +40,11 @@ class Auto(FormatSection):
         """
         some = {name for name, value in row.items() if has_content(value)}
         given = {name for name, value in row.items() if value is not None}
-        if {"chosen", "rejected"} <= some:
-            raise RowError(
-                "chosen",
-                "and `rejected` are preference pairs: `format: preference` reads them, for `objective: dpo`",
-            )
+        for chosen in ("chosen", "chosen_response"):
+            rejected = chosen.replace("chosen", "rejected")
+            if {chosen, rejected} <= some:
+                told = "are preference pairs: `format: preference` reads them, for `objective: dpo`"
+                raise RowError(chosen, f"and `{rejected}` {told}")
         if {"text", "label"} <= given and not any(set(columns) <= some for columns, _ in _KNOWN[:-1]):
             raise RowError("label", "marks rows of a classifier; for plain text set `format: text`")
         check_good(row)

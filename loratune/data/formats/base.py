@@ -16,6 +16,10 @@ class RowError(Exception):
         super().__init__(f"`{field}` {message}" if field else message)
 
 
+class Alike(RowError):
+    """A row whose answers, which would be compared, are the same."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages for the model's own chat template.

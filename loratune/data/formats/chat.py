@@ -75,8 +75,8 @@ class Chat(FormatSection):
             raise RowError(name, "has no message to train on: there is nothing to learn")
         if self.train_on == "all" and not all(asked):
             raise RowError(name, "leaves a message out, but `train_on: all` trains on all of them")
-        messages, trained = _with_system(row, messages, trained, name)
-        return Conversation(messages, trained, _tools_of(row), whole=self.train_on == "all")
+        messages, trained = with_system(row, messages, trained, name)
+        return Conversation(messages, trained, tools_of(row), whole=self.train_on == "all")
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
         """Return the columns with content, and the keys of messages, that neither `read` nor the template reads."""
@@ -100,14 +100,22 @@ def joined(row: Mapping[str, Any], parts: Mapping[str, list[Any]], learned: str)
     messages: list[dict[str, Any]] = []
     trained: list[bool] = []
     for name, turns in parts.items():
-        for index, turn in enumerate(turns):
-            message = _message(turn, f"{name}[{index}]")
-            asked = _is_trained(turn, f"{name}[{index}]")
+        for message, asked in messages_of(turns, name):
             messages.append(message)
             trained.append(name == learned and message["role"] == "assistant" and asked)
     if not any(trained):
         raise RowError(learned, "has no assistant message to train on: there is nothing to learn")
-    return Conversation(tuple(messages), tuple(trained), _tools_of(row))
+    return Conversation(tuple(messages), tuple(trained), tools_of(row))
+
+
+def messages_of(turns: list[Any], name: str) -> list[tuple[dict[str, Any], bool]]:
+    """Return the messages of a column as they are passed to the template, each with whether it may be trained.
+
+    Raises:
+        RowError: when one can't be read.
+    """
+    places = (f"{name}[{index}]" for index in range(len(turns)))
+    return [(_message(turn, place), _is_trained(turn, place)) for turn, place in zip(turns, places, strict=True)]
 
 
 def known_tools(row: Mapping[str, Any], template: str) -> tuple[str, ...]:
@@ -149,7 +157,7 @@ def _list(turns: Any, name: str) -> Any:
     return parsed(turns, name) if isinstance(turns, str) and turns.lstrip().startswith("[") else turns
 
 
-def _with_system(
+def with_system(
     row: Mapping[str, Any], messages: tuple[dict[str, Any], ...], trained: tuple[bool, ...], name: str
 ) -> tuple[tuple[dict[str, Any], ...], tuple[bool, ...]]:
     """Return the messages, after the system prompt of a separate column, if any."""
@@ -163,6 +171,16 @@ def _with_system(
     if messages[0]["content"].strip() != system.strip():
         raise RowError("system", f"differs from the system message in `{name}`: which is meant?")
     return messages, trained
+
+
+def role_of(turn: Any) -> str | None:
+    """Return the role of a message that is not checked yet, or None."""
+    if not isinstance(turn, Mapping):
+        return None
+    sender = turn["from"] if _is_sharegpt(turn) else turn.get("role")
+    if not isinstance(sender, str):
+        return None
+    return _SHAREGPT.get(sender) if _is_sharegpt(turn) else sender
 
 
 def _is_sharegpt(turn: Mapping[str, Any]) -> bool:
@@ -264,7 +282,7 @@ def _tool_calls(calls: Any, name: str) -> list[dict[str, Any]]:
     return read
 
 
-def _tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
+def tools_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     """Return the tools of a row, or the `functions` of OpenAI's first API as tools."""
     if not has_content(row.get("functions")) or has_content(row.get("tools")):
         return tools(row.get("tools"))

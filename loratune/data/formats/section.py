@@ -12,9 +12,11 @@ class FormatSection(Section):
 
     Attributes:
         sample: word for what one data row becomes: a row, or a pair.
+        whole: whether a row is compared or judged as a whole, so that one that is too long is never cut.
     """
 
     sample: ClassVar[str] = "row"
+    whole: ClassVar[bool] = False
 
     @property
     def rows_per_sample(self) -> int:
