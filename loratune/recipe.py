@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import re
@@ -24,6 +25,7 @@ from loratune.methods.adapter_files import CONFIG
 from loratune.models.chat_templates import TEMPLATES
 from loratune.models.section import Model
 from loratune.objectives import Objective, Sft
+from loratune.objectives.compared import LIVE, START, Compared
 from loratune.optim import AdamW, Optimizer
 from loratune.optim.schedules import Cosine, Schedule
 from loratune.system import files, run_files, storage
@@ -245,6 +247,17 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "lora_dropout",
             hint="remove `lora_dropout`",
         )
+    objective = recipe.objective
+    if isinstance(objective, Compared) and objective.is_live and method.forgets_by:
+        key = method.forgets_by
+        told = f"`method: {method.type}`" if key == "type" else f"`method.{key}: {shorten(str(dict(method)[key]))}`"
+        yield problem(
+            f"`objective.reference: live` turns the adapter off at each step, and with {told} that is not the model "
+            "before step 1",
+            "objective",
+            "reference",
+            hint="use `reference: start`: its values are computed once, before step 1",
+        )
     for complaint in (*method.complaints(model, recipe.optimizer), *recipe.objective.complaints(data)):
         yield problem(complaint.message, *complaint.path, hint=complaint.hint)
 
@@ -274,10 +287,15 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
     method = recipe.method
     if isinstance(method, Lora) and method.continue_from is not None:
         method = _continued(method, method.continue_from, folder, tree, problems)
+    objective = recipe.objective
+    if isinstance(objective, Compared) and objective.named is not None:
+        named = _reference(objective.named, folder, tree.place("objective", "reference"), problems)
+        objective = objective.model_copy(update={"reference": named})
     whole = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"base": base}),
             "method": method,
+            "objective": objective,
             "data": recipe.data.model_copy(update=data),
             "output": os.path.normpath(output),
         }
@@ -287,6 +305,7 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
     return whole
 
 
+_MODELS = (CONFIG, "config.json")  # one of these tells an adapter or a model
 _MEETS = {"is": "is the run folder", "holds": "holds the run folder", "lies in": "is in the run folder"}
 
 
@@ -313,8 +332,10 @@ def _overlaps(recipe: Recipe, place: Place) -> Iterator[Problem]:
                 told = f"`data.{key}` {shorten(source.path, 400)} includes files that a run writes into {shown}"
                 yield Problem(told, place, f"{hint}, or the rows alone under `data.{key}`")
     start = recipe.method.continue_from if isinstance(recipe.method, Lora) else None
-    if start is not None and (how := run_files.meets(Path(start), output)):
-        yield Problem(f"`method.continue_from` {shorten(start, 400)} {_MEETS[how]} {shown}", place, hint)
+    other = recipe.objective.named if isinstance(recipe.objective, Compared) else None
+    for key, path in (("method.continue_from", start), ("objective.reference", other)):
+        if path is not None and os.path.isabs(path) and (how := run_files.meets(Path(path), output)):
+            yield Problem(f"`{key}` {shorten(path, 400)} {_MEETS[how]} {shown}", place, hint)
     template = recipe.data.chat_template or ""
     if os.path.isabs(template) and run_files.is_read(Path(template), output):
         told = f"`data.chat_template` {shorten(template, 400)} is a file that a run writes into {shown}"
@@ -342,6 +363,20 @@ def _base(base: str, folder: Path, place: Place, problems: list[Problem]) -> str
     if looks_local or not _HUB_ID.fullmatch(base):
         problems.append(Problem(f"no model at `{shorten(base)}`", place, _looked_for(path)))
     return base
+
+
+def _reference(value: str, folder: Path, place: Place, problems: list[Problem]) -> str:
+    path, there = _find(value, folder)
+    if not there and (close := difflib.get_close_matches(value, (START, LIVE), 1)):
+        problems.append(Problem(f"no adapter or model at `{shorten(value)}`", place, f"did you mean `{close[0]}`?"))
+        return value
+    known = len(problems)
+    found = _base(value, folder, place, problems)
+    if there and len(problems) == known and path.is_dir() and not any((path / name).is_file() for name in _MODELS):
+        what = "this run has no adapter yet" if run_files.is_run(path) else f"no {' and no '.join(_MODELS)} there"
+        hint = "name a run, an adapter folder, or a model's folder or hub id"
+        problems.append(Problem(f"`{shorten(value)}` can't be the reference: {what}", place, hint))
+    return found
 
 
 def _continued(method: Lora, value: str, folder: Path, tree: Tree, problems: list[Problem]) -> Lora:

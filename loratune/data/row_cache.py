@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,19 @@ class Store:
         batch, index = self._where(number)
         return batch.place(index)
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash (hex) of ids, label tokens and labels of all rows, in order; not of where they came from."""
+        digest = xxh3_128()
+        for batch in self._batches:
+            batch.add_to(digest)
+        return digest.hexdigest()
+
+    @property
+    def used(self) -> np.ndarray:
+        """The different token ids of all rows, ascending."""
+        return np.unique(np.concatenate([np.empty(0, np.int32), *(batch.used for batch in self._batches)]))
+
     @property
     def largest(self) -> int:
         """The largest token id."""
@@ -203,18 +217,14 @@ class _Batch:
 
     def row(self, index: int) -> Row:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        first, past = start + self._first_bit, end + self._first_bit
-        bits = np.unpackbits(self._bits[first >> 3 : -(-past >> 3)], bitorder="little")
-        trained = bits[first & 7 : (first & 7) + end - start].view(np.bool_)
+        trained = self._trained(start, end)
         labels = self._labels[self._label_offsets[index] : self._label_offsets[index + 1]].copy()
         return Row(self._ids[start:end].copy(), trained, self.place(index), labels)
 
     def tails(self, width: int) -> np.ndarray:
         """Return the last tokens of each row's last trained span, shape (rows with one, width); see `Store.tails`."""
         first, past = int(self._offsets[0]), int(self._offsets[-1])
-        start = first + self._first_bit
-        bits = np.unpackbits(self._bits[start >> 3 : -(-(past + self._first_bit) >> 3)], bitorder="little")
-        trained = bits[start & 7 : (start & 7) + past - first].view(np.bool_)
+        trained = self._trained(first, past)
         places = np.flatnonzero(trained) + first
         after = np.searchsorted(places, self._offsets[1:])  # number of trained tokens before the end of each row
         some = after > np.searchsorted(places, self._offsets[:-1])
@@ -227,6 +237,24 @@ class _Batch:
     @property
     def largest(self) -> int:
         return int(self._ids.max(initial=0))
+
+    @property
+    def used(self) -> np.ndarray:
+        return np.unique(self._ids[self._offsets[0] : self._offsets[-1]])
+
+    def add_to(self, digest: xxh3_128) -> None:
+        """Add the content of all rows to a hash; each is preceded by its lengths."""
+        first, past = int(self._offsets[0]), int(self._offsets[-1])
+        labels = self._labels[self._label_offsets[0] : self._label_offsets[-1]]
+        for part in (self._offsets - first, self._ids[first:past], self._trained(first, past),
+                     self._label_offsets - self._label_offsets[0], labels):  # fmt: skip
+            digest.update(np.ascontiguousarray(part).tobytes())
+
+    def _trained(self, first: int, past: int) -> np.ndarray:
+        """Return which tokens from `first` to before `past` are label tokens, (tokens,)."""
+        start, end = first + self._first_bit, past + self._first_bit
+        bits = np.unpackbits(self._bits[start >> 3 : -(-end >> 3)], bitorder="little")
+        return bits[start & 7 : (start & 7) + past - first].view(np.bool_)
 
     def place(self, index: int) -> Place:
         return Place(self._source[index].as_py(), self._line[index].as_py())

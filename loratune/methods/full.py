@@ -24,6 +24,11 @@ class Full(MethodSection):
     output: ClassVar[Output] = "model"
     trains_base: ClassVar[bool] = True
 
+    @property
+    def forgets_by(self) -> str:
+        """The key by which the model before step 1 is lost in training."""
+        return "type"
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         return "full fine-tuning"

@@ -106,6 +106,15 @@ class Lora(MethodSection):
         """Fraction (0-1) of A's inputs that is dropped in training."""
         return self.lora_dropout
 
+    @property
+    def forgets_by(self) -> str:
+        """The key by which the model before step 1 is lost in training, or "": without A and B it would be another."""
+        if self.continue_from is not None:
+            return "continue_from"
+        if self.bias != "none":
+            return "bias"
+        return "init" if self.init in ("pissa", "olora", "loftq") else ""
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         scale = f"lora_alpha {self.lora_alpha:g}{', rsLoRA' if self.rslora else ''}"
@@ -208,7 +217,7 @@ class Lora(MethodSection):
             return OnChangedBase(peft_model)
         if self.continue_from is not None:
             _load_into(peft_model, Path(self.continue_from))
-        return LoraAdapter(peft_model, off_is_start=self.bias == "none" and self.continue_from is None)
+        return LoraAdapter(peft_model, off_is_start=not self.forgets_by)
 
     def notes(self, model: PreTrainedModel) -> list[str]:
         """Return notes on the model after `apply`: which modules have no matrices, and what is slower."""

@@ -36,6 +36,11 @@ class Prompt(MethodSection):
         """Virtual tokens that stand before each row in the model's output."""
         return self.virtual_tokens
 
+    @property
+    def forgets_by(self) -> str:
+        """The key by which the model before step 1 is lost in training."""
+        return "type"
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         return f"prompt tuning, {self.virtual_tokens} virtual tokens"

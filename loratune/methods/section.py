@@ -41,6 +41,11 @@ class MethodSection(Section):
         """Virtual tokens that stand before each row in the model's output."""
         return 0
 
+    @property
+    def forgets_by(self) -> str:
+        """The key by which the model before step 1 is lost in training, or "" where it can be restored."""
+        return ""
+
     def describe(self) -> str:
         """Return what is trained, in a few words."""
         raise NotImplementedError

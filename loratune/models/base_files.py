@@ -48,6 +48,22 @@ def folder_of(section: Model) -> Path:
         raise unusable(section.base, error, "model") from None
 
 
+def fetch(section: Model) -> None:
+    """Download the files of a hub model that are not in the cache, without those that can hold code.
+
+    Raises:
+        ModelError: when that fails.
+    """
+    from huggingface_hub import snapshot_download
+
+    if section.base.endswith(".gguf") or os.path.isabs(section.base):
+        return
+    try:
+        snapshot_download(section.base, revision=section.revision, allow_patterns=["*.json", "*.safetensors"])
+    except (OSError, ValueError) as error:
+        raise unusable(section.base, error, "model") from None
+
+
 def from_gguf(file: Path) -> Path:
     """Dequantize a .gguf file to a safetensors folder in the cache, once; return the folder.
 

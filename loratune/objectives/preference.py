@@ -11,6 +11,7 @@ from pydantic import Field
 
 from loratune.config.section import Complaint
 from loratune.data.section import Data
+from loratune.objectives.compared import Compared
 from loratune.objectives.section import Figure, ObjectiveSection
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Pairwise(ObjectiveSection):
         }  # fmt: skip
 
 
-class Dpo(Pairwise):
-    """Make the chosen answer more probable than the rejected one, relative to the model before step 1.
+class Dpo(Compared, Pairwise):
+    """Make the chosen answer more probable than the rejected one, relative to the model before step 1 or a named one.
 
     With d = log p/p0 of the chosen answer - log p/p0 of the rejected one, p0 being that model and log p summed over the
     tokens of an answer, and e = label_smoothing, the loss of a pair is for
@@ -109,7 +110,7 @@ class Dpo(Pairwise):
         "reward_rejected": Figure("beta log p/p0", "lower"),
     }  # fmt: skip
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = Field("sigmoid", description="form of the loss")
-    beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the model before step 1")
+    beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the reference")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="fraction (0-0.5) of the pairs that are the wrong way round (sigmoid and robust)"
     )
@@ -128,7 +129,7 @@ class Dpo(Pairwise):
             yield Complaint(told, ("objective", "loss"), "set `label_smoothing`, such as 0.1")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return log p of each answer under the model before step 1, in nats, (samples,) each."""
+        """Return log p of each answer under the reference, in nats, (samples,) each."""
         logps = batch.per_row(policy.logps(batch))
         return {"reference_chosen": logps[0::2], "reference_rejected": logps[1::2]}
 

@@ -74,7 +74,7 @@ class ObjectiveSection(Section):
             yield Complaint(told, ("data", "format", "margin"), "remove it; a reward model uses it")
 
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return values of each sample under the model before step 1, (samples,) each, by the names in `values`.
+        """Return values of each sample under the reference, (samples,) each, by the names in `values`.
 
         Called before step 1, without gradients; the results are in `batch.values` of every later batch.
         """

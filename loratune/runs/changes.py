@@ -33,13 +33,15 @@ FREE = {
 }
 LENGTH = {"train.epochs", "train.max_steps"}
 # Keys with locations: these may change, as long as what is found there has the same fingerprint.
-FOUND = {"data": ("data", "eval"), "model.base": ("base",), "model.revision": ("base",)}
+FOUND = {"data": ("data", "eval"), "model.base": ("base",), "model.revision": ("base",),
+         "objective.reference": ("reference",)}  # fmt: skip
 # the rows stay the same, but not the order of sums and the random numbers of dropout
 LAYOUT = {"data.packing", "data.prefix_sharing"}
 NAMES = {
     "data": "the training rows",
     "eval": "the held-out rows",
     "tokenizer": "the tokenizer or its chat template",
+    "reference": "the weights of `objective.reference`",
 }
 
 

@@ -41,7 +41,7 @@ class Setup:
         adapter_bytes_predicted: of the adapter's (or model's) tensors on disk.
         dtype: precision of the weights.
         quantization: of the base's linear layers: none, nf4, fp4, int8 or another name.
-        fingerprints: sha256 (hex) of data, eval, base and tokenizer.
+        fingerprints: sha256 (hex) of data, eval, base and tokenizer, and of a `reference` that the recipe names.
         sources: path, bytes and time of each local data file.
         turn_ends: tokens that end a trained turn, with their ids.
         chat: whether turns of a conversation were trained.

@@ -1,6 +1,6 @@
-"""Values of the model before step 1 for each sample, such as DPO's reference log p; computed once.
+"""Values of the reference model for each sample, such as DPO's reference log p; computed once, before step 1.
 
-They are kept in the run folder, as a resumed run no longer has that model.
+They are kept in the run folder, as a resumed run no longer has the model before step 1, and in the cache.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from loratune.data import batches, prefix_sharing
 from loratune.data.collate import collate
@@ -22,44 +21,84 @@ from loratune.data.sample import Sample
 from loratune.errors import Place, Problem, RunFolderError
 from loratune.events import Progress
 from loratune.models.policy import Policy
-from loratune.system import storage
+from loratune.objectives.compared import Compared
 from loratune.system.run_files import REFERENCE
+from loratune.training import reference_model, reference_store
 from loratune.training.job import Job
+from loratune.training.reference_model import Named
+from loratune.training.reference_store import Values
 
 BLOCK = 1024  # samples that are searched for common prefixes at once
+START = "the model before step 1"
 
 
 def take(job: Job, resumed: bool) -> None:
-    """Add to the samples, trained and held out, the values that the objective needs of the model before step 1.
+    """Add to the samples, trained and held out, the values that the objective needs of the reference.
 
     Raises:
         RunFolderError: when a run is resumed, its file with them is missing or of other rows, and the method can't
             restore the model before step 1.
+        ModelError: when a reference that the recipe names can't be loaded.
     """
-    if not job.recipe.objective.values:
+    objective = job.recipe.objective
+    if not objective.values:
         return
-    file, key = job.folder / REFERENCE, _key(job)
+    if isinstance(objective, Compared) and objective.is_live:
+        job.report.field("note", "the reference is computed at each step with the adapter off: one more forward pass")
+        return
+    asked = objective.named if isinstance(objective, Compared) else None
+    other = None if asked is None else reference_model.named(job.recipe, asked, job.base.loaded)
     sets = {"train": job.data.train, **({"eval": job.data.held_out} if job.data.held_out else {})}
-    found = _read(file, key, sets) if resumed else None
+    file, key = job.folder / REFERENCE, reference_store.run_key(job)
+    found = reference_store.read(file, key, sets) if resumed else None
     if found is None:
-        policy = job.tuned.policy()
-        if resumed and not job.tuned.off_is_start:
-            told = "the reference's log probabilities are missing, or of other rows or another base"
-            hint = "start over with --overwrite: this method can't restore that model"
-            raise RunFolderError(Problem(told, Place(str(file)), hint))
-        told = "log p of the model before step 1"
-        before = policy.reference() if resumed else nullcontext(policy)
-        with job.report.counting(told) as counting, before as start:
-            found = _of_all(job, start, sets, counting)
+        found = _of_run(job, other, sets, resumed)
         if job.first:
-            known = {name: {value: array.tolist() for value, array in of.items()} for name, of in found.items()}
-            storage.write_json(file, {"key": key, "sha256": storage.json_sha256(known), **known})
+            reference_store.write(file, key, found)
     train, held_out = job.data.train, job.data.held_out
     held = None if held_out is None else replace(held_out, values=found["eval"])
     job.data = replace(job.data, train=replace(train, values=found["train"]), held_out=held)
 
 
-def _of_all(job: Job, policy: Policy, sets: dict[str, Rows], counting: Progress) -> dict[str, dict[str, np.ndarray]]:
+def _of_run(job: Job, other: Named | None, sets: dict[str, Rows], resumed: bool) -> Values:
+    """Return the values from the cache, or compute them and add them to it."""
+    shared = other is None and job.packing.layout == "shared"
+    layout: Layout = "shared" if shared else "padded"
+    who = START if other is None else f"the reference {other.shown}"
+    key = reference_store.cache_key(job, sets, layout)
+    found = reference_store.find(key, sets) if job.first else None
+    if job.accelerator.num_processes > 1:
+        (found,) = broadcast_object_list([found])
+    if found is not None:
+        job.report.field("note", f"log p of {who}: from the cache")
+        return found
+    if resumed and other is None and not job.tuned.off_is_start:
+        told = "the reference's log probabilities are missing, or of other rows or another base"
+        hint = "start over with --overwrite: this method can't restore that model"
+        raise RunFolderError(Problem(told, Place(str(job.folder / REFERENCE)), hint))
+    found = _computed(job, other, sets, resumed, layout, who)
+    if other is not None:
+        reference_model.free()
+    if job.first and (reason := reference_store.keep(key, found)):
+        job.report.problem(f"log p of {who} is not cached for the next run: {reason}")
+    return found
+
+
+def _computed(
+    job: Job, other: Named | None, sets: dict[str, Rows], resumed: bool, layout: Layout, who: str
+) -> Values:  # fmt: skip
+    """Compute the values; on return nothing refers to a reference of its own any more."""
+    if other is None:
+        policy = job.tuned.policy()
+        before = policy.reference() if resumed else nullcontext(policy)
+    else:
+        trust = job.facts.start.trust_remote_code
+        before = reference_model.opened(other, list(sets.values()), job.accelerator.device, trust, job.report)
+    with before as model, job.report.counting(f"log p of {who}") as counting:
+        return _of_all(job, model, sets, layout, counting)
+
+
+def _of_all(job: Job, policy: Policy, sets: dict[str, Rows], layout: Layout, counting: Progress) -> Values:
     """Return the values of each sample of each set; what is told counts through all of them."""
     whole, done = sum(rows.samples for rows in sets.values()), 0
 
@@ -68,16 +107,17 @@ def _of_all(job: Job, policy: Policy, sets: dict[str, Rows], counting: Progress)
         done += count
         counting(done, done / whole)
 
-    return {name: _of(job, policy, rows, more) for name, rows in sets.items()}
+    return {name: _of(job, policy, rows, layout, more) for name, rows in sets.items()}
 
 
-def _of(job: Job, policy: Policy, rows: Rows, more: Callable[[int], None]) -> dict[str, np.ndarray]:
+def _of(
+    job: Job, policy: Policy, rows: Rows, layout: Layout, more: Callable[[int], None]
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Return the values of each sample of a set, (samples,) each; every process computes its share of the samples.
 
     `more` is called with the number of samples after each micro-batch.
     """
     rank, world = job.accelerator.process_index, job.accelerator.num_processes
-    layout: Layout = "shared" if job.packing.layout == "shared" else "padded"
     training = policy.net.training
     mine: list[tuple[list[int], dict[str, list[float]]]] = []
     policy.net.eval()
@@ -107,24 +147,3 @@ def _parts(rows: Rows, layout: Layout, tokens: int) -> Iterator[tuple[list[int],
         cut = prefix_sharing.cut(chosen, tokens) if layout == "shared" else batches.split(chosen, "auto", tokens)
         for part in cut:
             yield [number[id(sample)] for sample in part], part
-
-
-def _key(job: Job) -> str:
-    """Return a hash (hex) of everything that these values depend on."""
-    setup, recipe = job.facts.prepared, job.recipe
-    parts = {
-        "rows": setup.fingerprints, "dtype": setup.dtype, "quantization": setup.quantization,
-        "method": recipe.method.model_dump(mode="json"), "objective": recipe.objective.type,
-        "seed": recipe.train.seed,
-    }  # fmt: skip
-    return storage.json_sha256(parts)
-
-
-def _read(file: Path, key: str, sets: dict[str, Rows]) -> dict[str, dict[str, np.ndarray]] | None:
-    """Return the values in a run folder, or None where there are none for these rows."""
-    known = storage.read_json(file)
-    if known.pop("key", None) != key or known.pop("sha256", None) != storage.json_sha256(known):
-        return None
-    return {
-        name: {value: np.array(numbers, dtype=np.float32) for value, numbers in known[name].items()} for name in sets
-    }

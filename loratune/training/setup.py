@@ -22,10 +22,19 @@ from loratune.methods.tuned import Setup as MethodSetup
 from loratune.methods.tuned import Tuned
 from loratune.models import base_model, end_tokens, fingerprint, generate
 from loratune.models.base_model import Loaded
+from loratune.objectives.compared import Compared
 from loratune.recipe import Recipe
 from loratune.runs.checkpoint import Found
 from loratune.runs.facts import Facts, Setup
-from loratune.training import activation_memory, layout_test, memory_plan, memory_use, session, start_report
+from loratune.training import (
+    activation_memory,
+    layout_test,
+    memory_plan,
+    memory_use,
+    reference_model,
+    session,
+    start_report,
+)
 from loratune.training.job import Base, Data, Job, Length, Memory
 from loratune.training.layout_test import Packing
 from loratune.training.progress import RunReport
@@ -47,6 +56,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
     where, seal = accelerator.device, found.seal if found else {}
     data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
     base = load_base(recipe, data, where, facts.start.trust_remote_code, seal.get("dtype"))
+    others = check_reference(recipe, data, base.loaded, facts.start.trust_remote_code)
     length = length_of(recipe, data.train)
     tuned = apply_method(recipe, base.loaded, data, length, where)
     on_disk = tensor_files.bytes_on_disk(tuned.state(final=True), base.loaded.dtype)
@@ -61,7 +71,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
         report, recipe, base.loaded, tuned.net, data.train, data.held_out, length.steps, on_disk, memory.plan,
         batching,
     )  # fmt: skip
-    facts.setup = _setup(recipe, data, base, tuned.net, on_disk, memory, length, batching, compiled, kernels)
+    facts.setup = _setup(
+        recipe, data, base, tuned.net, on_disk, memory, length, batching, compiled, kernels, others
+    )  # fmt: skip
     return Job(
         recipe, Path(recipe.output), accelerator, report, facts, data, base, tuned, optimizer, packing, memory, length,
         memory_use.checkpoint_bytes(recipe, tuned.net),
@@ -102,6 +114,18 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
         "turn_ends": end_tokens.named(trained, encoder.tokenizer),
     }
     return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
+
+
+def check_reference(recipe: Recipe, data: Data, loaded: Loaded, trust: bool) -> dict[str, str]:
+    """Check the reference that the recipe names, and return its fingerprint under `reference`; nothing without one."""
+    objective = recipe.objective
+    if not isinstance(objective, Compared) or objective.named is None:
+        return {}
+    other = reference_model.named(recipe, objective.named, loaded)
+    sets = [rows for rows in (data.train, data.held_out) if rows is not None]
+    found, notes = reference_model.check(other, data.encoder.tokenizer, sets, trust)
+    loaded.notes += notes
+    return {"reference": found}
 
 
 def _remedy(net: Any, before: int) -> str:
@@ -168,7 +192,7 @@ def use_compiler(
 
 def _setup(
     recipe: Recipe, data: Data, base: Base, net: Any, on_disk: int, memory: Memory, length: Length,
-    batching: dict[str, Any], compiled: bool, kernels: list[str],
+    batching: dict[str, Any], compiled: bool, kernels: list[str], others: dict[str, str],
 ) -> Setup:  # fmt: skip
     loaded = base.loaded
     return Setup(
@@ -186,6 +210,7 @@ def _setup(
             **start_report.fingerprints(data.train, data.held_out),
             "base": base.origin["base"]["sha256"],
             "tokenizer": base.origin["tokenizer"]["sha256"],
+            **others,
         },
         sources=start_report.sources(recipe),
         turn_ends=base.origin["turn_ends"],

@@ -28,7 +28,7 @@ from loratune.models import base_model
 from loratune.objectives import Cpo, Dpo, Orpo, Simpo
 from loratune.objectives.preference import _log_odds
 from loratune.system.run_files import REFERENCE
-from loratune.training import loop, reference
+from loratune.training import loop, reference, reference_store
 from tests import pairs, tiny
 from tests.conftest import Fit
 from tests.methods.test_adalora import _Alone
@@ -36,6 +36,18 @@ from tests.objectives.test_sft import gemma2, llama
 from tests.oracle.test_resume import _exactly, _stop_after
 
 TOKENS = tiny.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No values of the reference from another test."""
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+
+
+def _forget() -> None:
+    """Empty the cache of the reference's values."""
+    for file in reference_store.folder().glob("*.json"):
+        file.unlink()
 
 
 def samples(number: int, seed: int = 0, values: bool = True) -> list[Sample]:
@@ -348,6 +360,7 @@ def test_a_lost_reference_is_taken_from_the_base_where_it_is_the_start(fit: Fit,
     file = straight.folder.parent.parent / "stopped" / "run" / REFERENCE
     before = json.loads(file.read_text())
     file.unlink()
+    _forget()
     resumed = run("stopped", resume=True)
     after = json.loads(file.read_text())
     for name in Dpo.values:
@@ -361,6 +374,7 @@ def test_a_lost_reference_ends_a_resume_where_the_start_is_gone(fit: Fit, tmp_pa
     with _stop_after(5):
         run("stopped")
     (tmp_path / "stopped" / "run" / REFERENCE).unlink()
+    _forget()
     with pytest.raises(RunFolderError, match="log probabilities are missing"):
         run("stopped", resume=True)
 
