@@ -13,6 +13,7 @@ from loratune.data.encode import Encoder
 from loratune.data.formats import RowError
 from loratune.errors import ModelError, Place, Problem, UsageError, did_you_mean, listed, shorten
 from loratune.methods import adapter_files
+from loratune.methods.attach import attach
 from loratune.models import base_model, fingerprint, generate
 
 COMMANDS = {
@@ -211,7 +212,7 @@ class Conversation:
         found = fingerprint.compare(folder, self.base, self.allow_base_mismatch, tokenizer)
         peft = f"adapter{self._loads}" if self._loads else "default"
         speaker = Speaker.of(folder, peft, tokenizer)
-        self.loaded.model = opened_model.attach(self.loaded.model, folder, peft)
+        self.loaded.model = attach(self.loaded.model, folder, peft)
         self._loads += 1
         self.loaded.model.eval()
         name = self._unused(folder)

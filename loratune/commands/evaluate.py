@@ -27,6 +27,7 @@ from loratune.errors import DataError, RecipeError, UsageError, shorten
 from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
+from loratune.methods.attach import attach
 from loratune.models import base_model, generate
 from loratune.models.policy import Policy
 from loratune.objectives import metrics
@@ -340,9 +341,9 @@ def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_mo
         loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
         if adapter_files.changes_biases(what.adapter):  # it overwrites those of the base
             yield "base", loaded
-            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")
+            loaded.model = attach(loaded.model, what.adapter, "default")
         else:
-            loaded.model = opened_model.attach(loaded.model, what.adapter, "default")  # first, as it may not fit
+            loaded.model = attach(loaded.model, what.adapter, "default")  # first, as it may not fit
             with loaded.model.disable_adapter():
                 yield "base", loaded
         loaded.model.eval()

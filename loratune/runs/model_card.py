@@ -166,8 +166,9 @@ def _method(recipe: Recipe, quantization: str) -> str:
 def _objective(recipe: Recipe) -> str:
     """Return the objective with its settings, without those that are off, and the unit of its loss."""
     known = recipe.objective.model_dump(mode="json")
+    reference = known.pop("reference", "start")
     given = [(name, value) for name, value in known.items() if name != "type" and value]
-    given = [(name, name_of(value) if name == "reference" else value) for name, value in given]  # never a path
+    given += [("reference", name_of(reference))] if reference != "start" else []  # never a path
     settings = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in given]
     return ", ".join([known["type"], *settings]) + f"; loss in {recipe.objective.unit}".replace("in per", "per")
 

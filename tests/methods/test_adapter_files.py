@@ -19,6 +19,7 @@ from loratune import recipe
 from loratune.commands import opened_model
 from loratune.errors import ModelError, SafetyError
 from loratune.methods import adapter_files
+from loratune.methods.attach import attach
 from loratune.training import run
 from tests import tiny
 
@@ -240,11 +241,11 @@ def test_a_second_adapter_that_fails_leaves_nothing(whole: Path, net: Any, tmp_p
     bad = tmp_path / "bad"
     shutil.copytree(whole, bad)
     tensors(lambda state, name: state.__delitem__(name))(bad, random.Random(0))
-    both = opened_model.attach(net, whole, "default")
+    both = attach(net, whole, "default")
     with pytest.raises(ModelError):
-        opened_model.attach(both, bad, "second")
+        attach(both, bad, "second")
     assert set(both.peft_config) == {"default"}
-    opened_model.attach(both, whole, "second")
+    attach(both, whole, "second")
     assert set(both.peft_config) == {"default", "second"}
     both.unload()
 
@@ -363,9 +364,9 @@ def test_tensors_of_other_tools_that_do_nothing(base: Path, tmp_path: Path, kind
 
 
 def test_adapters_of_two_kinds_are_not_held_at_once(whole: Path, base: Path, tmp_path: Path) -> None:
-    net = opened_model.attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), whole, "default")
+    net = attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), whole, "default")
     other = _peft(base, tmp_path / "adapter", "PROMPT_TUNING")
     with pytest.raises(ModelError, match="of type PROMPT_TUNING, and one of type LORA is loaded") as caught:
-        opened_model.attach(net, other, "second")
+        attach(net, other, "second")
     assert "open it alone" in str(caught.value)
     assert set(net.peft_config) == {"default"}
