@@ -19,7 +19,7 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-faults  kills, full disks, signals and hostile input by the hundred (about 20 minutes)"
 	@echo "make other-readers  what is written, read by transformers 4.57 in a venv of its own (three minutes)"
-	@echo "make test-fuzz  2,000 odd recipes, rows, names, folders and options through every command (10 to 30 minutes)"
+	@echo "make test-fuzz  3,000 odd recipes, rows, names, folders and options through every command (15 to 40 minutes)"
 	@echo "make test-oldest  the tests of make test with the oldest packages that pyproject.toml allows"
 	@echo "make docs       regenerate docs/recipe.md and docs/cli.md"
 	@echo "make gpu-check  the tests that need a GPU"
@@ -68,6 +68,7 @@ $(OLDER)/.ready:
 test-fuzz: $(READY)
 	$(call ON,fuzz: no traceback$(comma) no run over 60 s or 2 GB)
 	@$(BIN)/python -m tests.faults.fuzz --seed 0 --cases 2000
+	@$(BIN)/python -m tests.faults.fuzz --seed 0 --cases 1000 --kind samples
 
 # what an older package warns of is no fault of ours: warnings are not errors here
 test-oldest: $(OLDEST)/.ready

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loratune import train
 from loratune.data import dataset, prepare
 from loratune.data.encode import Encoder, Row
 from loratune.data.formats import Auto, Conversation, Group, Plain, Preference, RowError
 from loratune.data.section import Data
 from loratune.errors import DataError, Place, RecipeError
+from loratune.models import base_model
 from loratune.recipe import load
 from tests import pairs, tiny
 
@@ -147,49 +149,82 @@ def test_earlier_answers_are_part_of_the_prompt() -> None:
     assert pair.parts[0].trained == (False, False, False, True)
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"prompt": "q", "chosen": "a"}, "`rejected` is missing"),
-        ({"prompt": "q", "chosen": "a", "rejected": " "}, "`rejected` is empty: there is nothing to compare"),
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "`rejected` is the same as `chosen`"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": ""}, "`rejected` is empty"),
-        ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "`chosen` is empty"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": " "}]}, "`rejected` is empty"),
-        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "`chosen` must be a string, given a number"),
-        ({"prompt": {}, "chosen": "a"}, "`rejected` is missing"),
-        (
-            {"chosen": "the sky is blue", "rejected": "the sky is green"},
-            "`chosen` and `rejected` are texts without a pr",
-        ),
-        ({"prompt": "", "chosen": "a", "rejected": "b"}, "`chosen` and `rejected` are texts without a prompt"),
-        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "`prompt` differs from the first user"),
-        ({"prompt": [USER, GOOD], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `assistant`"),
-        ({"prompt": [SYSTEM], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `system`"),
-        ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "`rejected` and `chosen` have no first message in common"),
-        ({"chosen": [USER, GOOD, OTHER, BAD], "rejected": [USER, GOOD, USER, BAD]}, "ends with `assistant`"),
-        ({"chosen": [USER, OTHER, GOOD], "rejected": [USER, BAD]}, "`chosen` must answer with an assistant message"),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "are the same until one of them ends"),
-        ({"messages": [USER, GOOD], "rejected_response": "good"}, "`rejected_response` is the same as `messages`"),
-        ({"messages": [USER, GOOD], "chosen_response": "a", "rejected_response": "b"}, "ends with `assistant`"),
-        ({"prompt": "q", "chosen": "[{'role': 'user'}]", "rejected": "b"}, "`chosen` is a list of messages as Python"),
-        ({"question": "q", "chosen": "a"}, "`rejected` is missing"),
-        (
-            {"prompt": [USER], "chosen": {"role": "assistant"}, "rejected": "b"},
-            r"`chosen\[0\].content` must be a string",
-        ),
-        (
-            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]},
-            "`rejected` must end with an assistant message",
-        ),
-        ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "`chosen` must end with an assistant message"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "`chosen` has no assistant message"),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "`rejected` is the same as `chosen`"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "q", "chosen": "a"}, "`rejected` is missing"),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, "`rejected` is empty: there is nothing to compare"),
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, "`rejected` is the same as `chosen`"),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": ""}, "`rejected` is empty"),
+    ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "`chosen` is empty"),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": " "}]}, "`rejected` is empty"),
+    ({"prompt": "q", "chosen": 1, "rejected": "b"}, "`chosen` must be a string, given a number"),
+    ({"prompt": {}, "chosen": "a"}, "`rejected` is missing"),
+    (
+        {"chosen": "the sky is blue", "rejected": "the sky is green"},
+        "`chosen` and `rejected` are texts without a pr",
+    ),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "`chosen` and `rejected` are texts without a prompt"),
+    ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "`prompt` differs from the first user"),
+    ({"prompt": [USER, GOOD], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `assistant`"),
+    ({"prompt": [SYSTEM], "chosen": [BAD], "rejected": [GOOD]}, r"(?s)must follow .*ends with `system`"),
+    ({"chosen": [USER, GOOD], "rejected": [OTHER, BAD]}, "`rejected` and `chosen` have no first message in common"),
+    ({"chosen": [USER, GOOD, OTHER, BAD], "rejected": [USER, GOOD, USER, BAD]}, "ends with `assistant`"),
+    ({"chosen": [USER, OTHER, GOOD], "rejected": [USER, BAD]}, "`chosen` must answer with an assistant message"),
+    ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "are the same until one of them ends"),
+    ({"messages": [USER, GOOD], "rejected_response": "good"}, "`rejected_response` is the same as `messages`"),
+    ({"messages": [USER, GOOD], "chosen_response": "a", "rejected_response": "b"}, "ends with `assistant`"),
+    ({"prompt": "q", "chosen": "[{'role': 'user'}]", "rejected": "b"}, "`chosen` is a list of messages as Python"),
+    ({"question": "q", "chosen": "a"}, "`rejected` is missing"),
+    (
+        {"prompt": [USER], "chosen": {"role": "assistant"}, "rejected": "b"},
+        r"`chosen\[0\].content` must be a string",
+    ),
+    (
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]},
+        "`rejected` must end with an assistant message",
+    ),
+    ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "`chosen` must end with an assistant message"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "`chosen` has no assistant message"),
+    ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "`rejected` is the same as `chosen`"),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), REFUSED)
 def test_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(RowError, match=said):
         read(**row)
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_each_refused_row_is_named_or_counted(tmp_path: Path, on_bad_row: str) -> None:
+    good = pairs.rows(1)
+    for row, _ in REFUSED:
+        if on_bad_row == "error":
+            with pytest.raises(DataError, match=r"rows\.jsonl:2: "):
+                load_pairs(tmp_path, [*good, row])
+    if on_bad_row == "skip":
+        found = load_pairs(tmp_path, [*good, *(row for row, _ in REFUSED)], on_bad_row="skip", max_lost=1)
+        assert (found.samples, found.counts.skipped) == (1, len(REFUSED))
+        found.append_ledger(tmp_path / "ledger.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+        assert [line["fate"] for line in lines] == ["kept", *["skipped"] * len(REFUSED)]
+        assert [line["place"].rpartition(":")[2] for line in lines] == [str(i + 1) for i in range(len(lines))]
+
+
+def test_bad_pairs_end_a_training_before_the_base_is_loaded(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_recipe(tmp_path, base, objective="dpo")
+    tiny.write_jsonl(tmp_path / "train.jsonl", [*pairs.rows(3), {"chosen": "blue", "rejected": "green"}])
+
+    def load_none(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(base_model, "load", load_none)
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:4: `chosen` and `rejected` are texts without a prompt"
+    ) as caught:
+        train(load(tmp_path / "recipe.yaml"))
+    assert caught.value.exit_code == 2
 
 
 def test_unread_columns_are_told() -> None:

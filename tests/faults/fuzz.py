@@ -34,11 +34,13 @@ class Case:
         kind: what was made odd.
         words: of the command line.
         stdin: what is read from there.
+        named: what an error must mention, as nothing else is wrong.
     """
 
     kind: str
     words: tuple[str, ...]
     stdin: bytes = b""
+    named: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ class Outcome:
     memory: int
     text: str
 
-    def wrong(self) -> str:
-        """Return what is wrong with it, or an empty text."""
+    def wrong(self, named: str = "") -> str:
+        """Return what is wrong with it, or an empty text; an error must mention `named`."""
         if self.seconds > LONGEST:
             return f"{self.seconds:.0f} s"
         if self.code not in ALLOWED:
             return f"exit code {self.code}"
         if "Traceback (most recent call last)" in self.text:
             return "a traceback"
+        if self.code and named not in self.text:
+            return f"an error that does not name {named}"
         return f"{self.memory / 1e9:.1f} GB" if self.memory > LARGEST else ""
 
 
@@ -151,6 +155,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to see one again")
+    parser.add_argument("--kind", choices=("all", "samples"), default="all", help="samples: rows of pairs and the like")
     parser.add_argument("--show", action="store_true", help="print each case and what it said")
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # looked at as it is imported
@@ -164,13 +169,13 @@ def main() -> int:
         _prepare(scene)
         for number in range(asked.first, asked.first + asked.cases):
             with tempfile.TemporaryDirectory(dir=scene, prefix="case-") as home:
-                case = oddities.case(Random(f"{asked.seed} {number}"), scene, Path(home))
+                case = oddities.case(Random(f"{asked.seed} {number}"), scene, Path(home), asked.kind)
                 done = run(case, Path(home))
             codes[case.words[0], done.code] += 1
             slowest, largest = max(slowest, (done.seconds, number)), max(largest, (done.memory / 1e9, number))
             if (number + 1) % 100 == 0:
                 print(f"{number + 1} in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-            if (fault := done.wrong()) or asked.show:
+            if (fault := done.wrong(case.named)) or asked.show:
                 wrong += bool(fault)
                 print(f"--- case {number} ({case.kind}): {fault or done.code}\n{case.words!a}", flush=True)
                 print(done.text[-6000 if asked.show else -1800 :], flush=True)

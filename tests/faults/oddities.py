@@ -21,6 +21,7 @@ from loratune.config import section
 from loratune.recipe import Recipe
 from tests import tiny
 from tests.faults.fuzz import Case
+from tests.faults.odd_samples import odd_samples
 
 LONG = "x" * 300
 TEXTS = [
@@ -556,6 +557,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-def case(random: Random, scene: Path, home: Path) -> Case:
-    """Return a case of any kind; what it needs is written into `home`."""
-    return random.choice(KINDS)(random, scene, home)
+def case(random: Random, scene: Path, home: Path, kind: str = "all") -> Case:
+    """Return a case, of any kind unless told; what it needs is written into `home`."""
+    chosen = odd_samples if kind == "samples" else random.choice(KINDS)
+    return chosen(random, scene, home)

@@ -1,0 +1,135 @@
+"""Odd rows for the objectives that compare or judge answers: pairs, and what else is more than a text to imitate.
+
+`python -m tests.faults.fuzz --kind samples --seed 0 --cases 1000` runs them: rows, or an error that names the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.faults.fuzz import Case
+
+Row = dict[str, Any]
+
+
+def _user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Row:
+    return {"role": "assistant", "content": text}
+
+
+def _pair(asked: str, good: str, bad: str) -> list[Row]:
+    """Return one pair in each of the ways that data sets write it."""
+    before, chosen, rejected = _user(asked), _assistant(good), _assistant(bad)
+    human, gpt = {"from": "human", "value": asked}, [{"from": "gpt", "value": text} for text in (good, bad)]
+    return [
+        {"prompt": asked, "chosen": good, "rejected": bad},
+        {"prompt": [before], "chosen": [chosen], "rejected": [rejected]},
+        {"prompt": [before], "chosen": good, "rejected": bad},
+        {"chosen": [before, chosen], "rejected": [before, rejected]},
+        {"prompt": asked, "chosen": [before, chosen], "rejected": [before, rejected], "score_chosen": 3.0},
+        {"messages": [before, chosen], "rejected_response": bad},
+        {"messages": [before, chosen], "rejected_messages": [before, rejected]},
+        {"conversations": [human], "chosen": gpt[0], "rejected": gpt[1], "system": "be short"},
+        {"instruction": asked, "input": "this", "chosen": good, "rejected": bad},
+        {"question": asked, "chosen_response": good, "rejected_response": bad},
+        {
+            "prompt": [before, chosen, _user("and?")],
+            "chosen": [chosen, before, rejected],
+            "rejected": [rejected, before, chosen],
+        },
+    ]
+
+
+def _pairs(random: Random) -> list[Row]:
+    words = ["yes", "no", "maybe", "a b c", "ä😀"]
+    return [random.choice(_pair(f"is it {number}?", *random.sample(words, 2))) for number in range(5)]
+
+
+SOUND: dict[str, Callable[[Random], list[Row]]] = {"dpo": _pairs, "orpo": _pairs}
+"""Rows that an objective can learn from."""
+
+
+def _twist(row: Row, random: Random) -> Row:
+    """Return a row with a mistake that people make."""
+    names = list(row)
+    if not names:
+        return row
+    one, other = random.choice(names), random.choice(names)
+    what = random.randrange(9)
+    if what == 0:
+        return {**row, one: row[other]}  # equal answers, an answer as prompt
+    if what == 1:
+        return {**row, one: row[other], other: row[one]}
+    if what == 2:
+        return {**row, one: random.choice(["", " ", [], {}, None, "\ud800", "[{'role': 'user', 'content': 'a'}]"])}
+    if what == 3:
+        return {name: value for name, value in row.items() if name != one}
+    if what == 4:
+        return {**row, one: json.dumps(row[one])}
+    if what == 5:
+        return {**row, one: row[one][::-1] if isinstance(row[one], str | list) else [row[one]]}
+    if what == 6:
+        return {**row, one: [*row[one], *row[one]] if isinstance(row[one], list) else [row[one]]}
+    if what == 7:
+        return {**row, one: row[one] * 400 if isinstance(row[one], str | list) else 0}
+    return {**row, random.choice(["prompt", "messages", "system", "tools", "label", "margin"]): row[one]}
+
+
+def _file(rows: list[Any], random: Random) -> tuple[str, bytes]:
+    """Return the name and the bytes of a file with rows."""
+    kind = random.choice(["jsonl"] * 6 + ["json", "csv", "parquet"])
+    table = [row for row in rows if isinstance(row, dict)]
+    try:
+        if kind == "parquet":
+            stream = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(table), stream)
+            return "rows.parquet", stream.getvalue()
+        if kind == "csv":
+            names = list(dict.fromkeys(name for row in table for name in row))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, names)
+            writer.writeheader()
+            writer.writerows(
+                {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+                for row in table
+            )
+            return "rows.csv", text.getvalue().encode()
+    except (pa.ArrowException, UnicodeError, ValueError, TypeError, OverflowError, csv.Error):
+        pass  # values that such a file can't hold
+    if kind == "json":
+        return "rows.json", json.dumps(rows).encode()
+    return "rows.jsonl", b"\n".join(json.dumps(row).encode() for row in rows)
+
+
+def odd_samples(random: Random, scene: Path, home: Path) -> Case:
+    """Return a case with damaged rows for an objective that compares or judges answers."""
+    from tests.faults import oddities
+
+    objective = random.choice(sorted(SOUND))
+    rows: list[Any] = SOUND[objective](random)
+    for _ in range(random.choice([0, 1, 1, 2, 4])):
+        place = random.randrange(len(rows))
+        if isinstance(rows[place], dict) and random.random() < 0.7:
+            rows[place] = _twist(rows[place], random)
+        elif isinstance(rows[place], dict | list):
+            rows[place] = oddities.mutate(json.loads(json.dumps(rows[place])), random)
+    recipe = oddities.recipe_of(scene) | {"objective": objective}
+    name, raw = _file(rows, random)
+    recipe["data"] = {"train": name, "max_length": random.choice([24, 64, 256])}
+    if random.random() < 0.5:
+        recipe["data"] |= {"on_bad_row": "skip", "max_lost": 1, "on_long": "drop"}
+    oddities.write(home, recipe)
+    (home / name).write_bytes(oddities.damage(raw, random) if random.random() < 0.25 else raw)
+    return Case("samples", ("train" if random.random() < 0.2 else "inspect", "recipe.yaml"), named="rows.")
