@@ -237,7 +237,7 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             f"`data.on_long: split` can't split a `{data.format.type}` row",
             "data",
             "on_long",
-            hint="use drop or truncate, or a larger `data.max_length`",
+            hint=f"use drop{'' if data.format.whole else ' or truncate'}, or a larger `data.max_length`",
         )
     if method.dropout and recipe.objective.values:
         yield problem(

@@ -301,8 +301,8 @@ class _Account:
         told = []
         if self._swapped:
             told.append(
-                f"{self._swapped:,} pairs contradict an earlier one, with the same prompt and the answers swapped; the "
-                f"first is {self._first_swapped}"
+                f"pairs that contradict an earlier one (same prompt, answers swapped): {self._swapped:,}; the first is "
+                f"{self._first_swapped}"
             )
         if self._alike > 0.01 * self.counts.read:
             part = self._alike / self.counts.read
@@ -410,7 +410,8 @@ def _check_losses(counts: Counts, refused: _Refused, data: Data) -> None:
             Problem(
                 f"{refused.long:,} of {counts.read:,} rows are longer than `data.max_length` "
                 f"({data.max_length:,} tokens)",
-                hint="raise data.max_length, or set data.on_long: drop, truncate or (plain text) split",
+                hint="raise data.max_length, or set data.on_long: drop"
+                + ("" if data.format.whole else ", truncate or (plain text) split"),
             ),
         ]
     if not shown and counts.lost > data.max_lost * counts.read:

@@ -262,6 +262,12 @@ def test_held_out_pairs_stay_whole(tmp_path: Path) -> None:
         assert all(len({row.place for row in rows.sample(i).rows}) == 1 for i in range(rows.samples))
 
 
+def test_a_long_pair_may_only_be_dropped(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_pairs(tmp_path, pairs.rows(2), max_length=20)
+    assert caught.value.problems[-1].hint == "raise data.max_length, or set data.on_long: drop"
+
+
 @pytest.mark.parametrize("on_long", ["drop", "truncate"])
 def test_a_pair_with_one_long_answer_is_kept_whole_or_not_at_all(tmp_path: Path, on_long: str) -> None:
     rows = pairs.rows(6)
@@ -347,7 +353,7 @@ def test_pairs_that_contradict_are_told_and_so_are_many_without_a_difference(tmp
     found = load_pairs(tmp_path, rows, on_bad_row="skip", max_lost=1)
     assert found.counts.skipped == 20
     assert found.told() == [
-        f"2 pairs contradict an earlier one, with the same prompt and the answers swapped; the first is "
+        f"pairs that contradict an earlier one (same prompt, answers swapped): 2; the first is "
         f"{tmp_path / 'rows.jsonl'}:61",
         "20 of 62 pairs (32.3%) have two equal answers: skipped",
     ]
