@@ -82,6 +82,14 @@ def test_a_system_column_goes_first_and_an_input_after_its_instruction() -> None
     assert again.parts[1] == Conversation((SYSTEM, USER, BAD), (False, False, True))
 
 
+def test_texts_are_messages_if_the_recipe_says_so() -> None:
+    row = {"prompt": "hi", "chosen": "good", "rejected": "bad", "system": "be short"}
+    assert Preference().unread(row, "") == ["system"]
+    messages = Preference(texts="messages")
+    assert messages.read(row).parts[0] == Conversation((SYSTEM, USER, GOOD), (False, False, True))
+    assert messages.unread(row, "") == []
+
+
 def test_columns_that_the_recipe_names_are_read_as_they_are() -> None:
     row = {"question": "q: ", "best": "a", "worst": "b", "chosen": "x", "rejected": "y", "prompt": "z"}
     named = Preference(prompt="question", chosen="best", rejected="worst")

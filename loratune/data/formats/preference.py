@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -86,6 +86,11 @@ class Preference(FormatSection):
         description="column with the other answer; null: `rejected`, `rejected_response` or `rejected_messages`, the "
         "first that a row has",
     )
+    texts: Literal["plain", "messages"] = Field(
+        "plain",
+        description="what a text in the column `prompt` (or the one named here) and texts as answers are: plain, "
+        "tokenized as they are; messages of the user and the assistant, for the chat template",
+    )
     margin: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(as_tuple, json_schema_input_type=str | list[str] | None),
@@ -110,9 +115,9 @@ class Preference(FormatSection):
         """
         names = self._names(row)
         prompt, *answers = self._values(row, names)
-        if isinstance(prompt, str) and names.prompt in (self.prompt, "prompt") and _are_texts(answers):
+        if self._is_plain(names, (prompt, *answers)):
             parts: tuple[Conversation | Plain, ...] = tuple(
-                Plain(((prompt, False), (str(answer), True))) for answer in answers
+                Plain(((str(prompt), False), (str(answer), True))) for answer in answers
             )
         else:
             parts = _conversations(row, names, prompt, answers)
@@ -126,7 +131,7 @@ class Preference(FormatSection):
         values = self._values(row, names)
         used = [name for name in (names.prompt, names.more, names.chosen, names.rejected) if name]
         used += [*(self.margin or ()), *(name for name in _LISTS if row.get(name) == row.get(names.chosen))]
-        if names.prompt in (self.prompt, "prompt") and _are_texts(values):
+        if self._is_plain(names, values):
             return unread(row, used)
         found = unread(row, [*used, "system", *known_tools(row, template)])
         for name, value in zip((names.prompt, names.chosen, names.rejected), values, strict=True):
@@ -170,6 +175,10 @@ class Preference(FormatSection):
             hint = "give it in a column `prompt`, or write both as lists of messages"
             raise RowError(names.chosen, f"and `{names.rejected}` {told}: {hint}")
         return prompt, *answers
+
+    def _is_plain(self, names: _Names, values: Sequence[Any]) -> bool:
+        """Return whether a row is texts that are tokenized as they are."""
+        return self.texts == "plain" and names.prompt in (self.prompt, "prompt") and _are_texts(values)
 
     def _margin(self, row: Mapping[str, Any]) -> tuple[float, ...]:
         """Return the margin as a label, if the recipe names a column of it."""
