@@ -74,7 +74,7 @@ def _kind(value: str) -> str:
     from loratune.commands.init import KINDS
 
     if value not in KINDS:
-        raise typer.BadParameter(f"must be {' or '.join(f'`{kind}`' for kind in KINDS)}")
+        raise typer.BadParameter(f"must be one of {errors.listed(list(KINDS))}")
     return value
 
 
@@ -229,7 +229,10 @@ def init(
     kind: Annotated[
         str,
         typer.Option(
-            "--for", metavar="sft|preference", callback=_kind, help="what to learn from: answers, or preferences"
+            "--for",
+            metavar="sft|preference|kto",
+            callback=_kind,
+            help="what to learn from: answers, preferences, or ratings",
         ),
     ] = "sft",
 ) -> None:

@@ -15,13 +15,14 @@ from pydantic_core import PydanticCustomError
 
 from loratune.config import decode, yaml_nodes
 from loratune.config.foreign_keys import FOREIGN
-from loratune.config.section import BareWord, Cadence, Section, Share, members_of
+from loratune.config.section import BareWord, Cadence, Complaint, Section, Share, members_of
 from loratune.config.yaml_nodes import Tree
 from loratune.data.formats import made
 from loratune.data.section import SUFFIXES, Data, Source
 from loratune.errors import LoratuneError, Place, Problem, RecipeError, listed, shorten
 from loratune.methods import Lora, Method
 from loratune.methods.adapter_files import CONFIG
+from loratune.methods.section import MethodSection
 from loratune.models.chat_templates import TEMPLATES
 from loratune.models.section import Model
 from loratune.objectives import Objective, Sft
@@ -249,17 +250,44 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
         )
     objective = recipe.objective
     if isinstance(objective, Compared) and objective.is_live and method.forgets_by:
-        key = method.forgets_by
-        told = f"`method: {method.type}`" if key == "type" else f"`method.{key}: {shorten(str(dict(method)[key]))}`"
         yield problem(
-            f"`objective.reference: live` turns the adapter off at each step, and with {told} that is not the model "
-            "before step 1",
+            f"`objective.reference: live` turns the adapter off at each step, and with {_forgetful(method)} that is not "
+            "the model before step 1",
             "objective",
             "reference",
             hint="use `reference: start`: its values are computed once, before step 1",
         )
+    yield from (problem(told, *path, hint=hint) for told, path, hint in _probing(recipe))
     for complaint in (*method.complaints(model, recipe.optimizer), *recipe.objective.complaints(data)):
         yield problem(complaint.message, *complaint.path, hint=complaint.hint)
+
+
+_REMEDIES = {  # against a method that loses the model before step 1, by its key
+    "type": "use `method: lora`, or another objective",
+    "continue_from": "merge that adapter first (`loratune merge`), and train on the merged model",
+}
+
+
+def _forgetful(method: MethodSection) -> str:
+    """Return the key of a method by which the model before step 1 is lost, with its value."""
+    key = method.forgets_by
+    return f"`method{'' if key == 'type' else f'.{key}'}: {shorten(str(dict(method)[key]))}`"
+
+
+def _probing(recipe: Recipe) -> Iterator[Complaint]:
+    """Yield what prevents an objective from asking the model in every step, and the model before step 1 with it."""
+    if not recipe.objective.probed:
+        return
+    asks, key = f"`objective: {recipe.objective.type}`", recipe.method.forgets_by
+    if key:
+        told = (
+            f"{asks} turns the adapter off in every step, and with {_forgetful(recipe.method)} that is not the model "
+        )
+        where = ("method",) if key == "type" else ("method", key)
+        yield Complaint(f"{told}before step 1", where, _REMEDIES.get(key, f"remove `{key}`"))
+    if recipe.train.batch_size == 1:
+        told = f"{asks} compares the rows of a step, and `train.batch_size: 1` leaves nothing to compare with"
+        yield Complaint(told, ("train", "batch_size"), "use 8 or more; `train.micro_batch_size` limits the memory")
 
 
 def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem]) -> Recipe:

@@ -125,16 +125,17 @@ def test_init(tmp_path: Path) -> None:
     assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
 
 
-def test_init_for_preferences(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "objective"), [("preference", "orpo"), ("kto", "kto")])
+def test_init_for_other_objectives(tmp_path: Path, kind: str, objective: str) -> None:
     """Rows and recipe that train; another word is answered with the known ones."""
     base = tiny.save(tmp_path / "base")
-    assert call("init", tmp_path / "a", "--base", base, "--for", "preference").exit_code == 0
+    assert call("init", tmp_path / "a", "--base", base, "--for", kind).exit_code == 0
     run = loratune.train(load(tmp_path / "a/recipe.yaml", ["train.epochs=1", "data.max_length=512"]))
     assert run.steps == 4
-    assert "orpo" in (run.folder / "README.md").read_text()
+    assert objective in (run.folder / "README.md").read_text()
     done = call("init", tmp_path / "b", "--for", "preferences")
     assert done.exit_code == 2
-    assert "must be `sft` or `preference`" in done.output
+    assert "must be one of `sft`, `preference`, `kto`" in done.output
     assert not (tmp_path / "b").exists()
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from loratune import recipe
 from loratune.training import run
-from tests import pairs, tiny
+from tests import pairs, rated, tiny
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "demo")  # the demo trains on rows of its own
@@ -82,6 +82,8 @@ def _write_rows(path: Path, kind: str, tools: bool = False) -> None:
         rows = [{"instruction": "say", "input": "red" * (i % 2), "output": f"{which} {i}"} for i in range(20)]
     elif kind == "preference":
         rows = pairs.rows(20)
+    elif kind == "kto":
+        rows = rated.rows(20)
     elif tools:
         rows = [{"tools": [TOOL], "messages": [{"role": "user", "content": which}, *CALL[1:]]}] * 20
     tiny.write_jsonl(path, rows)

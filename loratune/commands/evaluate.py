@@ -208,7 +208,7 @@ def _prepared(
 ) -> _Task:  # fmt: skip
     """Read the rows and derive questions from them, before any model is loaded."""
     encoder = Encoder(opened_model.tokenizer(what))
-    rows = _rows(what, data, format, encoder, limit)
+    rows = _rows(what, data, format, encoder, limit, tell)
     for line in _about(rows):
         tell.problem(line)
     questions = _questions(rows, encoder.tokenizer) if wish.generate else {}
@@ -288,7 +288,9 @@ def _cell(score: Score) -> str:
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
 
 
-def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder, limit: int | None) -> Rows:
+def _rows(
+    what: Subject, path: str | None, format: str | None, encoder: Encoder, limit: int | None, tell: Report
+) -> Rows:  # fmt: skip
     """Return the rows to evaluate on: those given, else the run's held-out rows."""
     known: Recipe | None = what.recipe
     if path is None:
@@ -314,9 +316,24 @@ def _rows(what: Subject, path: str | None, format: str | None, encoder: Encoder,
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = dataset.load([Source(path=section.train[0].path)], section, encoder, name="eval")
+    held_out = _good(held_out, tell)
     if limit:
         return held_out.take(np.arange(min(limit, held_out.samples) * held_out.per_sample))
     return held_out
+
+
+def _good(rows: Rows, tell: Report) -> Rows:
+    """Return the good ones of rated answers, as bad ones are no references; other rows as they are."""
+    if "kto" not in rows.formats:
+        return rows
+    good = np.flatnonzero(rows.first_labels > 0.5)
+    if not len(good):
+        raise UsageError(
+            "all rows are labelled false: there is no good answer to compare with", "name some with --data"
+        )
+    if bad := rows.samples - len(good):
+        tell.note(f"{bad:,} rows labelled false are left out: only good answers are references")
+    return rows.take(good)
 
 
 def _matches(regex: str, answers: dict[int, str], tell: Report) -> dict[int, str | None]:

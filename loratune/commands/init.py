@@ -70,18 +70,30 @@ KINDS = {  # of recipe: its lines for format and objective
         "preference                 # a prompt, a chosen and a rejected answer",
         "objective: {type: orpo, weight: 0.1}  # or `dpo`, from a model that gives such answers already",
     ),
+    "kto": (
+        "kto                        # a prompt, an answer, and whether it is a good one",
+        "objective: {type: kto, undesirable_weight: auto}  # rows may be of one kind more than of the other",
+    ),
 }
 
 
 def _rows(kind: str) -> list[dict[str, Any]]:
-    """Return the sample rows; rejected is what a help desk should not say: the answer to another question."""
+    """Return the sample rows; rejected is what a help desk should not say: the answer to another question.
+
+    For `kto` every third row has such an answer, labelled false.
+    """
     rows: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(_ROWS):
         asked = {"role": "user", "content": question}
         said = {"role": "assistant", "content": f"{answer} Yours, the help desk."}
         other = {"role": "assistant", "content": _ROWS[(number + 7) % len(_ROWS)][1]}
-        pair = {"prompt": [asked], "chosen": [said], "rejected": [other]}
-        rows.append({"messages": [asked, said]} if kind == "sft" else pair)
+        good = number % 3 != 2
+        made: dict[str, dict[str, Any]] = {
+            "sft": {"messages": [asked, said]},
+            "preference": {"prompt": [asked], "chosen": [said], "rejected": [other]},
+            "kto": {"prompt": [asked], "completion": [said if good else other], "label": good},
+        }
+        rows.append(made[kind])
     return rows
 
 

@@ -96,7 +96,7 @@ def inspect(
 
     Raises:
         UsageError: when there is no such row.
-        DataError: when the rows can't be used, as in `train`.
+        DataError: when the rows can't be used, as in `train`, or the objective learns nothing from them.
     """
     report = Report(on_event)
     with startup.quiet(), report.unchanged():
@@ -104,6 +104,7 @@ def inspect(
         encoder = Encoder(tokenizer)
         with report.counting("reading rows") as progress:
             rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
+        recipe.objective.of_rows(rows, recipe.data)
         if rows.damaged or (held_out is not None and held_out.damaged):
             report.problem(dataset.DAMAGED)
         for line in rows.told(held_out):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -69,12 +70,18 @@ class Batch:
         epoch: epochs done after this step, with fraction.
         samples: their number over all processes.
         layout: padded, packed, or packed with prefix sharing.
+        read: returns the samples of all processes; None where they are those of `micro`.
     """
 
     micro: list[list[Sample]]
     epoch: float
     samples: int
     layout: Layout = "padded"
+    read: Callable[[], list[Sample]] | None = None
+
+    def whole(self) -> list[Sample]:
+        """Return the samples of all processes, in an order that does not depend on their number."""
+        return self.read() if self.read else [sample for part in self.micro for sample in part]
 
 
 def batches(
@@ -116,7 +123,11 @@ def batches(
             micro = prefix_sharing.cut(
                 mine, budget if isinstance(micro_batch_size, str) else micro_batch_size * capacity
             )
-        yield Batch(micro, (step + 1) / per_epoch, len(chosen), layout)
+        yield Batch(micro, (step + 1) / per_epoch, len(chosen), layout, partial(_all, data, chosen))
+
+
+def _all(data: Rows, chosen: np.ndarray) -> list[Sample]:
+    return [data.sample(int(i)) for i in chosen]
 
 
 def split(chosen: list[Sample], micro_batch_size: int | str, tokens: int) -> list[list[Sample]]:

@@ -118,6 +118,11 @@ class Rows:
         """How often each sample occurs per epoch, shape (samples,)."""
         return self.weights[:: self.per_sample]
 
+    @cached_property
+    def first_labels(self) -> np.ndarray:
+        """The first label of each sample, float32, (samples,); NaN for one without."""
+        return np.take(self.store.first_labels, self.chosen[:: self.per_sample])
+
     @property
     def contents(self) -> np.ndarray:
         """A hash of each row's content.

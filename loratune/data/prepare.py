@@ -24,6 +24,7 @@ from loratune.data.formats import (
     Instruction,
     Plain,
     Preference,
+    Rated,
     RowError,
     Text,
 )  # fmt: skip
@@ -36,7 +37,7 @@ LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, whose ma
 MESSAGES = 2048  # messages of a conversation: for each, the template renders all before it
 
 
-Reader = Chat | Instruction | Completion | Text | Preference
+Reader = Chat | Instruction | Completion | Text | Preference | Rated
 
 
 @dataclass(frozen=True)

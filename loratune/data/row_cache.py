@@ -184,6 +184,11 @@ class Store:
         """The largest token id."""
         return max((batch.largest for batch in self._batches), default=0)
 
+    @property
+    def first_labels(self) -> np.ndarray:
+        """The first label of each row, float32, (rows,); NaN for a row without one."""
+        return np.concatenate([np.empty(0, np.float32), *(batch.first_labels for batch in self._batches)])
+
     def tails(self, width: int) -> dict[tuple[int, ...], int]:
         """Return the different last `width` trained tokens of rows, each with the number of rows that end with them.
 
@@ -255,6 +260,13 @@ class _Batch:
         start, end = first + self._first_bit, past + self._first_bit
         bits = np.unpackbits(self._bits[start >> 3 : -(-end >> 3)], bitorder="little")
         return bits[start & 7 : (start & 7) + past - first].view(np.bool_)
+
+    @property
+    def first_labels(self) -> np.ndarray:
+        begins, some = self._label_offsets[:-1], np.diff(self._label_offsets) > 0
+        found = np.full(len(self), np.nan, dtype=np.float32)
+        found[some] = self._labels[begins[some]]
+        return found
 
     def place(self, index: int) -> Place:
         return Place(self._source[index].as_py(), self._line[index].as_py())

@@ -7,11 +7,12 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
+from loratune.objectives.kto import Kto
 from loratune.objectives.preference import Cpo, Dpo, Orpo, Simpo
 from loratune.objectives.sft import Sft
 
 Objective = Annotated[
-    Sft | Dpo | Orpo | Simpo | Cpo,
+    Sft | Dpo | Orpo | Simpo | Cpo | Kto,
     Field(discriminator="type"),
     BareWord(
         {
@@ -26,4 +27,4 @@ Objective = Annotated[
     ),
 ]
 
-__all__ = ["Cpo", "Dpo", "Objective", "Orpo", "Sft", "Simpo"]
+__all__ = ["Cpo", "Dpo", "Kto", "Objective", "Orpo", "Sft", "Simpo"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from loratune.config.section import Complaint, Section, tag_of
 from loratune.data.formats import Preference, made
@@ -13,6 +13,8 @@ from loratune.data.section import Data
 if TYPE_CHECKING:
     import torch
 
+    from loratune.data.dataset import Rows
+    from loratune.data.sample import Sample
     from loratune.models.batch import Batch
     from loratune.models.policy import Policy
 
@@ -43,6 +45,7 @@ class ObjectiveSection(Section):
         pooled: whether it looks at the last token of each row, and at no label token.
         sample: word for what the loss is a mean over in a batch: row, or pair.
         values: names of the values that `once` returns for each sample.
+        probed: names of the values that `probe` returns, of which a step has one mean each.
         unit: of the loss.
         figures: what it reports besides the loss, by name, in the order of `each`.
     """
@@ -51,6 +54,7 @@ class ObjectiveSection(Section):
     pooled: ClassVar[bool] = False
     sample: ClassVar[str] = "row"
     values: ClassVar[tuple[str, ...]] = ()
+    probed: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "nats per label token"
     figures: ClassVar[Mapping[str, Figure]] = {}
 
@@ -73,10 +77,34 @@ class ObjectiveSection(Section):
             told = f"`objective: {tag_of(type(self))}` does not use `data.format.margin`"
             yield Complaint(told, ("data", "format", "margin"), "remove it; a reward model uses it")
 
+    def of_rows(self, rows: Rows, data: Data) -> Self:
+        """Return the same with what it must know of the training rows.
+
+        Raises:
+            DataError: when nothing can be learned from such rows.
+        """
+        return self
+
+    def notes(self) -> list[str]:
+        """Return notes for the start report, after `of_rows`."""
+        return []
+
     def once(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return values of each sample under the reference, (samples,) each, by the names in `values`.
 
         Called before step 1, without gradients; the results are in `batch.values` of every later batch.
+        """
+        return {}
+
+    def probes(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return further samples, made of all samples of a step or an evaluation in their order, for `probe`."""
+        return []
+
+    def probe(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return values of each of some `probes`, (samples,) each, by the names in `probed`.
+
+        Called before the losses of a step or an evaluation, without gradients. The mean over all probes, whatever the
+        micro-batches and processes, is in `batch.values` of each sample; it is 0 where there are none.
         """
         return {}
 

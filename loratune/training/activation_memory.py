@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loratune.data.collate import collate
 from loratune.data.dataset import Rows
-from loratune.data.encode import Row
 from loratune.data.sample import Sample
 from loratune.kernels import cpu_attention
 from loratune.kernels.layer_kinds import is_of_bitsandbytes
@@ -74,7 +73,7 @@ def measure(
         vision tower) are left out.
     """
     net, virtual = policy.net, policy.virtual_tokens
-    made = _made(rows, recipe.data.max_length, packing.saved, recipe.objective.values)
+    made = _made(rows, recipe.data.max_length, packing.saved, [*recipe.objective.values, *recipe.objective.probed])
     batch = collate(made, packing.layout, virtual).to(accelerator.device)
     tokens = batch.computed + virtual * len(batch.sample)
     width = virtual + batch.inputs["input_ids"].shape[1]
@@ -130,7 +129,7 @@ def _made(rows: Rows, max_length: int, shared: float, names: Sequence[str]) -> l
         trained[-1] = True  # whatever the share
         own = np.resize(ids, length).astype(np.int32)
         own[common] = known[n % len(known)]  # different from here on
-        made.append(Row(own, trained, rows.place(0)))
+        made.append(replace(rows[n % each], ids=own, trained=trained))
     values = dict.fromkeys(names, 0.0)
     return [Sample(tuple(made[cut : cut + each]), values) for cut in range(0, number, each)]
 

@@ -6,13 +6,15 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from loratune.data.batches import Batch as Samples
+from loratune.data.batches import split
 from loratune.data.collate import collate
 from loratune.data.sample import Sample
 from loratune.errors import TrainingError
@@ -21,7 +23,7 @@ from loratune.methods.tuned import Tuned
 from loratune.models.base_model import is_out_of_memory
 from loratune.models.batch import Batch
 from loratune.models.policy import Policy
-from loratune.objectives.section import NUMBER
+from loratune.objectives.section import NUMBER, ObjectiveSection
 
 SKIPPED = 24  # steps in a row: torch's scaler begins at 2^16 and halves each time
 
@@ -30,15 +32,8 @@ class OutOfMemory(torch.OutOfMemoryError):
     """Out of memory in a forward or backward pass: weights and optimizer are unchanged, random numbers were drawn."""
 
 
-class Objective(Protocol):
-    """What the loop needs of an objective: a summed loss, its divisor, and other sums with that divisor, by name."""
-
-    def count(self, batch: Batch) -> int: ...
-    def total(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
-
-
 def steps(
-    policy: Policy, objective: Objective, tuned: Tuned, batches: Iterable[Samples], optimizer: Any,
+    policy: Policy, objective: ObjectiveSection, tuned: Tuned, batches: Iterable[Samples], optimizer: Any,
     factor: Callable[[int], float], accelerator: Any, max_grad_norm: float, start: int = 0,
     poll: Callable[[], None] = lambda: None, ahead: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
@@ -49,7 +44,7 @@ def steps(
 
     Args:
         policy: its model is prepared by `accelerator` where there are several processes.
-        objective: gives the summed loss and the count of a micro-batch.
+        objective: gives the summed loss and the count of a micro-batch, and what it asks of a whole step before.
         tuned: what is trained; its `penalty` is added to a step's loss, its `after_step` follows the optimizer's.
         batches: the samples of each step.
         optimizer: its groups hold `initial_lr`.
@@ -75,6 +70,10 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(number - 1)
         with tuned.step():
+            if objective.probed:
+                tokens = max(part.computed for part in micro)
+                probed = _probed(policy, objective, batch.whole(), tokens, accelerator, poll)
+                micro = [_with(part, probed) for part in micro]
             sums = _backward(policy, objective, tuned, micro, count, accelerator, poll)
         if scaled:
             accelerator.unscale_gradients(optimizer)
@@ -110,7 +109,7 @@ def _means(found: dict[str, float]) -> dict[str, float]:
 
 
 def _backward(
-    policy: Policy, objective: Objective, tuned: Tuned, micro: list[Batch], count: int, accelerator: Any,
+    policy: Policy, objective: ObjectiveSection, tuned: Tuned, micro: list[Batch], count: int, accelerator: Any,
     poll: Callable[[], None],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Add the gradient of a step; return its summed loss and the objective's other sums, over all processes."""
@@ -133,6 +132,36 @@ def _backward(
     return sums
 
 
+def _probed(
+    policy: Policy, objective: ObjectiveSection, samples: Sequence[Sample], tokens: int, accelerator: Any,
+    poll: Callable[[], None],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Return the means over an objective's probes, float32, shape () each.
+
+    They are those of all samples of a step or an evaluation, whatever the number of processes: each asks the model
+    about its share, in micro-batches of `tokens` tokens with padding.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    probes, alone = objective.probes(samples), policy.alone()
+    mine = sorted(probes[rank::world], key=lambda one: -one.padded)
+    sums = torch.zeros(len(objective.probed), dtype=torch.float64, device=accelerator.device)
+    with _whole(), torch.no_grad():
+        for part in split(mine, "auto", tokens):
+            poll()
+            batch = collate(part, virtual_tokens=policy.virtual_tokens).to(accelerator.device)
+            found = objective.probe(alone, batch)
+            sums += torch.stack([found[name].double().sum() for name in objective.probed])
+    if world > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    means = (sums / max(len(probes), 1)).float()
+    return dict(zip(objective.probed, means, strict=True))
+
+
+def _with(batch: Batch, probed: dict[str, torch.Tensor]) -> Batch:
+    """Return a micro-batch with the means of a step's probes as values of each of its samples."""
+    return replace(batch, values={**batch.values, **{name: v.expand(batch.samples) for name, v in probed.items()}})
+
+
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
     """Raise `OutOfMemory` for memory that runs out before the optimizer's step, where nothing is half done."""
@@ -145,7 +174,7 @@ def _whole() -> Iterator[None]:
 
 
 def _prepared(
-    policy: Policy, objective: Objective, batches: Iterable[Samples], accelerator: Any
+    policy: Policy, objective: ObjectiveSection, batches: Iterable[Samples], accelerator: Any
 ) -> Iterator[tuple[Samples, list[Batch], tuple[int, int, int, int]]]:
     """Yield each batch with its micro-batches on the device and its `_sizes`."""
     for batch in batches:
@@ -154,7 +183,7 @@ def _prepared(
         yield batch, [part.to(accelerator.device) for part in micro], sizes
 
 
-def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
+def _sizes(objective: ObjectiveSection, micro: list[Batch], accelerator: Any) -> tuple[int, int, int, int]:
     """Return the divisor of the loss, and numbers of tokens, label tokens and computed tokens, over all processes."""
     counted = [part for part in micro if objective.count(part)]  # padding samples of an idle process have none
     sizes = torch.tensor(
@@ -172,8 +201,9 @@ def _sizes(objective: Objective, micro: list[Batch], accelerator: Any) -> tuple[
 
 
 def measure(
-    policy: Policy, objective: Objective, micro_batches: Iterable[list[Sample]], accelerator: Any, when: str = ""
-) -> tuple[float, int, dict[str, float]]:
+    policy: Policy, objective: ObjectiveSection, micro_batches: Sequence[list[Sample]], accelerator: Any,
+    when: str = "", poll: Callable[[], None] = lambda: None,
+) -> tuple[float, int, dict[str, float]]:  # fmt: skip
     """Return mean loss, count and other means over micro-batches without training; the model is left as it was.
 
     Under several processes each takes its share of the micro-batches.
@@ -184,6 +214,7 @@ def measure(
         micro_batches: the samples of each.
         accelerator: accelerate's, for the device and the other processes.
         when: beginning of the error message.
+        poll: called before each micro-batch; what it raises comes out.
 
     Raises:
         TrainingError: when the loss is not finite; it names the rows of the first such micro-batch.
@@ -197,11 +228,17 @@ def measure(
     net.eval()
     alone = policy.alone()  # processes may have different numbers of micro-batches: no DDP forward here
     try:
+        probed = {}
+        if objective.probed:
+            everything = [sample for samples in micro_batches for sample in samples]
+            tokens = max(len(samples) * max(one.padded for one in samples) for samples in micro_batches)
+            probed = _probed(policy, objective, everything, tokens, accelerator, poll)
         with torch.no_grad():
             for index, samples in enumerate(micro_batches):
+                poll()
                 if index % world == rank:
                     part = collate(samples, virtual_tokens=policy.virtual_tokens)
-                    total, found = objective.total(alone, part.to(device))
+                    total, found = objective.total(alone, _with(part.to(device), probed))
                     measured.append((samples, total))
                     others = {name: value.double() + others.get(name, 0) for name, value in found.items()}
                     sums += torch.stack(

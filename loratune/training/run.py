@@ -7,12 +7,11 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.data import batches
-from loratune.data.sample import Sample
 from loratune.errors import Interrupted, LoratuneError, Place, Problem, SetupError, StorageError
 from loratune.events import Begun, Ended, Evaluated, Listener, Saved, Step
 from loratune.kernels import gpu_kernels, torch_compile
@@ -334,18 +333,12 @@ def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], N
     began = time.perf_counter()
     parts = batches.in_length_order(job.data.held_out, job.recipe.train.micro_batch_size, job.memory.plan.tokens)
     when = f"step {progress.step}: "
-    loss, count, means = loop.measure(policy, job.recipe.objective, _polled(parts, poll), job.accelerator, when)
+    loss, count, means = loop.measure(policy, job.recipe.objective, parts, job.accelerator, when, poll)
     early = job.recipe.train.early_stopping
     progress = progress.evaluated(loss, early.min_delta if early else 0.0)
     better = progress.best_step == progress.step
     job.report.tell(Evaluated(progress.step, loss, count, better, time.perf_counter() - began, means))
     return better, progress
-
-
-def _polled(parts: Iterable[list[Sample]], poll: Callable[[], None]) -> Iterator[list[Sample]]:
-    for part in parts:
-        poll()
-        yield part
 
 
 def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:

@@ -55,6 +55,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, report: RunReport, facts: 
     """
     where, seal = accelerator.device, found.seal if found else {}
     data = read_rows(recipe, facts.start.trust_remote_code, accelerator, report)
+    recipe = recipe.model_copy(update={"objective": recipe.objective.of_rows(data.train, recipe.data)})
     base = load_base(recipe, data, where, facts.start.trust_remote_code, seal.get("dtype"))
     others = check_reference(recipe, data, base.loaded, facts.start.trust_remote_code)
     length = length_of(recipe, data.train)

@@ -184,7 +184,13 @@ def tell_start(
     _tell_batches(report, recipe, batching)
     report.field("memory", plan.told())
     of_method = recipe.method.notes(loaded.model)
-    for note in (*loaded.notes, plan.note, *of_method, recipe.optimizer.note(loaded.device.type)):
+    for note in (
+        *loaded.notes,
+        plan.note,
+        *of_method,
+        *recipe.objective.notes(),
+        recipe.optimizer.note(loaded.device.type),
+    ):
         if note:
             report.field("note", note)
 

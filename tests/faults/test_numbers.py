@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratune.config.section import Section
 from loratune.data import batches
 from loratune.data.encode import Row
 from loratune.data.sample import single
@@ -23,6 +22,7 @@ from loratune.methods.tuned import Tuned
 from loratune.models.batch import Batch
 from loratune.models.policy import Policy
 from loratune.objectives import Sft
+from loratune.objectives.section import ObjectiveSection
 from loratune.optim import AdamW
 from loratune.runs import checkpoint, training_state
 from loratune.training import loop
@@ -152,7 +152,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 ROW = Row(np.array([1, 2], np.int32), np.array([False, True]), Place("rows.jsonl", 1))
 
 
-class Given(Section):
+class Given(ObjectiveSection):
     """An objective that is the sum of what a function makes of the model."""
 
     def count(self, batch: Batch) -> int:
@@ -287,7 +287,7 @@ def test_float16_that_never_becomes_finite_stops(finite_at: int, stops_at: int):
     optimizer = Skipping(net.parameters(), lr=0.0)
     optimizer.param_groups[0]["initial_lr"] = 0.0
 
-    class Objective:
+    class Square(ObjectiveSection):
         def count(self, batch: Batch) -> int:
             return 1
 
@@ -295,8 +295,6 @@ def test_float16_that_never_becomes_finite_stops(finite_at: int, stops_at: int):
             return policy.net(torch.ones(1, 2)).square().sum(), {}
 
     many = (batches.Batch([single([ROW])], 1.0, 1) for _ in range(100))
-    steps = loop.steps(
-        Policy(net), Objective(), Tuned(net), many, optimizer, lambda n: 1.0, _Overflowing(finite_at), 1.0
-    )
+    steps = loop.steps(Policy(net), Square(), Tuned(net), many, optimizer, lambda n: 1.0, _Overflowing(finite_at), 1.0)
     with pytest.raises(TrainingError, match=f"step {stops_at}: the gradient has not been finite in 24 steps in a row"):
         list(steps)

@@ -368,9 +368,10 @@ def test_a_lost_reference_is_taken_from_the_base_where_it_is_the_start(fit: Fit,
     assert resumed.column("loss") == pytest.approx(straight.column("loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["full", "prompt"])
-def test_a_lost_reference_ends_a_resume_where_the_start_is_gone(fit: Fit, tmp_path: Path, method: str) -> None:
-    run = pairs.fitted(fit, tmp_path, method=method, train={"epochs": 4, "save_every": 2})
+@pytest.mark.parametrize("method", ["full", "prompt", {"init": "loftq"}], ids=str)
+def test_a_lost_reference_ends_a_resume_where_the_start_is_gone(fit: Fit, tmp_path: Path, method: Any) -> None:
+    model = {"quantization": "nf4"} if isinstance(method, dict) else {}
+    run = pairs.fitted(fit, tmp_path, method=method, model=model, train={"epochs": 4, "save_every": 2})
     with _stop_after(5):
         run("stopped")
     (tmp_path / "stopped" / "run" / REFERENCE).unlink()

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from loratune import recipe
-from loratune.config.section import Section
 from loratune.data import batches, dataset
 from loratune.data.encode import Encoder, Row
 from loratune.data.sample import single
@@ -25,6 +24,7 @@ from loratune.methods.tuned import Setup, Tuned
 from loratune.models import tokenizing
 from loratune.models.batch import Batch
 from loratune.models.policy import Policy
+from loratune.objectives.section import ObjectiveSection
 from loratune.optim import Adafactor, AdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from loratune.runs import checkpoint, lock
 from loratune.system import storage
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_steps(tmp_path: Pa
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-class Exploding(Section):
+class Exploding(ObjectiveSection):
     """An objective whose loss is finite and whose gradient is not."""
 
     def count(self, batch: Batch) -> int:

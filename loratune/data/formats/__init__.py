@@ -12,12 +12,13 @@ from loratune.data.formats.base import Alike, Conversation, Example, Group, Plai
 from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
+from loratune.data.formats.kto import Rated
 from loratune.data.formats.preference import Preference
 from loratune.data.formats.section import FormatSection
 from loratune.data.formats.text import Text
 
 Format = Annotated[
-    Auto | Chat | Instruction | Completion | Text | Preference,
+    Auto | Chat | Instruction | Completion | Text | Preference | Rated,
     Field(discriminator="type"),
     BareWord(
         {
@@ -50,6 +51,7 @@ __all__ = [
     "Instruction",
     "Plain",
     "Preference",
+    "Rated",
     "RowError",
     "Text",
     "made",

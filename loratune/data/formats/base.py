@@ -94,8 +94,9 @@ def check_good(row: Mapping[str, Any]) -> None:
         value = row.get(name)
         if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
             raise RowError(
-                name, "is false: a bad answer, which would be trained on as a good one; remove such rows, or skip "
-                "them with `data.on_bad_row: skip` and a `data.max_lost` as large as their fraction"
+                name, "is false: a bad answer, which would be trained on as a good one; learn from both with "
+                "`objective: kto`, remove such rows, or skip them with `data.on_bad_row: skip` and a `data.max_lost` "
+                "as large as their fraction"
             )  # fmt: skip
 
 
