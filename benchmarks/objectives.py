@@ -5,7 +5,8 @@
 
 Of a pair the chosen answer is the list reversed, the rejected one the list in alphabetical order. Each objective trains
 on the same 480 pairs once; 48 are held out, of lists that occur in no training pair. `sft` trains on the chosen answers
-alone, `kto` on both answers as two rows, 16 a step, `sft, dpo at 1e-5` continues the adapter of `sft`. The table, with 95 % bootstrap intervals, is results/objectives.md.
+alone, `kto` on both answers of a pair as rows of their own, 16 a step, `sft, dpo at 1e-5` continues the adapter of
+`sft`. The table, with 95 % bootstrap intervals, is results/objectives.md.
 """
 
 from __future__ import annotations

@@ -251,8 +251,8 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
     objective = recipe.objective
     if isinstance(objective, Compared) and objective.is_live and method.forgets_by:
         yield problem(
-            f"`objective.reference: live` turns the adapter off at each step, and with {_forgetful(method)} that is not "
-            "the model before step 1",
+            f"`objective.reference: live` turns the adapter off at each step, and with {_forgetful(method)} that is "
+            "not the model before step 1",
             "objective",
             "reference",
             hint="use `reference: start`: its values are computed once, before step 1",
