@@ -5,7 +5,6 @@ Messages go to stderr, stdout is left to results. Secrets are redacted.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import textwrap
@@ -117,6 +116,8 @@ class Terminal:
         self._told = 0.0  # seconds of the count at its last printed line
         self._begun = Begun(0, 0, 1)
         self._evaluations: list[tuple[int, float]] = []
+        self._measured: dict[str, float] = {}  # metrics of the last evaluation
+        self._best: tuple[int, float] | None = None
         self._steps, self._seconds = 0, 0.0
         self._last: StepDone | None = None
 
@@ -138,9 +139,7 @@ class Terminal:
             case StepDone():
                 self._step(event)
             case Evaluated():
-                self._evaluations.append((event.number, event.loss))
-                best = " (best so far)" if event.best else ""
-                self._print(f"step {event.number}: eval loss {event.loss:.4f}  {_metrics(event)}".rstrip() + best)
+                self._evaluated(event)
                 self._show()
             case Answered():
                 _write(event.text)
@@ -151,6 +150,19 @@ class Terminal:
                 self._print(f"done     {event.steps} steps in {duration(event.seconds)}, {speed}; {what}")
             case Saved():
                 pass
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self._evaluations.append((event.number, event.loss))
+        self._measured = event.metrics
+        if event.best:
+            metric = self._begun.metric
+            self._best = (event.number, event.loss if metric == "loss" else event.metrics[metric])
+        best = " (best so far)" if event.best else ""
+        self._print(f"step {event.number}: eval loss {event.loss:.4f}  {self._metrics(event)}".rstrip() + best)
+
+    def _metrics(self, of: StepDone | Evaluated) -> str:
+        """Return the metrics of an objective that are shown with the loss, formatted."""
+        return "".join(f"{name} {of.metrics[name]:.2f}  " for name in self._begun.shown if name in of.metrics)
 
     def _print(self, line: str, style: str | None = None) -> None:
         self._view.print(redact(line), style)
@@ -197,7 +209,7 @@ class Terminal:
         self._view.draw(self._bar.get_renderable())
 
     def _begin(self, begun: Begun) -> None:
-        self._begun, self._evaluations = begun, list(begun.evaluations)
+        self._begun, self._evaluations, self._best = begun, list(begun.evaluations), begun.best
         if not self.live:
             return
         self._bar = Progress(
@@ -233,7 +245,7 @@ class Terminal:
     def _line(self, step: StepDone) -> str:
         left = self._seconds / self._steps * (step.steps - step.number)
         return (
-            f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  {_metrics(step)}"
+            f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  {self._metrics(step)}"
             f"lr {step.lr:.2e}  grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
             f"{step.trained_tokens / step.seconds:,.0f} label tokens/s  {size(step.memory)}  {duration(left)} left"
         )
@@ -243,19 +255,24 @@ class Terminal:
 
         Two figures a line, and one below `NARROW` columns: lines that are this short are wrapped by few terminals.
         """
-        finite = [(loss, number) for number, loss in self._evaluations if math.isfinite(loss)]
         figures: dict[str, str | Text] = {
             "loss": Text(f"{step.loss:.4f}", style="bold"),
             "eval loss": Text(f"{self._evaluations[-1][1]:.4f}" if self._evaluations else "not yet", style="bold"),
+            **{
+                label: f"{values[name]:.3f}" if name in values else "not yet"
+                for name in self._begun.shown
+                for label, values in ((name, step.metrics), (f"eval {name}", self._measured))
+            },
             "epoch": f"{step.epoch:.2f}",
-            "best": f"{min(finite)[0]:.4f}, step {min(finite)[1]:.0f}" if finite else "not yet",
+            "best" if self._begun.metric == "loss" else f"best {self._begun.metric}": (
+                f"{self._best[1]:.4f}, step {self._best[0]}" if self._best else "not yet"
+            ),
             "lr": f"{step.lr:.2e}",
             "grad norm": f"{step.grad_norm:.2f}",
             "tokens/s": f"{step.tokens / step.seconds:,.0f}",
             "label tokens/s": f"{step.trained_tokens / step.seconds:,.0f}",
             "step time": f"{step.seconds:.2f} s",
             "memory": size(step.memory),
-            **{name: f"{value:.3f}" for name, value in step.metrics.items()},
         }
         rows = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
         cells: list[str | Text] = [cell for figure in figures.items() for cell in figure]
@@ -263,11 +280,6 @@ class Terminal:
         for begin in range(0, len(cells), each):
             rows.add_row(*cells[begin : begin + each])
         return rows
-
-
-def _metrics(step: StepDone | Evaluated) -> str:
-    """Return the other metrics of an objective, formatted."""
-    return "".join(f"{name} {step.metrics[name]:.2f}  " for name in ("accuracy", "margin") if name in step.metrics)
 
 
 def _speed(done: Counted) -> str:

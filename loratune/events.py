@@ -66,12 +66,18 @@ class Begun:
         steps: of the whole run.
         every: steps between two printed lines (`train.log_every`).
         evaluations: step and eval loss, in nats per label token, of earlier evaluations of a resumed run.
+        shown: names of the metrics that are shown with the loss.
+        metric: what the best evaluation is the best by: `loss`, or the name of a metric.
+        best: step and value of the best evaluation of a resumed run so far, or None.
     """
 
     number: int
     steps: int
     every: int
     evaluations: tuple[tuple[int, float], ...] = ()
+    shown: tuple[str, ...] = ()
+    metric: str = "loss"
+    best: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Evaluated:
         number: of the step it was measured after.
         loss: in nats per label token (`dpo`: per pair).
         trained_tokens: it is the mean of (`dpo`: pairs).
-        best: whether it is the lowest so far.
+        best: whether it is the best so far, by `train.best_metric`.
         seconds: it took.
         metrics: other means of the objective, by name, as in `StepDone`.
     """

@@ -47,10 +47,12 @@ def _layers(value: Any) -> Any:
 
 
 class EarlyStopping(Section):
-    """Stop when the eval loss no longer falls."""
+    """Stop when evaluations no longer get better."""
 
-    patience: int = Field(3, ge=1, description="evaluations without a better loss before the run ends")
-    min_delta: float = Field(0.0, ge=0, description="smallest decrease, in nats per token, that counts as better")
+    patience: int = Field(3, ge=1, description="evaluations without a better one before the run ends")
+    min_delta: float = Field(
+        0.0, ge=0, description="smallest change of `best_metric`, in its unit, that counts as better"
+    )
 
 
 class Train(Section):
@@ -103,7 +105,13 @@ class Train(Section):
     eval_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two evaluations")
     save_every: Cadence = Field(1.0, description="steps, or (with a decimal point) epochs, between two checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept: the newest, and always the best")
-    early_stopping: EarlyStopping | None = Field(None, description="stop when the eval loss no longer falls")
+    best_metric: str = Field(
+        "loss",
+        min_length=1,
+        description="what the best evaluation is the best by, for the saved weights, `keep` and `early_stopping`: "
+        "loss, or a figure of the objective, such as `accuracy`",
+    )
+    early_stopping: EarlyStopping | None = Field(None, description="stop when evaluations no longer get better")
 
 
 class Recipe(Section):
@@ -231,6 +239,21 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             "`train.early_stopping` needs the eval loss, but no rows are held out",
             "train",
             "early_stopping",
+            hint="give `data.eval` or `data.eval_fraction`",
+        )
+    measures = recipe.objective.measures
+    if train.best_metric not in measures:
+        yield problem(
+            f"`train.best_metric: {shorten(train.best_metric)}` is none of `objective: {recipe.objective.type}`",
+            "train",
+            "best_metric",
+            hint=f"use {listed(list(measures))}",
+        )
+    elif train.best_metric != "loss" and not held_out:
+        yield problem(
+            "`train.best_metric` compares evaluations, but no rows are held out",
+            "train",
+            "best_metric",
             hint="give `data.eval` or `data.eval_fraction`",
         )
     if data.on_long == "split" and data.format.type != "text":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,48 @@ def test_the_view_shows_speed_and_the_best_step(monkeypatch: pytest.MonkeyPatch)
     assert "tokens/s 800 label tokens/s 200 step time 0.50 s memory 3.0 MB" in seen
     before = ((2, 2.5), (4, 2.25))
     evaluated = Evaluated(6, math.nan, 10, False, 1.0)
-    seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), evaluated, STEP, width=100, terminal=True)).split())
+    seen = " ".join(
+        " ".join(printed(Begun(4, 20, 1, before, best=(4, 2.25)), evaluated, STEP, width=100, terminal=True)).split()
+    )
     assert "eval loss nan epoch 0.50 best 2.2500, step 4" in seen
     last = Evaluated(20, 1.75, 10, True, 1.0)
-    seen = " ".join(" ".join(printed(Begun(4, 20, 1, before), STEP, last, width=100, terminal=True)).split())
+    seen = " ".join(
+        " ".join(printed(Begun(4, 20, 1, before, best=(4, 2.25)), STEP, last, width=100, terminal=True)).split()
+    )
     assert "eval loss 1.7500 epoch 0.50 best 1.7500, step 20" in seen, "also after the last step"
+
+
+DPO = Begun(0, 20, 1, shown=("accuracy", "margin", "logp_chosen"), metric="logp_chosen")
+FIGURES = {"accuracy": 0.9375, "margin": 0.2214, "logp_chosen": -12.3456, "reward_chosen": 0.1}
+
+
+def test_figures_of_an_objective_in_a_log() -> None:
+    evaluated = Evaluated(3, 0.5, 7, True, 1.0, {**FIGURES, "accuracy": 1.0})
+    step, held_out = printed(DPO, replace(STEP, metrics=FIGURES), evaluated)
+    assert "  loss 1.2500  accuracy 0.94  margin 0.22  logp_chosen -12.35  lr " in step
+    assert held_out == "step 3: eval loss 0.5000  accuracy 1.00  margin 0.22  logp_chosen -12.35 (best so far)"
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_figures_of_an_objective_in_a_terminal_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, evaluated: bool
+) -> None:  # fmt: skip
+    monkeypatch.delenv("CI")
+    events: list[Event] = [DPO, replace(STEP, metrics=FIGURES)]
+    events += [Evaluated(16, 0.5, 7, True, 1.0, {**FIGURES, "accuracy": 1.0})] if evaluated else []
+    out = io.StringIO()
+    shown = Terminal(Console(file=out, width=80, force_terminal=True, color_system=None))
+    for event in events:
+        shown(event)
+    assert max(shown._view._widths) < 80
+    assert len(shown._view._widths) == 9
+    seen = " ".join(out.getvalue().split())
+    assert "reward" not in seen
+    if evaluated:
+        assert "accuracy 0.938 eval accuracy 1.000 margin 0.221 eval margin 0.221" in seen
+        assert "epoch 0.50 best logp_chosen -12.3456, step 16" in seen
+    else:
+        assert "logp_chosen -12.346 eval logp_chosen not yet epoch 0.50 best logp_chosen not yet" in seen
 
 
 def test_a_log_has_a_line_about_long_work_now_and_then() -> None:

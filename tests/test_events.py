@@ -76,7 +76,9 @@ def test_a_resumed_run_tells_where_it_goes_on(fit: Fit) -> None:
     heard: list[Event] = []
     done = fit(on_event=heard.append, resume=True, **scene.SECTIONS)
     first = done.events("eval")[0]
-    assert [event for event in heard if isinstance(event, Begun)] == [Begun(5, 12, 10, ((3, first["loss"]),))]
+    assert [event for event in heard if isinstance(event, Begun)] == [
+        Begun(5, 12, 10, ((3, first["loss"]),), best=(3, first["loss"]))
+    ]
     assert [event.number for event in heard if isinstance(event, StepDone)] == list(range(6, 13))
 
 

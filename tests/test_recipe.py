@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
         "epochs": 1.0, "max_steps": None, "batch_size": 16, "micro_batch_size": "auto", "schedule": {"type": "cosine", "floor": 0.0},
         "warmup": 0.03, "seed": 0, "max_grad_norm": 1.0, "gradient_checkpointing": "auto", "compile": "auto", "offload": "auto", "kernels": "auto",
         "log_every": 10, "eval_every": 1.0,
-        "save_every": 1.0, "keep": 2, "early_stopping": None,
+        "save_every": 1.0, "keep": 2, "best_metric": "loss", "early_stopping": None,
     },
     "output": "/nowhere/run",
 }  # fmt: skip

@@ -12,7 +12,7 @@ from pydantic import Field
 from loratune.config.section import Complaint
 from loratune.data.section import Data
 from loratune.objectives.compared import Compared
-from loratune.objectives.section import Figure, ObjectiveSection
+from loratune.objectives.section import Figure, ObjectiveSection, Watch
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,17 @@ class Answers:
 
 
 FIGURES = {
-    "margin": Figure("in the terms of the loss", "higher"),
     "accuracy": Figure("fraction of pairs", "higher"),
+    "margin": Figure("in the terms of the loss", "higher"),
     "logp_chosen": Figure("nats per token", "higher"),
-    "logp_rejected": Figure("nats per token", "lower"),
+    "logp_rejected": Figure("nats per token", "lower", shown=False),
+}
+WATCHED = {
+    "logp_chosen": Watch(
+        1.0,
+        "the chosen answers themselves get less likely; `objective.sft_weight`, a lower `optimizer.lr` or a higher "
+        "`objective.beta` holds them",
+    )
 }
 
 
@@ -106,9 +113,10 @@ class Dpo(Compared, Pairwise):
     type: Literal["dpo"] = "dpo"
     values: ClassVar[tuple[str, ...]] = ("reference_chosen", "reference_rejected")
     figures: ClassVar[Mapping[str, Figure]] = {
-        **FIGURES, "reward_chosen": Figure("beta log p/p0", "higher"),
-        "reward_rejected": Figure("beta log p/p0", "lower"),
+        **FIGURES, "reward_chosen": Figure("beta log p/p0", "higher", shown=False),
+        "reward_rejected": Figure("beta log p/p0", "lower", shown=False),
     }  # fmt: skip
+    watched: ClassVar[Mapping[str, Watch]] = WATCHED
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = Field("sigmoid", description="form of the loss")
     beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the reference")
     label_smoothing: float = Field(
@@ -183,6 +191,7 @@ class Simpo(Pairwise):
     """
 
     type: Literal["simpo"] = "simpo"
+    watched: ClassVar[Mapping[str, Watch]] = WATCHED
     beta: float = Field(2.0, gt=0, description="scale of the difference of log p per token")
     gamma: float = Field(0.5, ge=0, description="margin by which the scaled difference should exceed 0")
     sft_weight: float = Field(
@@ -205,6 +214,7 @@ class Cpo(Pairwise):
     """
 
     type: Literal["cpo"] = "cpo"
+    watched: ClassVar[Mapping[str, Watch]] = WATCHED
     beta: float = Field(0.1, gt=0, description="scale of the difference of log p")
     sft_weight: float = Field(1.0, ge=0, description="weight of the cross entropy of the chosen answer")
 

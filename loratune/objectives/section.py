@@ -30,11 +30,26 @@ class Figure:
         unit: such as nats, or a fraction (0-1).
         better: which direction is better, or "" where neither is.
         partial: whether it is of some samples only.
+        shown: whether it is printed with the loss; all figures are in metrics.jsonl.
     """
 
     unit: str
     better: Literal["higher", "lower", ""] = ""
     partial: bool = False
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A figure of the steps whose fall is told once.
+
+    Attributes:
+        fall: in the figure's unit, from the first step on, above which it is told.
+        told: what the fall means, and a remedy.
+    """
+
+    fall: float
+    told: str
 
 
 class ObjectiveSection(Section):
@@ -47,7 +62,8 @@ class ObjectiveSection(Section):
         values: names of the values that `once` returns for each sample.
         probed: names of the values that `probe` returns, of which a step has one mean each.
         unit: of the loss.
-        figures: what it reports besides the loss, by name, in the order of `each`.
+        figures: what it reports besides the loss, by name, in the order in which they are printed.
+        watched: figures of the steps that should not fall by much.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("auto", "chat", "instruction", "completion", "text")
@@ -57,11 +73,18 @@ class ObjectiveSection(Section):
     probed: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "nats per label token"
     figures: ClassVar[Mapping[str, Figure]] = {}
+    watched: ClassVar[Mapping[str, Watch]] = {}
 
     @property
     def is_noisy(self) -> bool:
         """Whether something random is drawn for each token of each row."""
         return False
+
+    @property
+    def measures(self) -> dict[str, Figure]:
+        """Return the loss and the figures by which evaluations can be compared, as one direction is better."""
+        loss = {"loss": Figure(self.unit, "lower")}
+        return loss | {name: figure for name, figure in self.figures.items() if figure.better}
 
     def complaints(self, data: Data) -> Iterator[Complaint]:
         """Yield why this objective does not combine with the recipe's `data`."""

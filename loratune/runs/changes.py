@@ -29,6 +29,7 @@ FREE = {
     "train.compile",
     "train.offload",
     "train.kernels",
+    "train.best_metric",
     "train.early_stopping",
 }
 LENGTH = {"train.epochs", "train.max_steps"}
@@ -89,7 +90,7 @@ def of_run(seal: Mapping[str, Any], recipe: Recipe, facts: Facts, finished: bool
         if fingerprints[name] != known[name]:
             files = _files(seal["sources"], facts.prepared.sources) if name in ("data", "eval") else ""
             drift.refused.append(f"{NAMES.get(name, name)} are not the same{files}")
-    for key, before, now in _changes(seal["settings"], recipe.model_dump(mode="json")):
+    for key, before, now in _changes(_completed(seal["settings"]), recipe.model_dump(mode="json")):
         line = f"{key}: {_shown(before)} -> {_shown(now)}"
         if key in LENGTH:
             moved = _moved_rates(recipe.train, seal, facts.prepared.steps)

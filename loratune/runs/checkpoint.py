@@ -21,40 +21,50 @@ class Progress:
 
     Attributes:
         step: number of steps done.
-        best_loss, best_step: of the evaluation with the lowest loss so far.
-        patience_loss: reference of early stopping: an eval loss counts as better if it is lower by
+        best_value, best_step: of the best evaluation so far.
+        patience_value: reference of early stopping: an evaluation counts as better if it is better than this by
         `early_stopping.min_delta`.
         evaluations_without_better: since the last better one.
         pending: whether the evaluation after `step` is not done yet, as a signal interrupted it.
+        metric: what evaluations are compared by: the loss, or a figure of the objective.
     """
 
     step: int
-    best_loss: float | None = None
+    best_value: float | None = None
     best_step: int | None = None
-    patience_loss: float | None = None
+    patience_value: float | None = None
     evaluations_without_better: int = 0
     pending: bool = False
+    metric: str = "loss"
 
-    def evaluated(self, loss: float, margin: float) -> Progress:
+    def evaluated(self, value: float, margin: float, metric: str = "loss", higher: bool = False) -> Progress:
         """Return the progress after an evaluation.
 
         Args:
-            loss: measured, finite.
-            margin: how much lower than `patience_loss` it must be to count as better.
+            value: measured, finite.
+            margin: by how much it must be better than `patience_value` to count as better.
+            metric: what was measured; if another than before, earlier evaluations no longer count.
+            higher: whether higher is better, not lower.
         """
-        better = self.best_loss is None or loss < self.best_loss
-        progress = replace(self, best_loss=loss, best_step=self.step) if better else self
-        if self.patience_loss is None or loss < self.patience_loss - margin:
-            return replace(progress, pending=False, patience_loss=loss, evaluations_without_better=0)
+        if metric != self.metric:
+            return Progress(self.step, metric=metric).evaluated(value, margin, metric, higher)
+        sign = -1 if higher else 1
+        better = self.best_value is None or sign * value < sign * self.best_value
+        progress = replace(self, best_value=value, best_step=self.step) if better else self
+        if self.patience_value is None or sign * value < sign * self.patience_value - margin:
+            return replace(progress, pending=False, patience_value=value, evaluations_without_better=0)
         return replace(progress, pending=False, evaluations_without_better=self.evaluations_without_better + 1)
 
 
+_OLD_NAMES = {"best_loss": "best_value", "patience_loss": "patience_value"}
+
+
 def _progress(state: Mapping[str, Any]) -> Progress:
-    """Return a saved `Progress`, also of an older version that could record nan as the best loss."""
-    progress = Progress(**state)
-    if progress.best_loss is None or not math.isfinite(progress.best_loss):
-        return replace(progress, best_loss=None, best_step=None, patience_loss=None)
-    return progress if progress.patience_loss is not None else replace(progress, patience_loss=progress.best_loss)
+    """Return a saved `Progress`, also of an older version, which had other names and could record nan as the best."""
+    progress = Progress(**{_OLD_NAMES.get(name, name): value for name, value in state.items()})
+    if progress.best_value is None or not math.isfinite(progress.best_value):
+        return replace(progress, best_value=None, best_step=None, patience_value=None)
+    return progress if progress.patience_value is not None else replace(progress, patience_value=progress.best_value)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ class End:
         step: the last one done.
         saved_step: the one whose weights were saved.
         train_loss: of the last step, in nats per label token.
-        best_eval_loss: lowest loss on held-out rows; None without.
+        best_eval_loss: loss of the best evaluation; None without.
+        best_evaluation: its step, the `metric` it is the best by, and loss and figures with unit and direction; None
+            without.
         seconds: spent in steps.
         tokens_per_second: in steps.
         adapter_bytes: of the tensors on disk; None before they are written.
@@ -88,6 +90,7 @@ class End:
     best_eval_loss: float | None
     seconds: float
     tokens_per_second: float
+    best_evaluation: dict[str, Any] | None = None
     adapter_bytes: int | None = None
 
 

@@ -44,6 +44,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
         f"| best eval loss | {_number(end.best_eval_loss)} |",
         f"| device | {facts.start.device} |",
         f"| time in steps | {end.seconds:.0f} s |", "",
+        *_figures(end.best_evaluation),
         "![loss](loss.svg)", "",
         *use(
             recipe.output if adapter else None, setup.base, setup.chat, list(setup.turn_ends),
@@ -171,6 +172,18 @@ def _objective(recipe: Recipe) -> str:
     given += [("reference", name_of(reference))] if reference != "start" else []  # never a path
     settings = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in given]
     return ", ".join([known["type"], *settings]) + f"; loss in {recipe.objective.unit}".replace("in per", "per")
+
+
+def _figures(best: dict[str, Any] | None) -> list[str]:
+    """Return a table of the figures of the best evaluation, where there are others than the loss."""
+    if best is None or len(best["figures"]) == 1:
+        return []
+    rows = (
+        f"| {name} | {_number(one['value'])} | {one['unit']} | {one['better']} |"
+        for name, one in best["figures"].items()
+    )
+    head = f"| held out, after step {best['step']} (the best by its {best['metric']}) | | unit | better |"
+    return [head, "|---|---|---|---|", *rows, ""]
 
 
 def _number(value: float | None) -> str:

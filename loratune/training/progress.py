@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from loratune.errors import Place, Problem, StorageError
 from loratune.events import Begun, Evaluated, Event, Listener, Report, Step, StepDone
 from loratune.redact import redact
 from loratune.system import files, storage
+from loratune.training.watcher import Watcher
 
 METRICS = 1 << 30  # bytes of metrics.jsonl: millions of steps
 
@@ -34,15 +36,22 @@ class RunReport(Report):
         hear: called with each event; None: lines go to Python's logging.
         active: whether this process passes events on and writes.
         metrics: the file that gets one JSON object per step and per evaluation; None for none.
+        watcher: told of the figures of each step, for its notes.
 
     Attributes:
         train: step and loss of each step, in nats per label token.
         evaluation: step and eval loss of each evaluation, in the same unit.
+        figures: the objective's figures of each evaluation, by step.
         seconds: spent in steps.
     """
 
-    def __init__(self, hear: Listener | None = None, active: bool = True, metrics: Path | None = None):
+    def __init__(
+        self, hear: Listener | None = None, active: bool = True, metrics: Path | None = None,
+        watcher: Watcher | None = None,
+    ):  # fmt: skip
         super().__init__(hear, active)
+        self.figures: dict[int, Mapping[str, Any]] = {}
+        self._watcher = watcher or Watcher({})
         self.train: list[tuple[int, float]] = []
         self.evaluation: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -59,8 +68,12 @@ class RunReport(Report):
             self._write({"kind": "step", **_without(event, "steps"), **event.metrics})
         elif isinstance(event, Evaluated):
             self.evaluation.append((event.number, event.loss))
+            self.figures[event.number] = event.metrics
             self._write({"kind": "eval", **_without(event, "best"), **event.metrics})
         super().tell(event)
+        if isinstance(event, StepDone):
+            for line in self._watcher.see(event.number, event.metrics):
+                self.note(line)
 
     def step(self, step: Step) -> None:
         """Report that a step is done."""
@@ -111,7 +124,9 @@ class RunReport(Report):
         for event in kept:
             if event["kind"] == "step":
                 self._count(event["number"], event["loss"], event["seconds"], event["tokens"])
+                self._watcher.see(event["number"], event)  # told then
             else:
+                self.figures[event["number"]] = event
                 self.evaluation.append((event["number"], event["loss"]))
         if self.active:
             storage.write_text(self._metrics, "".join(json.dumps(event) + "\n" for event in kept))

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loratune.data import batches
-from loratune.errors import Interrupted, LoratuneError, Place, Problem, SetupError, StorageError
+from loratune.errors import Interrupted, LoratuneError, Place, Problem, SetupError, StorageError, TrainingError
 from loratune.events import Begun, Ended, Evaluated, Listener, Saved, Step
 from loratune.kernels import gpu_kernels, torch_compile
 from loratune.methods import other_programs
@@ -37,6 +38,7 @@ from loratune.training import (
 from loratune.training.job import Job
 from loratune.training.progress import RunReport
 from loratune.training.signals import Signals
+from loratune.training.watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Run:
         folder: the run folder: the adapter (or model), its recipe, run.json, metrics.jsonl, loss.svg, README.md.
         steps: number of steps.
         train_loss: of the last step, in nats per label token (`dpo`: per pair).
-        eval_loss: best loss on held-out rows, or None.
+        eval_loss: loss on held-out rows at the best evaluation, or None.
         seconds: spent in steps.
     """
 
@@ -84,7 +86,7 @@ def train(
     with startup.training(), gpu_kernels.for_now():
         accelerator = launcher.accelerator(recipe)
         first = accelerator.is_main_process
-        report = RunReport(on_event, first, folder / "metrics.jsonl")
+        report = RunReport(on_event, first, folder / "metrics.jsonl", Watcher(recipe.objective.watched))
         with report.unchanged(), signals.listening() as asked, session.alone(folder, first, report):
             for line in launcher.not_read(os.environ):
                 report.problem(line)
@@ -220,7 +222,7 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
         if progress.pending:
             at.progress = _evaluate(job, policy, progress, poll)[1]
             at.save()
-        report.tell(Begun(progress.step, steps, log_every, tuple(report.evaluation)))
+        report.tell(_begun(job, at.progress, log_every))
         for step in _or_lighter(job, _steps(job, policy, at, poll), resumed=progress.step > 0):
             end, better = step.number == steps, False
             due = job.data.held_out is not None and (step.number % eval_every == 0 or end)
@@ -238,7 +240,9 @@ def _loop(job: Job, progress: Progress, asked: Signals) -> Progress:
                 raise signals.interrupted(signalled, step.number)
             if stop:
                 times = at.progress.evaluations_without_better
-                report.note(f"step {step.number}: the eval loss has not fallen for {times} evaluations: stopping")
+                moved = "risen" if _higher(job) else "fallen"
+                what = settings.best_metric
+                report.note(f"step {step.number}: the eval {what} has not {moved} for {times} evaluations: stopping")
                 break
     return at.progress
 
@@ -286,20 +290,22 @@ def _finish(job: Job, progress: Progress) -> Run:
     """Write the adapter (or model) of the best step, tokenizer, loss curve and card into the run folder."""
     recipe, folder, report, facts = job.recipe, job.folder, job.report, job.facts
     kept = progress.step
+    where = f"where the eval {recipe.train.best_metric} was {'highest' if _higher(job) else 'lowest'}"
     if progress.best_step is not None and progress.best_step != progress.step:
         best = checkpoint.path_of(folder, progress.best_step)
         if wrong := storage.verify(best, alone=True):
-            report.problem(f"{best.name}, where the eval loss was lowest, {wrong}: not used, the last step is saved")
+            report.problem(f"{best.name}, {where}, {wrong}: not used, the last step is saved")
         else:
             kept = progress.best_step
             job.tuned.load(best)
-            report.note(
-                f"the saved {start_report.product(recipe)} is that of step {kept}, where the eval loss was lowest"
-            )
+            report.note(f"the saved {start_report.product(recipe)} is that of step {kept}, {where}")
+    evaluated = _best_evaluation(job, progress)
+    best_loss = evaluated["figures"]["loss"]["value"] if evaluated else None
     last_loss = report.train[-1][1] if report.train else math.nan
     facts.end = end = End(
         step=progress.step, saved_step=kept, train_loss=last_loss,
-        best_eval_loss=progress.best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
+        best_eval_loss=best_loss, seconds=report.seconds, tokens_per_second=report.tokens_per_second,
+        best_evaluation=evaluated,
     )  # fmt: skip
     if job.first:
 
@@ -318,7 +324,38 @@ def _finish(job: Job, progress: Progress) -> Run:
         for line in other_programs.notes(storage.read_json(folder / "adapter_config.json")):
             report.note(line)
     job.accelerator.wait_for_everyone()
-    return Run(folder, progress.step, last_loss, progress.best_loss, report.seconds)
+    return Run(folder, progress.step, last_loss, best_loss, report.seconds)
+
+
+def _higher(job: Job) -> bool:
+    """Return whether a higher `train.best_metric` is better."""
+    return job.recipe.objective.measures[job.recipe.train.best_metric].better == "higher"
+
+
+def _begun(job: Job, progress: Progress, log_every: int) -> Begun:
+    """Return the event that the steps begin."""
+    metric, figures = job.recipe.train.best_metric, job.recipe.objective.figures
+    best = None
+    if progress.metric == metric and progress.best_step is not None and progress.best_value is not None:
+        best = (progress.best_step, progress.best_value)
+    shown = tuple(name for name, figure in figures.items() if figure.shown)
+    return Begun(progress.step, job.length.steps, log_every, tuple(job.report.evaluation), shown, metric, best)
+
+
+def _best_evaluation(job: Job, progress: Progress) -> dict[str, Any] | None:
+    """Return the best evaluation for run.json: its loss and figures, with unit and direction."""
+    step, objective = progress.best_step, job.recipe.objective
+    if step is None:
+        return None
+    values = {"loss": dict(job.report.evaluation).get(step), **job.report.figures.get(step, {})}
+    values[progress.metric] = progress.best_value  # also where metrics.jsonl was lost
+    figures = {"loss": objective.measures["loss"], **objective.figures}
+    told = {
+        name: {"value": values[name], "unit": figure.unit, "better": figure.better}
+        for name, figure in figures.items()
+        if values.get(name) is not None
+    }
+    return {"step": step, "metric": progress.metric, "figures": told}
 
 
 def _ended(job: Job, run: Run) -> Ended:
@@ -328,14 +365,24 @@ def _ended(job: Job, run: Run) -> Ended:
 
 
 def _evaluate(job: Job, policy: Policy, progress: Progress, poll: Callable[[], None]) -> tuple[bool, Progress]:
-    """Measure the eval loss; return whether it is the best so far, and the updated progress."""
+    """Measure the eval loss; return whether it is the best so far, and the updated progress.
+
+    Raises:
+        TrainingError: when loss or `train.best_metric` are not finite, or no held-out row has that figure.
+    """
     assert job.data.held_out is not None
     began = time.perf_counter()
     parts = batches.in_length_order(job.data.held_out, job.recipe.train.micro_batch_size, job.memory.plan.tokens)
     when = f"step {progress.step}: "
     loss, count, means = loop.measure(policy, job.recipe.objective, parts, job.accelerator, when, poll)
     early = job.recipe.train.early_stopping
-    progress = progress.evaluated(loss, early.min_delta if early else 0.0)
+    metric = job.recipe.train.best_metric
+    value = loss if metric == "loss" else means.get(metric, math.nan)
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"{when}the eval {metric} is {value}", "set train.best_metric: loss, or hold out other rows"
+        )
+    progress = progress.evaluated(value, early.min_delta if early else 0.0, metric, _higher(job))
     better = progress.best_step == progress.step
     job.report.tell(Evaluated(progress.step, loss, count, better, time.perf_counter() - began, means))
     return better, progress

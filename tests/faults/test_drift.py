@@ -70,7 +70,7 @@ def test_every_key_of_a_recipe_is_told_or_refused(whole: Recipe):
         assert len(early.refused + early.told + late.refused + late.told) == 1, leaf
         (refused if early.refused or late.refused else told).add(leaf)
     assert {leaf for leaf in told if not leaf.startswith("data.")} == {
-        "model.base", "model.revision", "output", "train.compile", "train.early_stopping", "train.epochs",
+        "model.base", "model.revision", "output", "train.compile", "train.best_metric", "train.early_stopping", "train.epochs",
         "train.eval_every",
         "train.gradient_checkpointing", "train.keep", "train.kernels", "train.log_every", "train.max_steps", "train.micro_batch_size", "train.offload",
         "train.save_every",

@@ -344,7 +344,7 @@ def test_the_best_step_has_the_lowest_loss_whatever_patience_asks_for(
 def test_a_loss_that_was_no_number_is_not_the_best_for_ever(fit: Fit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """As a checkpoint of an earlier version may say."""
     state = {"step": 4, "best_loss": math.nan, "best_step": 2, "evaluations_without_better": 2, "pending": False}
-    assert checkpoint._progress(state).best_loss is None
+    assert checkpoint._progress(state).best_value is None
     assert checkpoint._progress(state).evaluated(5.0, 0.0).best_step == 4
     assert checkpoint._progress({**state, "best_loss": 3.0}).evaluated(2.9, 0.2) == checkpoint.Progress(
         4, 2.9, 4, 3.0, 3, False
