@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from loratune.data.section import Data
 from loratune.errors import DataError, Place, Problem
-from loratune.objectives.section import Figure, ObjectiveSection
+from loratune.objectives.section import Figure, ObjectiveSection, Watch
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +54,17 @@ class Kto(ObjectiveSection):
     unit: ClassVar[str] = "per row"
     figures: ClassVar[Mapping[str, Figure]] = {
         "accuracy": Figure("fraction of rows", "higher"),
-        "reward_desirable": Figure("beta log p/p0", "higher", partial=True),
-        "reward_undesirable": Figure("beta log p/p0", "lower", partial=True),
         "logp_desirable": Figure("nats per token", "higher", partial=True),
-        "logp_undesirable": Figure("nats per token", "lower", partial=True),
         "kl": Figure("nats", "lower"),
+        "reward_desirable": Figure("beta log p/p0", "higher", partial=True, shown=False),
+        "reward_undesirable": Figure("beta log p/p0", "lower", partial=True, shown=False),
+        "logp_undesirable": Figure("nats per token", "lower", partial=True, shown=False),
+    }
+    watched: ClassVar[Mapping[str, Watch]] = {
+        "logp_desirable": Watch(
+            1.0,
+            "the good answers themselves get less likely; a lower `optimizer.lr` or a higher `objective.beta` helps",
+        )
     }
     beta: float = Field(0.1, gt=0, description="weight of the penalty on deviating from the model before step 1")
     desirable_weight: Weight = Field(
