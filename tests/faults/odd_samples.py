@@ -57,7 +57,24 @@ def _pairs(random: Random) -> list[Row]:
     return [random.choice(_pair(f"is it {number}?", *random.sample(words, 2))) for number in range(5)]
 
 
-SOUND: dict[str, Callable[[Random], list[Row]]] = {"dpo": _pairs, "orpo": _pairs}
+def _rated(random: Random) -> list[Row]:
+    """Return rated answers, of both kinds, in each of the ways that data sets write them."""
+    made = []
+    for number in range(6):
+        asked, said = _user(f"is it {number}?"), random.choice(["yes", "no", "a b c", "ä😀"])
+        label = random.choice([bool(number % 2), number % 2, str(bool(number % 2))])
+        marked = {random.choice(["label", "kto_tag"]): label}
+        texts, answer = {"prompt": asked["content"], "completion": said}, _assistant(said)
+        human, gpt = {"from": "human", "value": asked["content"]}, {"from": "gpt", "value": said}
+        ways: list[Row] = [
+            texts, {"prompt": [asked], "completion": [answer]}, {"messages": [asked, answer]},
+            {"conversations": [human, gpt], "system": "be short"}, {**texts, "messages": [asked, answer]},
+        ]  # fmt: skip
+        made.append({**random.choice(ways), **marked})
+    return made
+
+
+SOUND: dict[str, Callable[[Random], list[Row]]] = {"dpo": _pairs, "orpo": _pairs, "kto": _rated}
 """Rows that an objective can learn from."""
 
 
