@@ -230,9 +230,9 @@ def init(
         str,
         typer.Option(
             "--for",
-            metavar="sft|preference|kto",
+            metavar="KIND",
             callback=_kind,
-            help="what to learn from: answers, preferences, or ratings",
+            help="what to learn: sft (answers), preference, kto (ratings), reward, or classify (labels)",
         ),
     ] = "sft",
 ) -> None:

@@ -281,6 +281,14 @@ def _between_sections(recipe: Recipe, tree: Tree) -> Iterator[Problem]:
             hint="use `reference: start`: its values are computed once, before step 1",
         )
     yield from (problem(told, *path, hint=hint) for told, path, hint in _probing(recipe))
+    if recipe.objective.pooled and not method.scores_rows:
+        told = f"`objective: {recipe.objective.type}` trains a head that scores rows, `method: {method.type}` does not"
+        yield problem(told, "method", hint="use lora, full or head")
+    if method.frozen and not recipe.objective.pooled:
+        told = (
+            f"`method: {method.type}` trains a head that scores rows, which `objective: {recipe.objective.type}` lacks"
+        )
+        yield problem(told, "method", hint="use `objective: classify` or `reward`, or `method: lora`")
     for complaint in (*method.complaints(model, recipe.optimizer), *recipe.objective.complaints(data)):
         yield problem(complaint.message, *complaint.path, hint=complaint.hint)
 

@@ -14,6 +14,7 @@ import typer.testing
 
 import loratune
 from loratune import cli
+from loratune.commands import init
 from loratune.errors import RecipeError
 from loratune.recipe import load
 from tests import tiny
@@ -125,17 +126,20 @@ def test_init(tmp_path: Path) -> None:
     assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
 
 
-@pytest.mark.parametrize(("kind", "objective"), [("preference", "orpo"), ("kto", "kto")])
-def test_init_for_other_objectives(tmp_path: Path, kind: str, objective: str) -> None:
-    """Rows and recipe that train; another word is answered with the known ones."""
+@pytest.mark.parametrize(("kind", "word"), [(k, {"preference": "orpo"}.get(k, k)) for k in init.KINDS])
+def test_init_for(tmp_path: Path, kind: str, word: str) -> None:
+    """Rows and recipe that train."""
     base = tiny.save(tmp_path / "base")
     assert call("init", tmp_path / "a", "--base", base, "--for", kind).exit_code == 0
     run = loratune.train(load(tmp_path / "a/recipe.yaml", ["train.epochs=1", "data.max_length=512"]))
     assert run.steps == 4
-    assert objective in (run.folder / "README.md").read_text()
+    assert word in (run.folder / "README.md").read_text()
+
+
+def test_init_for_something_else(tmp_path: Path) -> None:
     done = call("init", tmp_path / "b", "--for", "preferences")
     assert done.exit_code == 2
-    assert "must be one of `sft`, `preference`, `kto`" in done.output
+    assert "must be one of `sft`, `preference`, " in done.output
     assert not (tmp_path / "b").exists()
 
 

@@ -511,7 +511,7 @@ def test_a_mapping_is_the_recipe_of_the_same_text(tmp_path: Path, monkeypatch: p
         ({"train": {"epoch": 1}}, "train.epoch: unknown key `epoch` in `train`\n  did you mean `epochs`?"),
         ({"train": {"epochs": "2"}}, "train.epochs: `train.epochs` must be a number, given `2`\n  write it without quotes"),
         ({"train": {"epochs": float("nan")}}, "train.epochs: `train.epochs` must be a number, given `nan`"),
-        ({"method": {"type": "lorra"}}, "method.type: unknown method `lorra`; known: `lora`, `adalora`, `prompt`, `full`\n  did you mean `lora`?"),
+        ({"method": {"type": "lorra"}}, "method.type: unknown method `lorra`; known: `lora`, `adalora`, `prompt`, `full`, `head`\n  did you mean `lora`?"),
         ({"train": {3: 4}}, "train.3: a key must be a non-empty string"),
         ({"output": "half \udce9"}, "output: a string with a lone surrogate\n  write the character itself"),
         ({"data": {"train": {"some/rows"}}}, "data.train: a value of the type `set`"),

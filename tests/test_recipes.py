@@ -80,6 +80,8 @@ def _write_rows(path: Path, kind: str, tools: bool = False) -> None:
     ]
     if kind == "instruction":
         rows = [{"instruction": "say", "input": "red" * (i % 2), "output": f"{which} {i}"} for i in range(20)]
+    elif isinstance(kind, dict) and kind["type"] == "labelled":
+        rows = [{"text": f"{which} {i}", "label": "red" if i % 2 else "blue"} for i in range(20)]
     elif kind == "preference":
         rows = pairs.rows(20)
     elif kind == "kto":
@@ -125,7 +127,7 @@ def test_trains_two_steps(copied: Path, template_base: Path) -> None:
     facts = json.loads((done.folder / "run.json").read_text())
     assert (done.steps, facts["status"]) == (2, "complete")
     assert torch.isfinite(torch.tensor(done.train_loss))
-    assert facts["data"]["train"]["trained_tokens"] > 0
+    assert facts["data"]["train"]["trained_tokens"] > 0 or tree["objective"]["type"] == "classify"
     lora = tree["method"] != "full"
     assert (done.folder / ("adapter_model.safetensors" if lora else "model.safetensors")).stat().st_size > 0
     assert (done.folder / ("adapter_config.json" if lora else "config.json")).is_file()

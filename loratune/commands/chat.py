@@ -11,12 +11,14 @@ import torch
 from loratune import console
 from loratune.commands import chat_input, opened_model
 from loratune.commands.conversation import LEAVE, Conversation
+from loratune.commands.labeller import Labeller
 from loratune.errors import LoratuneError, UsageError
 from loratune.events import Answered, Listener, Report
-from loratune.models import base_model
+from loratune.models import base_model, score_head
 from loratune.system import startup
 
 HELLO = "/help shows the commands, /exit leaves; Ctrl-C ends an answer"
+LABELS = "each line is a text to label; /exit leaves"
 AGAIN = "Ctrl-C again, or /exit, leaves"
 
 
@@ -65,18 +67,22 @@ def chat(
             loaded = opened_model.load(what, allow_mismatch=allow_base_mismatch)
             for note in loaded.notes:
                 tell.problem(note)
-            talk = Conversation(
-                loaded, what, system, max_new_tokens, temperature, allow_base_mismatch,
-                lambda text: tell.tell(Answered(text)),
-            )  # fmt: skip
-            if not talk.active.encoder.turns.template:
+            talk: Conversation | Labeller
+            if score_head.of(loaded.model) is not None:
+                talk = Labeller(loaded, lambda text: tell.tell(Answered(text)))
+            else:
+                talk = Conversation(
+                    loaded, what, system, max_new_tokens, temperature, allow_base_mismatch,
+                    lambda text: tell.tell(Answered(text)),
+                )  # fmt: skip
+            if isinstance(talk, Conversation) and not talk.active.encoder.turns.template:
                 tell.note("no chat template: each message is continued as plain text, without the earlier ones")
             if prompt is not None:
                 return _answer(talk, prompt, tell)
             return _on_terminal(talk, tell) if chat_input.interactive() else _in_a_row(talk, tell)
 
 
-def _in_a_row(talk: Conversation, tell: Report) -> str:
+def _in_a_row(talk: Conversation | Labeller, tell: Report) -> str:
     """Answer the lines of a file or a pipe; Ctrl-C and an error in an answer end it."""
     answer = ""
     while (line := chat_input.read()) is not None and line.strip() not in LEAVE:
@@ -87,10 +93,10 @@ def _in_a_row(talk: Conversation, tell: Report) -> str:
     return answer
 
 
-def _on_terminal(talk: Conversation, tell: Report) -> str:
+def _on_terminal(talk: Conversation | Labeller, tell: Report) -> str:
     """Hold a conversation; it ends with the end of input, or with Ctrl-C twice on an empty line."""
     chat_input.edit_lines()
-    tell.note(HELLO)
+    tell.note(HELLO if isinstance(talk, Conversation) else LABELS)
     answer, warned = "", False
     while True:
         try:
@@ -122,14 +128,14 @@ def _on_terminal(talk: Conversation, tell: Report) -> str:
             tell.note("stopped")
 
 
-def _answer(talk: Conversation, text: str, tell: Report) -> str:
+def _answer(talk: Conversation | Labeller, text: str, tell: Report) -> str:
     answer = talk.say(text)
     if talk.room is not None:
         tell.note(f"answers end after {talk.room:,} tokens here: the model has no more positions")
     return answer
 
 
-def _carry_out(talk: Conversation, line: str, tell: Report) -> None:
+def _carry_out(talk: Conversation | Labeller, line: str, tell: Report) -> None:
     try:
         tell.note(talk.command(line.strip()))
     except LoratuneError as error:

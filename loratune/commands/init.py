@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,37 +66,79 @@ train: {{epochs: 3, batch_size: 4, schedule: cosine, warmup: 0.1, seed: 0}}
 output: runs/first
 """
 
-KINDS = {  # of recipe: its lines for format and objective
-    "sft": ("chat                       # chat, instruction, completion or text", "objective: sft"),
-    "preference": (
-        "preference                 # a prompt, a chosen and a rejected answer",
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a first recipe is for.
+
+    Attributes:
+        format: the recipe's line for the format, after the key.
+        objective: its line for the objective.
+        row: makes a sample row of its number, a question, the help desk's answer, and an answer to another question.
+    """
+
+    format: str
+    objective: str
+    row: Callable[[int, str, str, str], Row]
+
+
+def _asked(question: str) -> Row:
+    return {"role": "user", "content": question}
+
+
+def _said(answer: str, signed: bool = True) -> Row:
+    return {"role": "assistant", "content": f"{answer} Yours, the help desk." if signed else answer}
+
+
+def _conversation(number: int, question: str, answer: str, other: str) -> Row:
+    return {"messages": [_asked(question), _said(answer)]}
+
+
+def _pair(number: int, question: str, answer: str, other: str) -> Row:
+    """Rejected is what a help desk should not say: the answer to another question, not signed."""
+    return {"prompt": [_asked(question)], "chosen": [_said(answer)], "rejected": [_said(other, signed=False)]}
+
+
+def _rated(number: int, question: str, answer: str, other: str) -> Row:
+    """Every third answer is a bad one."""
+    good = number % 3 != 2
+    said = _said(answer) if good else _said(other, signed=False)
+    return {"prompt": [_asked(question)], "completion": [said], "label": good}
+
+
+def _labelled(number: int, question: str, answer: str, other: str) -> Row:
+    return {"text": question, "label": "account" if answer.startswith(("Open", "Yes. Open")) else "other"}
+
+
+_PAIRS = "preference                 # a prompt, a chosen and a rejected answer"
+KINDS = {
+    "sft": Kind("chat                       # chat, instruction, completion or text", "objective: sft", _conversation),
+    "preference": Kind(
+        _PAIRS,
         "objective: {type: orpo, weight: 0.1}  # or `dpo`, from a model that gives such answers already",
+        _pair,
     ),
-    "kto": (
+    "reward": Kind(_PAIRS, "objective: {type: reward, centre: 0.01}  # a head that scores answers", _pair),
+    "classify": Kind(
+        "{type: labelled, text: text, label: label}",
+        "objective: classify                # or a regression: `labels: number` in the format",
+        _labelled,
+    ),
+    "kto": Kind(
         "kto                        # a prompt, an answer, and whether it is a good one",
         "objective: {type: kto, undesirable_weight: auto}  # rows may be of one kind more than of the other",
+        _rated,
     ),
 }
 
 
-def _rows(kind: str) -> list[dict[str, Any]]:
-    """Return the sample rows; rejected is what a help desk should not say: the answer to another question.
-
-    For `kto` every third row has such an answer, labelled false.
-    """
-    rows: list[dict[str, Any]] = []
-    for number, (question, answer) in enumerate(_ROWS):
-        asked = {"role": "user", "content": question}
-        said = {"role": "assistant", "content": f"{answer} Yours, the help desk."}
-        other = {"role": "assistant", "content": _ROWS[(number + 7) % len(_ROWS)][1]}
-        good = number % 3 != 2
-        made: dict[str, dict[str, Any]] = {
-            "sft": {"messages": [asked, said]},
-            "preference": {"prompt": [asked], "chosen": [said], "rejected": [other]},
-            "kto": {"prompt": [asked], "completion": [said if good else other], "label": good},
-        }
-        rows.append(made[kind])
-    return rows
+def _rows(kind: Kind) -> list[Row]:
+    """Return the sample rows."""
+    others = [_ROWS[(number + 7) % len(_ROWS)][1] for number in range(len(_ROWS))]
+    given = zip(_ROWS, others, strict=True)
+    return [kind.row(number, question, answer, other) for number, ((question, answer), other) in enumerate(given)]
 
 
 def write(folder: Path, base: str = BASE, kind: str = "sft") -> list[Path]:
@@ -114,11 +158,11 @@ def write(folder: Path, base: str = BASE, kind: str = "sft") -> list[Path]:
     """
     if files.there(files.local(base)):
         base = str(files.local(base).resolve())
-    known, objective = KINDS[kind]
+    wanted = KINDS[kind]
     made = {
-        folder / "recipe.yaml": _START.format(base=json.dumps(base), format=known, objective=objective),
+        folder / "recipe.yaml": _START.format(base=json.dumps(base), format=wanted.format, objective=wanted.objective),
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
-        folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(kind)),
+        folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(wanted)),
     }
     there = [Problem("already exists", Place(str(path)), "nothing was written") for path in made if files.there(path)]
     if there:

@@ -13,7 +13,7 @@ from loratune.config import decode, yaml_nodes
 from loratune.errors import LoratuneError, ModelError, Place, Problem, SafetyError, UsageError, shorten
 from loratune.methods import adapter_files
 from loratune.methods.attach import attach
-from loratune.models import base_files, base_model, fingerprint, quantization, safety, tokenizing
+from loratune.models import base_files, base_model, fingerprint, quantization, safety, score_head, tokenizing
 from loratune.models.section import Model, NoQuantization
 from loratune.recipe import Recipe
 from loratune.runs import checkpoint
@@ -138,6 +138,9 @@ def load_base(subject: Subject, exact: bool = False, allow_mismatch: bool = Fals
         ]
     if subject.adapter is not None:
         check_base(subject, loaded, section, allow_mismatch)
+    elif subject.folder is not None:
+        for file in sorted(subject.folder.glob("model*.safetensors")):
+            score_head.load(loaded.model, file)
     loaded.model.eval()
     return loaded
 

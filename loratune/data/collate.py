@@ -44,6 +44,7 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
     labels = torch.full((len(samples), most), torch.nan)
     for index, sample in enumerate(samples):
         labels[index, : len(sample.labels)] = torch.from_numpy(sample.labels)
+    states = [row.state for row in rows if row.pooled and row.state is not None]
     return Batch(
         inputs,
         torch.from_numpy(np.concatenate(places)),
@@ -54,6 +55,7 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", virtual_tokens
         sum(len(row.ids) for row in rows),
         labels,
         {name: torch.tensor([sample.values[name] for sample in samples]) for name in names},
+        torch.from_numpy(np.stack(states)) if states else None,
     )
 
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from loratune.data import cache_key, row_cache, row_files, unread_columns, workers
 from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Labelled
 from loratune.data.ledger import Counts, Ledger
 from loratune.data.prepare import Prepared
 from loratune.data.row_cache import Store
 from loratune.data.sample import Sample
 from loratune.data.section import Data, Source
-from loratune.errors import DataError, Place, Problem, StorageError
+from loratune.errors import DataError, Place, Problem, StorageError, listed
 from loratune.models import base_files
 
 SHOWN = 5  # rows named in an error
@@ -45,6 +46,8 @@ class Rows:
         left_out: lines on files in their folders that were not read.
         values: known values of each sample by name, (samples,) each; see `reference.take`.
         pooled: whether the objective looks at the last token of each row, and at no label token.
+        classes: names of the classes, in the order of their labels; none where the format has none.
+        states: what the head reads at the last token of each row, float32, (rows, width); see `head_states.take`.
     """
 
     store: Store
@@ -56,13 +59,30 @@ class Rows:
     left_out: tuple[str, ...] = ()
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     pooled: bool = False
+    classes: tuple[str, ...] = ()
+    states: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> Row:
         row = self.store.row(int(self.chosen[index]))
-        return replace(row, pooled=True) if self.pooled else row
+        if self.classes:
+            row = replace(row, labels=self._label_of[row.labels.astype(np.int64)])
+        if self.pooled:
+            row = replace(row, pooled=True, state=None if self.states is None else self.states[index])
+        return row
+
+    @cached_property
+    def _label_of(self) -> np.ndarray:
+        """The label of each class in the order they were first read; -1 for one that is not in `classes`."""
+        known = {name: float(label) for label, name in enumerate(self.classes)}
+        return np.array([known.get(name, -1.0) for name in self.store.about["classes"]], dtype=np.float32)
+
+    @property
+    def labels(self) -> list[np.ndarray]:
+        """The labels of each sample, float32, (labels,) each."""
+        return [self[index].labels for index in range(0, len(self), self.per_sample)]
 
     def place(self, index: int) -> Place:
         """Return where a row came from."""
@@ -73,6 +93,10 @@ class Rows:
         if self.store.largest < limit:
             return None
         return next((i for i in range(len(self)) if self[i].ids.max() >= limit), None)
+
+    def last_tokens(self) -> set[int]:
+        """Return the ids of the tokens that rows end with."""
+        return {int(self.store.row(int(number)).ids[-1]) for number in self.chosen}
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -160,7 +184,8 @@ class Rows:
         counts = replace(self.counts, tokens=tokens, trained_tokens=trained)
         samples = indices[:: self.per_sample] // self.per_sample
         values = {name: known[samples] for name, known in self.values.items()}
-        return replace(self, chosen=chosen, counts=counts, values=values)
+        states = None if self.states is None else self.states[indices]
+        return replace(self, chosen=chosen, counts=counts, values=values, states=states)
 
     def append_ledger(self, path: Path) -> None:
         """Append a line for each row that was read to a file.
@@ -242,6 +267,7 @@ def _read(
         about = {
             "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
             "per_sample": data.format.rows_per_sample, "sample": data.format.sample, "notes": account.notes(),
+            "classes": list(account.classes),
         }  # fmt: skip
         return writer.commit(about, key)
     except BaseException:
@@ -267,6 +293,7 @@ class _Account:
         self.refused = _Refused()
         self.formats: dict[str, int] = {}
         self.unread: dict[str, int] = {}
+        self.classes: dict[str, int] = {}  # in the order they are first read
         self._ledger, self._writer, self._data = ledger, writer, data
         self._seen, self._orders = _Seen(), _Seen()
         self._alike = self._swapped = 0
@@ -284,7 +311,10 @@ class _Account:
             return
         if row.fate == "refused":
             self._refuse(row)
+        known = [self.classes.setdefault(name, len(self.classes)) for name in row.classes or ()]
         for piece in row.pieces:
+            if row.classes is not None:
+                piece = replace(piece, labels=np.array(known, dtype=np.float32))
             self.counts.tokens += len(piece.ids)
             self.counts.trained_tokens += piece.count()
             self._writer.add(piece, weight, row.content, self.counts.read)
@@ -364,14 +394,52 @@ def of(
         DataError: also when a row is in both and the recipe doesn't allow it.
     """
     found = replace(load(section.train, section, encoder, progress), pooled=pooled)
+    found = replace(found, classes=_classes(found, section))
     if section.eval_fraction is not None:
         return hold_out(found, section.eval_fraction, seed)
     if section.eval is None:
         return found, None
-    held_out = replace(load(section.eval, section, encoder, progress, name="eval"), pooled=pooled)
+    held_out = load(section.eval, section, encoder, progress, name="eval")
+    held_out = with_classes(replace(held_out, pooled=pooled), found.classes)
     if section.overlap == "error":
         _check_apart(found, held_out)
     return found, held_out
+
+
+def _classes(train: Rows, section: Data) -> tuple[str, ...]:
+    """Return the names of the classes in the order of their labels: the recipe's, else sorted (integers by size)."""
+    if not isinstance(section.format, Labelled) or section.format.labels == "number":
+        return ()
+    found = section.format.classes or sorted(
+        train.store.about["classes"], key=lambda name: (not name.lstrip("-").isdecimal(), _as_int(name), name)
+    )
+    if len(found) < 2:
+        place = Place(", ".join(source.path for source in section.train))
+        told = f"all rows have the label `{found[0]}`" if found else "no row has a label"
+        raise DataError(Problem(f"{told}: a classifier needs at least two classes", place))
+    return tuple(found)
+
+
+def _as_int(name: str) -> int:
+    try:
+        return int(name)
+    except ValueError:
+        return 0
+
+
+def with_classes(rows: Rows, classes: tuple[str, ...]) -> Rows:
+    """Return rows with labels in the order of these classes.
+
+    Raises:
+        DataError: when a row has another class.
+    """
+    unknown = [number for number, name in enumerate(rows.store.about["classes"]) if name not in classes]
+    if classes and unknown:
+        bad = [i for i in range(len(rows)) if np.isin(rows.store.row(int(rows.chosen[i])).labels, unknown).any()]
+        names = listed([rows.store.about["classes"][number] for number in unknown])
+        told = f"has a label that no training row has; unknown: {names}"
+        raise DataError([Problem(told, rows.place(i), "leave such rows out, or train on some") for i in bad[:SHOWN]])
+    return replace(rows, classes=classes)
 
 
 def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

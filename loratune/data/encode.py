@@ -38,6 +38,7 @@ class Row:
         place: where the row came from.
         labels: what the data row says besides its texts, float32, shape (labels,); see its format.
         pooled: whether the objective looks at its last token, and at no label token.
+        state: what the head reads at its last token, float32, (width,), where it is known.
     """
 
     ids: np.ndarray
@@ -45,6 +46,7 @@ class Row:
     place: Place
     labels: np.ndarray = field(default_factory=_no_labels)
     pooled: bool = False
+    state: np.ndarray | None = None
 
     def count(self) -> int:
         """Return the number of label tokens but the first of a row, which nothing predicts."""
@@ -330,7 +332,7 @@ class Encoder:
         parts = [part for part in parts if len(part[0])]
         if self.adds_bos and not (parts and parts[0][0][0] == bos):
             parts.insert(0, (np.array([bos], dtype=np.int32), False))
-        if eos is not None and not (parts and parts[-1][0][-1] == eos):
+        if example.closed and eos is not None and not (parts and parts[-1][0][-1] == eos):
             parts.append((np.array([eos], dtype=np.int32), True))
         ids = np.concatenate([np.empty(0, np.int32), *(one for one, _ in parts)])  # the only copy, however long
         return Row(ids, np.repeat([learn for _, learn in parts], [len(one) for one, _ in parts]).astype(bool), place)

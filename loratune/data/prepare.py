@@ -22,6 +22,7 @@ from loratune.data.formats import (
     Example,
     Group,
     Instruction,
+    Labelled,
     Plain,
     Preference,
     Rated,
@@ -37,7 +38,7 @@ LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, whose ma
 MESSAGES = 2048  # messages of a conversation: for each, the template renders all before it
 
 
-Reader = Chat | Instruction | Completion | Text | Preference | Rated
+Reader = Chat | Instruction | Completion | Text | Preference | Rated | Labelled
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Prepared:
         unread: columns, and keys of messages, that have content but are not read.
         alike: whether it is lost because its answers are the same.
         order: of a pair: a hash of its tokens, and one of the same with the answers swapped; else nothing.
+        classes: names of its classes, which become labels once all are known; None where the format has none.
     """
 
     place: Place
@@ -67,6 +69,7 @@ class Prepared:
     unread: tuple[str, ...] = ()
     alike: bool = False
     order: tuple[int, int] | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def prepare(block: Block, data: Data, encoder: Encoder) -> list[Prepared]:
@@ -150,22 +153,25 @@ def _unusable(place: Place, error: RowError, data: Data, format: str = "") -> Pr
 def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | RowError, data: Data) -> Prepared:
     if isinstance(encoded, RowError):
         return _unusable(place, encoded, data, format)
-    if not all(row.count() for row in encoded):
+    group = example if isinstance(example, Group) else None
+    if not (group and group.scored) and not all(row.count() for row in encoded):
         error = RowError("", "has no label token: nothing would be learned from it")
         return _unusable(place, error, data, format)
-    if isinstance(example, Group) and _some_are_same(encoded):
-        error = Alike("", f"has two {example.what} with the same tokens: nothing would be learned from them")
+    if group and _some_are_same(encoded):
+        error = Alike("", f"has two {group.what} with the same tokens: nothing would be learned from them")
         return _unusable(place, error, data, format)
-    if isinstance(example, Group) and len({_prompt(row) for row in encoded}) > 1:
+    if group and len({_prompt(row) for row in encoded}) > 1:
         why = "the chat template or the tokenizer writes the prompt differently before each"
-        return _unusable(place, RowError("", f"has {example.what} to different prompt tokens: {why}"), data, format)
+        return _unusable(place, RowError("", f"has {group.what} to different prompt tokens: {why}"), data, format)
     fate, pieces = _fit(encoded, example, data)
     told = _TOLD.get(fate)
     longest = max(len(row.ids) for row in encoded)
     reason = f"{longest:,} tokens, {told.format(data.max_length)}" if told else ""
     tokens = sum(len(row.ids) for row in encoded)
     order = (_hash(encoded), _hash(encoded[::-1])) if data.format.sample == "pair" else None
-    return Prepared(place, fate, reason, format, tokens, _content(encoded), tuple(pieces), order=order)
+    classes = group.classes if group else None
+    content = _content(encoded, classes or ())
+    return Prepared(place, fate, reason, format, tokens, content, tuple(pieces), order=order, classes=classes)
 
 
 def _prompt(row: Row) -> bytes:
@@ -182,13 +188,15 @@ def _hash(rows: Sequence[Row]) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
-def _content(encoded: Sequence[Row]) -> int:
-    """Return a 63-bit hash of the tokens of a row, which of them are trained, and its labels."""
+def _content(encoded: Sequence[Row], classes: Sequence[str]) -> int:
+    """Return a 63-bit hash of the tokens of a row, which of them are trained, its labels and classes."""
     digest = hashlib.blake2b(digest_size=8)
     for row in encoded:
         digest.update(np.ascontiguousarray(row.ids).data)
         digest.update(np.ascontiguousarray(row.trained).data)
         digest.update(row.labels.tobytes())
+    for name in classes:
+        digest.update(b"\0" + name.encode())
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
@@ -198,7 +206,7 @@ _TOLD: dict[Fate, str] = {"refused": "at most {:,}", "dropped": "dropped", "cut"
 
 def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, list[Row]]:
     """Return the fate of a row (one, or one per turn) under `max_length`, and the rows left of it."""
-    group = isinstance(example, Group)
+    group, scored = isinstance(example, Group), isinstance(example, Group) and example.scored
     if all(len(row.ids) <= data.max_length for row in encoded):
         return ("kept" if group or len(encoded) == 1 else "by turn"), list(encoded)
     if data.on_long == "error":
@@ -210,7 +218,7 @@ def _fit(encoded: Sequence[Row], example: Example, data: Data) -> tuple[Fate, li
     left = []
     for row in encoded:
         cut = replace(row, ids=row.ids[: data.max_length], trained=row.trained[: data.max_length])
-        if len(row.ids) <= data.max_length or (data.on_long == "truncate" and cut.count()):
+        if len(row.ids) <= data.max_length or (data.on_long == "truncate" and (scored or cut.count())):
             left.append(cut)
     return ("cut" if left else "dropped"), left
 

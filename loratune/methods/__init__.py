@@ -9,11 +9,12 @@ from pydantic import Field
 from loratune.config.section import BareWord
 from loratune.methods.adalora import AdaLora
 from loratune.methods.full import Full
+from loratune.methods.head import Head
 from loratune.methods.lora import Lora
 from loratune.methods.prompt import Prompt
 
 Method = Annotated[
-    Lora | AdaLora | Prompt | Full,
+    Lora | AdaLora | Prompt | Full | Head,
     Field(discriminator="type"),
     BareWord(
         {
@@ -30,4 +31,4 @@ Method = Annotated[
     ),
 ]
 
-__all__ = ["AdaLora", "Full", "Lora", "Method", "Prompt"]
+__all__ = ["AdaLora", "Full", "Head", "Lora", "Method", "Prompt"]

@@ -60,8 +60,9 @@ def check(folder: Path) -> None:
 
 
 def is_mergeable(folder: Path) -> bool:
-    """Return whether an adapter can be merged into the base's weights: virtual tokens can't."""
-    return safety.read_object(folder / CONFIG).get("peft_type") != "PROMPT_TUNING"
+    """Return whether an adapter can be merged into the base's weights: virtual tokens can't, nor is a head merged."""
+    config = safety.read_object(folder / CONFIG)
+    return config.get("peft_type") != "PROMPT_TUNING" and config.get("task_type") != "SEQ_CLS"
 
 
 def check_mergeable(folder: Path) -> None:
@@ -70,6 +71,9 @@ def check_mergeable(folder: Path) -> None:
     Raises:
         UsageError: when it can't.
     """
+    if safety.read_object(folder / CONFIG).get("task_type") == "SEQ_CLS":
+        told = "has a head that scores rows beside its matrices, which the base has no place for"
+        raise UsageError(Problem(told, Place(str(folder)), "use it with its base, as its README.md shows"))
     if not is_mergeable(folder):
         told = "is a soft prompt, which precedes each row: it can't be merged into the base's weights"
         raise UsageError(Problem(told, Place(str(folder)), "use it with its base: loratune chat, or PEFT"))

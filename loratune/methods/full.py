@@ -23,6 +23,7 @@ class Full(MethodSection):
     type: Literal["full"] = "full"
     output: ClassVar[Output] = "model"
     trains_base: ClassVar[bool] = True
+    scores_rows: ClassVar[bool] = True
 
     @property
     def forgets_by(self) -> str:
@@ -50,8 +51,12 @@ class Full(MethodSection):
             yield Complaint(told, ("method",), f"use `method: lora`, or {without}")
 
     def apply(self, model: PreTrainedModel, setup: Setup) -> Tuned:
-        """Make every parameter trainable."""
+        """Make every parameter trainable, but of the head of the language model where another one is used."""
+        from loratune.models import score_head
+
         model.requires_grad_(True)
+        for parameter in score_head.unused(model):
+            parameter.requires_grad_(False)
         return Whole(model)
 
 
@@ -60,7 +65,9 @@ class Whole(Tuned):
 
     def state(self, final: bool = False) -> dict[str, torch.Tensor]:
         """Return the tensors that `save` writes; shared ones only once."""
-        seen: set[int] = set()
+        from loratune.models import score_head
+
+        seen = {parameter.data_ptr() for parameter in score_head.unused(self.net)}
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.net.state_dict().items():
             if tensor.data_ptr() not in seen:
@@ -70,11 +77,14 @@ class Whole(Tuned):
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, final: bool = False) -> None:
         """Write config.json and model*.safetensors; see `Tuned.save`."""
-        state = tensor_files.cast(self.net.state_dict(), dtype)
-        config = self.net.config.dtype
-        self.net.config.dtype = dtype or config
-        self.net.save_pretrained(folder, state_dict=state)
-        self.net.config.dtype = config
+        from loratune.models import score_head
+
+        net = self.net if score_head.of(self.net) is None else score_head.as_classifier(self.net)
+        state = tensor_files.cast(net.state_dict(), dtype)
+        config = net.config.dtype
+        net.config.dtype = dtype or config
+        net.save_pretrained(folder, state_dict=state)
+        net.config.dtype = config
 
     def load(self, folder: Path) -> None:
         """Restore weights saved by `save`.

@@ -57,6 +57,7 @@ class Lora(MethodSection):
     """Train low-rank matrices A (r x in) and B (out x r) next to frozen weights: W + s B A."""
 
     type: Literal["lora"] = "lora"
+    scores_rows: ClassVar[bool] = True
     has_b: ClassVar[bool] = True
     r: int = Field(16, ge=1, le=4096, description="rank of the update: columns of B and rows of A")
     lora_alpha: float = Field(32, gt=0, description="scale of the update: s = lora_alpha / r")
@@ -302,7 +303,11 @@ class LoraAdapter(Adapter):
     def config(self, final: bool) -> LoraConfig:
         """Return PEFT's configuration as it is to be written."""
         config = super().config(final)
+        from loratune.models import score_head
+
         config.init_lora_weights = True  # a loaded adapter starts from its file
+        if score_head.of(self.net) is not None:
+            config.task_type = "SEQ_CLS"
         return config
 
 

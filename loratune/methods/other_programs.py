@@ -36,6 +36,8 @@ def notes(config: Mapping[str, Any]) -> list[str]:
     """
     if config.get("peft_type") == "PROMPT_TUNING":
         return ["vLLM and llama.cpp can't load this adapter (a soft prompt), and it can't be merged: PEFT can load it"]
+    if config.get("task_type") == "SEQ_CLS":
+        return []  # transformers' sequence classifier with PEFT loads it, as the card shows
     refused = [_REFUSED[key] for key in _REFUSED if config.get(key) not in (None, False, "none", [], {})]
     if config.get("peft_type") == "ADALORA":
         refused = [("AdaLoRA", (VLLM, LLAMA_CPP))]

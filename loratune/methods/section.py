@@ -23,12 +23,16 @@ class MethodSection(Section):
         output: word for a run's output.
         trains_base: whether the base's own weights are trained; they are float32 then, and never quantized.
         padded_only: whether rows must be padded and not packed, as virtual tokens precede each.
+        scores_rows: whether it trains the head that scores rows, where the objective has one.
+        frozen: whether nothing below that head is trained.
         has_b: whether it has B matrices, whose learning rate `optimizer.loraplus_lr_ratio` sets.
     """
 
     output: ClassVar[Output] = "adapter"
     trains_base: ClassVar[bool] = False
     padded_only: ClassVar[bool] = False
+    scores_rows: ClassVar[bool] = False
+    frozen: ClassVar[bool] = False
     has_b: ClassVar[bool] = False
 
     @property

@@ -111,7 +111,7 @@ def excluded(method: Method, model: Any) -> str | None:
     """
     if isinstance(method.target_modules, str) and method.target_modules != "all-linear":
         return None
-    out = _outside(model)
+    out = [*_outside(model), *_score_head(model)]
     if method.target_modules == "all-linear" or method.router == "trained":
         out += _routers(model)
     return rf"({'|'.join(map(re.escape, out))})(\..*)?" if out else None
@@ -137,7 +137,8 @@ def settle(method: Method, config: LoraConfig, model: Any) -> None:
 
 def in_full(method: Method, model: Any) -> list[str]:
     """Return `modules_to_save` for PEFT's config: modules trained in full."""
-    return [*method.modules_to_save, *(_endings(_routers(model)) if method.router == "trained" else [])]
+    routers = _endings(_routers(model)) if method.router == "trained" else []
+    return [*method.modules_to_save, *routers, *_score_head(model)]
 
 
 def notes(method: Method, model: Any) -> list[str]:
@@ -220,14 +221,23 @@ def _nothing(key: str, word: str, known: list[str]) -> Problem:
     return Problem(f"`method.{key}`: `{word}` matches no module of this model; known: {listed(known)}")
 
 
+def _score_head(model: Any) -> list[str]:
+    """Return the name of the head that scores rows, where the model has one."""
+    from loratune.models import score_head
+
+    return [] if score_head.of(model) is None else [score_head.NAME]
+
+
 def _linear(model: Any, head: bool = False) -> list[str]:
     """Return the full names of the linear layers: torch's, its subclasses (quantized ones), and GPT-2's Conv1D."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from loratune.models import score_head
+
     last = None if head else model.get_output_embeddings()
     found = ((n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-    return [name for name, module in found if module is not last]
+    return [name for name, module in found if module is not last and name.split(".")[0] != score_head.NAME]
 
 
 def _outside(model: Any) -> list[str]:

@@ -25,6 +25,7 @@ class Batch:
         tokens: number of tokens, without padding.
         labels: what the data row of each sample says besides its texts, float32, (samples, most labels), NaN after the
             last one of a sample.
+        states: the head's input at each target, float32, (targets, width), where it is known; else None.
         values: known values of each sample by name, float32, (samples,) each.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     tokens: int
     labels: torch.Tensor
     values: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: torch.Tensor | None = None
 
     @property
     def computed(self) -> int:
@@ -54,6 +56,7 @@ class Batch:
 
         names = ("places", "targets", "row", "sample", "labels")
         parts = moved({name: getattr(self, name) for name in names})
+        parts["states"] = None if self.states is None else to_device(self.states, device)
         return replace(self, inputs=moved(self.inputs), values=moved(self.values), **parts)
 
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:

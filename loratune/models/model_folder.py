@@ -11,7 +11,8 @@ from loratune.system import run_files
 
 
 def complete(
-    target: Path, base: Path, config: Any, dtype: str, tokenizer: Any, source: Path | None = None, trust: bool = False
+    target: Path, base: Path, config: Any, dtype: str, tokenizer: Any, source: Path | None = None, trust: bool = False,
+    padding: bool = False,
 ) -> None:  # fmt: skip
     """Write everything but generation_config.json into a folder that holds the weights and config.json of a model.
 
@@ -23,9 +24,10 @@ def complete(
         tokenizer: as it was trained with.
         source: folder the tokenizer was loaded from; None for `base`.
         trust: the base's own code was allowed to run, so it is copied.
+        padding: whether the tokenizer's padding token was chosen, and is written.
     """
     config_files.write_config(target, base, config, dtype)
-    tokenizer_files.write(target, source or base, tokenizer, alone=False)
+    tokenizer_files.write(target, source or base, tokenizer, alone=False, padding=padding)
     copied = [*run_files.PROCESSORS, *(code(base) if trust else ())]
     for name in copied:
         if (base / name).is_file():

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from loratune.kernels import linear_cross_entropy, packed_attention
+from loratune.models import score_head
 from loratune.models.batch import Batch
 
 
@@ -101,6 +102,19 @@ class Policy:
         """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (targets,) each."""
         losses, hits = self.per_target(batch, _losses_and_hits).unbind(1)
         return losses, hits
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """Return the outputs of the head that scores rows, float32, (targets, outputs); see `score_head`."""
+        states = self.last_states(batch) if batch.states is None else batch.states
+        with torch.autocast(states.device.type, enabled=False):
+            scores: torch.Tensor = score_head.of(self.inner)(states.float())
+        return scores
+
+    def last_states(self, batch: Batch) -> torch.Tensor:
+        """Return what the heads read at the targets, in the model's precision, (targets, width)."""
+        with linear_cross_entropy.caught(self.inner.get_output_embeddings(), batch.places) as found:
+            self._forward(batch.inputs)
+        return found[0]
 
     def logits_at(self, inputs: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
         """Return the logits at flat positions over all rows, (places, vocabulary), in the model's precision."""

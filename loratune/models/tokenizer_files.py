@@ -1,7 +1,7 @@
-"""A tokenizer's files: those of the base, byte for byte, except for a changed chat template.
+"""A tokenizer's files: those of the base, byte for byte, except for a changed chat template or padding token.
 
 transformers 5 writes a tokenizer in a form that older versions can't load, and omits files (vocabulary, merges,
-sentencepiece model). Training changes nothing but the chat template, so nothing else is rewritten.
+sentencepiece model). Training changes nothing but these, so nothing else is rewritten.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from loratune.models import config_files, fingerprint, safety
 from loratune.system import run_files
 
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+MAP = "special_tokens_map.json"
 _OLD_TEMPLATE = "chat_template.json"  # written with processors of older models
 PATTERNS = (*run_files.TOKENIZER, *run_files.TEMPLATES)
 
 
-def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
+def write(target: Path, source: Path, tokenizer: Any, alone: bool, padding: bool = False) -> None:
     """Write a tokenizer's files into a folder.
 
     Args:
@@ -27,6 +28,7 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
         source: folder the tokenizer was loaded from; its files are copied.
         tokenizer: as it was trained with.
         alone: whether there is no config.json beside them, which may name the tokenizer's class.
+        padding: whether its padding token was chosen, see `score_head.choose_padding`, and is written.
     """
     clear(target)
     if not any(_found(source, run_files.TOKENIZER)):
@@ -41,6 +43,8 @@ def write(target: Path, source: Path, tokenizer: Any, alone: bool) -> None:
         shutil.copyfile(file, place)
     if changed:
         _write_template(target, source, tokenizer.chat_template)
+    if padding and tokenizer.pad_token not in (None, *_padding(target)):
+        _write_padding(target, str(tokenizer.pad_token))
     if alone and (target / "tokenizer.json").is_file():
         _name_class(target, tokenizer)
 
@@ -74,6 +78,20 @@ def _write_template(target: Path, source: Path, template: Any) -> None:
         config_files.write(
             target / CONFIG, {**config, "chat_template": template if isinstance(template, str) else several}
         )
+
+
+def _padding(folder: Path) -> list[str]:
+    """Return the padding tokens that a tokenizer's files name: one, if they agree."""
+    named = [safety.read_object(folder / name).get("pad_token") for name in (CONFIG, MAP) if (folder / name).is_file()]
+    return [one["content"] if isinstance(one, dict) else one for one in named if one is not None]
+
+
+def _write_padding(target: Path, token: str) -> None:
+    """Write a padding token into the files that name one."""
+    for name in (CONFIG, MAP):
+        if (target / name).is_file() or name == CONFIG:
+            known = safety.read_object(target / name) if (target / name).is_file() else {}
+            config_files.write(target / name, {**known, "pad_token": token})
 
 
 def _name_class(target: Path, tokenizer: Any) -> None:

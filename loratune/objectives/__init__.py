@@ -7,12 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from loratune.config.section import BareWord
+from loratune.objectives.classify import Classify
 from loratune.objectives.kto import Kto
 from loratune.objectives.preference import Cpo, Dpo, Orpo, Simpo
+from loratune.objectives.reward import Reward
 from loratune.objectives.sft import Sft
 
 Objective = Annotated[
-    Sft | Dpo | Orpo | Simpo | Cpo | Kto,
+    Sft | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Classify,
     Field(discriminator="type"),
     BareWord(
         {
@@ -21,10 +23,12 @@ Objective = Annotated[
             "cdpo": "write `{type: dpo, label_smoothing: 0.1}`",
             "rdpo": "write `{type: dpo, loss: robust, label_smoothing: 0.1}`",
             "apo": "write `{type: dpo, loss: apo_zero}`",
+            "reward_model": "write `reward`",
+            "classification": "write `classify`",
             "rpo": "write `{type: dpo, sft_weight: 1.0}`",
         },
         default="sft",
     ),
 ]
 
-__all__ = ["Cpo", "Dpo", "Kto", "Objective", "Orpo", "Sft", "Simpo"]
+__all__ = ["Classify", "Cpo", "Dpo", "Kto", "Objective", "Orpo", "Reward", "Sft", "Simpo"]

@@ -131,6 +131,15 @@ class ObjectiveSection(Section):
         """
         return {}
 
+    @property
+    def outputs(self) -> int:
+        """Outputs of the head that scores a row at its last token; 0 where the language model's own head is used."""
+        return 0
+
+    def head(self) -> dict[str, object]:
+        """Return transformers' settings of a sequence classifier with this head, such as the names of its classes."""
+        return {}
+
     def count(self, batch: Batch) -> int:
         """Return the divisor of the summed loss of a micro-batch: its samples with a target.
 

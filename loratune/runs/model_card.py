@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratune.recipe import Recipe
@@ -21,8 +21,9 @@ def write(recipe: Recipe, facts: Facts) -> str:
     adapter = recipe.method.output == "adapter"
     named = recipe.model.base
     front = _front(named, "adapter" if adapter else "finetune")
-    front += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation", "tags:"]
-    front += ["- loratune", *([f"- {recipe.method.type}"] if adapter else [])]
+    front += [f"library_name: {'peft' if adapter else 'transformers'}"]
+    kind = "text-classification" if recipe.objective.outputs else "text-generation"
+    front += [f"pipeline_tag: {kind}", "tags:", "- loratune", *([f"- {recipe.method.type}"] if adapter else [])]
     setup, end = facts.prepared, facts.end
     assert end is not None
     data = setup.data["train"]
@@ -46,9 +47,13 @@ def write(recipe: Recipe, facts: Facts) -> str:
         f"| time in steps | {end.seconds:.0f} s |", "",
         *_figures(end.best_evaluation),
         "![loss](loss.svg)", "",
-        *use(
-            recipe.output if adapter else None, setup.base, setup.chat, list(setup.turn_ends),
-            recipe.model.revision,
+        *(
+            use_scores(recipe.output if adapter else None, setup.base, recipe.objective.head(), recipe.model.revision)
+            if recipe.objective.outputs
+            else use(
+                recipe.output if adapter else None, setup.base, setup.chat, list(setup.turn_ends),
+                recipe.model.revision,
+            )
         ),
         "",
         "`recipe.yaml` is the full recipe of the run, `run.json` has versions and counts, `metrics.jsonl` every step.",
@@ -100,6 +105,44 @@ def _front(base: str, relation: str) -> list[str]:
     """Return the card's metadata lines on the base: none for a base that is on this machine only."""
     known = hub_id(base)
     return [f"base_model: {json.dumps(known, ensure_ascii=False)}", f"base_model_relation: {relation}"] if known else []
+
+
+def use_scores(
+    adapter: str | None, base: str, head: Mapping[str, Any], revision: str | None = None
+) -> list[str]:  # fmt: skip
+    """Return the section on how to use a classifier or a reward model, with code that runs unchanged in its folder.
+
+    Args:
+        adapter: folder of the adapter, or None for a full model.
+        base: its base model, as in `use`.
+        head: transformers' settings of the classifier, as `ObjectiveSection.head` returns them.
+        revision: of the base model, as in `use`.
+    """
+    names = "AutoModelForSequenceClassification, AutoTokenizer"
+    lines = [*(["from peft import PeftModel"] if adapter else []), f"from transformers import {names}", ""]
+    lines += ['folder = "."  # this folder; from elsewhere, its path or hub id']
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    if adapter:
+        at = f"base, revision={revision!r}" if revision else "base"
+        lines += [
+            f"base = {_base(base, adapter)!r}  # the base model: its path or hub id",
+            f"labels = {dict(head['id2label'])!r}",
+            "model = AutoModelForSequenceClassification.from_pretrained(",
+            f'    {at}, num_labels=len(labels), id2label=labels, pad_token_id=tokenizer.pad_token_id, dtype="auto"',
+            ")",
+            "model = PeftModel.from_pretrained(model, folder)",
+        ]
+    else:
+        lines += ['model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")']
+    if list(head["id2label"].values()) == ["score"]:
+        lines += [
+            'messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]',
+            'inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")',
+        ]
+    else:
+        lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    lines += ["print(model(**inputs.to(model.device)).logits)"]
+    return ["## Use", "", "```python", *lines, "```"]
 
 
 def use(

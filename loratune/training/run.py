@@ -26,6 +26,7 @@ from loratune.runs.checkpoint import Progress
 from loratune.runs.facts import End, Facts
 from loratune.system import garbage, startup, storage  # fmt: skip
 from loratune.training import (
+    head_states,
     launcher,
     loop,
     memory_use,
@@ -107,6 +108,7 @@ def train(
                 begun()  # from here on the run folder is this run's
                 session.open_folder(job, progress, resume)
                 reference.take(job, resumed=found is not None)
+                head_states.take(job)
                 run = _finish(job, _loop(job, progress, asked))
             report.tell(_ended(job, run))
     return run

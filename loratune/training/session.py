@@ -132,7 +132,7 @@ def save(job: Job, progress: Progress, random: Randomness) -> Progress:
     def write(folder: Path) -> None:
         job.tuned.save(folder)
         write_origin(job, folder)
-        if job.recipe.method.output == "model":
+        if job.recipe.method.output == "model" and not job.recipe.method.frozen:
             config_files.write_config(
                 folder, base_files.folder_of(job.recipe.model), job.net.config, name_of(job.net.dtype)
             )
@@ -159,12 +159,13 @@ def write_origin(job: Job, folder: Path) -> None:
 
 def write_readable(job: Job, folder: Path) -> None:
     """Write the tokenizer, and other files that other programs expect beside the weights."""
-    base = base_files.folder_of(job.recipe.model)
+    base, padding = base_files.folder_of(job.recipe.model), job.recipe.objective.pooled
     if job.recipe.method.output == "model":
         trust = job.facts.start.trust_remote_code
-        model_folder.complete(folder, base, job.net.config, name_of(job.base.loaded.dtype), job.tokenizer, trust=trust)
+        dtype = name_of(job.base.loaded.dtype)
+        model_folder.complete(folder, base, job.net.config, dtype, job.tokenizer, trust=trust, padding=padding)
     else:
-        tokenizer_files.write(folder, base, job.tokenizer, alone=True)
+        tokenizer_files.write(folder, base, job.tokenizer, alone=True, padding=padding)
 
 
 def check_code(job: Job) -> None:

@@ -20,7 +20,7 @@ from loratune.kernels.layer_kinds import name_of
 from loratune.methods import Lora, targets, tensor_files
 from loratune.methods.tuned import Setup as MethodSetup
 from loratune.methods.tuned import Tuned
-from loratune.models import base_model, end_tokens, fingerprint, generate
+from loratune.models import base_model, end_tokens, fingerprint, generate, score_head
 from loratune.models.base_model import Loaded
 from loratune.objectives.compared import Compared
 from loratune.recipe import Recipe
@@ -104,8 +104,12 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     sets, before = [rows for rows in (data.train, data.held_out) if rows is not None], recipe.method.before_rows
     reached = [model_limits.check(loaded.model, rows, _remedy(loaded.model, before), before) for rows in sets]
     loaded.notes += dict.fromkeys(note for note in reached if note)
-    trained = turn_ends.of_rows(data.train, encoder)
-    loaded.notes += end_tokens.notes(trained, end_tokens.of_model(loaded.model, encoder.tokenizer), encoder.tokenizer)
+    trained: tuple[int, ...] = ()
+    if recipe.objective.pooled:
+        loaded.notes += score_head.choose_padding(loaded.model, encoder.tokenizer, data.train.last_tokens())
+    else:
+        trained, known = turn_ends.of_rows(data.train, encoder), end_tokens.of_model(loaded.model, encoder.tokenizer)
+        loaded.notes += end_tokens.notes(trained, known, encoder.tokenizer)
     if recipe.objective.values and base_model.turn_off_dropout(loaded.model):
         loaded.notes.append("the base's dropout is off, as the model is compared with itself before step 1")
     chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion"}
@@ -113,6 +117,7 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     origin = {
         **fingerprint.record(recipe.model, encoder.tokenizer),
         "turn_ends": end_tokens.named(trained, encoder.tokenizer),
+        **({"head": recipe.objective.head()} if recipe.objective.outputs else {}),
     }
     return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
 
@@ -141,6 +146,8 @@ def _remedy(net: Any, before: int) -> str:
 def apply_method(recipe: Recipe, loaded: Loaded, data: Data, length: Length, where: torch.device) -> Tuned:
     """Apply the method to the base: add or select the trained parameters."""
     set_seed(recipe.train.seed)
+    if recipe.objective.outputs:
+        score_head.add(loaded.model, recipe.objective.outputs, recipe.objective.head())
     about = MethodSetup(
         length.steps, data.encoder.tokenizer, lambda: _first_batches(recipe, data.train, where), recipe.model.revision
     )

@@ -278,6 +278,7 @@ def test_collate() -> None:
         "tokens": 5,
         "labels": [[], []],
         "values": {},
+        "states": None,
     }
     assert collate.labels(batch).tolist() == [[-100, -100, 7], [-100, 9, -100]]
     assert batch.computed == 6
@@ -366,6 +367,7 @@ def test_collate_packed() -> None:
         "tokens": 5,
         "labels": [[], []],
         "values": {},
+        "states": None,
     }
     assert batch.inputs["cu_seq_lens_q"].dtype == torch.int32
     assert batch.computed == 5
@@ -394,6 +396,7 @@ def test_collate_shared() -> None:
         "tokens": 8,
         "labels": [[], []],
         "values": {},
+        "states": None,
     }
     assert batch.inputs["cu_seq_lens_q"].dtype == batch.inputs["cu_seq_lens_k"].dtype == torch.int32
     assert batch.computed == 3

@@ -13,12 +13,13 @@ from loratune.data.formats.chat import Chat
 from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
 from loratune.data.formats.kto import Rated
+from loratune.data.formats.labelled import Labelled
 from loratune.data.formats.preference import Preference
 from loratune.data.formats.section import FormatSection
 from loratune.data.formats.text import Text
 
 Format = Annotated[
-    Auto | Chat | Instruction | Completion | Text | Preference | Rated,
+    Auto | Chat | Instruction | Completion | Text | Preference | Rated | Labelled,
     Field(discriminator="type"),
     BareWord(
         {
@@ -28,6 +29,8 @@ Format = Annotated[
             "prompt_completion": "write `completion`",
             "dpo": "write `preference`",
             "pretraining": "write `text`",
+            "classification": "write `labelled`",
+            "labeled": "write `labelled`",
         }
     ),
 ]
@@ -49,6 +52,7 @@ __all__ = [
     "Format",
     "Group",
     "Instruction",
+    "Labelled",
     "Plain",
     "Preference",
     "Rated",

@@ -44,10 +44,12 @@ class Plain:
     Attributes:
         segments: (text, trained) in order.
         divisible: whether the text may be cut into several rows without losing its meaning.
+        closed: whether an end-of-text token follows.
     """
 
     segments: tuple[tuple[str, bool], ...]
     divisible: bool = False
+    closed: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,15 @@ class Group:
         parts: each with the prompt it follows.
         labels: what the row says besides its texts, as numbers that the objective knows.
         what: word for the parts, for messages.
+        scored: whether no token is trained, as the objective looks at the last one.
+        classes: names of the row's classes, which become labels once all are known.
     """
 
     parts: tuple[Conversation | Plain, ...]
     labels: tuple[float, ...] = ()
     what: str = "answers"
+    scored: bool = False
+    classes: tuple[str, ...] | None = None
 
 
 Example = Conversation | Plain | Group
