@@ -30,6 +30,7 @@ from tests.conftest import Fit, Trained, adapted
 from tests.objectives.test_preference import samples
 from tests.objectives.test_sft import llama
 from tests.oracle.test_resume import _exactly, _stop_after
+from tests.oracle.test_split import _two_processes
 
 SHORT = {"epochs": 0.5}
 
@@ -241,6 +242,32 @@ def test_a_cache_that_cannot_be_written_is_told(
     reference_store.folder().write_text("a file")
     assert pairs.fitted(fit, tmp_path, train=SHORT)("first").column("loss")[0] == pytest.approx(0.6931, abs=1e-4)
     assert "is not cached for the next run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reference", ["start", *(pytest.param(name, marks=pytest.mark.slow) for name in ("live", "named"))]
+)
+def test_two_processes_are_one(fit: Fit, tmp_path: Path, base: Path, reference: str) -> None:
+    """The first process alone writes the values to the cache, and a second run of both finds them there."""
+    other = fit("other", optimizer={"lr": 0.01}, train={"epochs": 2}).folder if reference == "named" else reference
+    objective = {"type": "dpo", "reference": str(other)}
+    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "held.jsonl"), "packing": "off"}
+    alone = pairs.fitted(fit, tmp_path)("alone", objective=objective, data=data)
+    shutil.rmtree(reference_store.folder(), ignore_errors=True)
+    (tmp_path / "two").mkdir()
+    recipe = tiny.write_recipe(tmp_path / "two", base, objective=objective, data=data)
+    found = [json.loads(line) for line in (_two_processes(recipe) / "metrics.jsonl").read_text().splitlines()]
+    events = [alone.events(kind) for kind in ("step", "eval")]
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for some in events for e in some], abs=1e-5)
+    files = list(reference_store.folder().glob("*")) if reference != "live" else []
+    assert len(files) == (reference != "live")
+    if reference == "start":
+        before = files[0].read_bytes()
+        shutil.rmtree(tmp_path / "two" / "run")
+        again = [json.loads(line) for line in (_two_processes(recipe) / "metrics.jsonl").read_text().splitlines()]
+        assert [e["loss"] for e in again] == [e["loss"] for e in found]
+        assert list(reference_store.folder().glob("*")) == files
+        assert files[0].read_bytes() == before
 
 
 # ---------------------------------------------------------------- another adapter, another model
