@@ -7,13 +7,16 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+from transformers import LlamaForSequenceClassification
 
 import loratune
 from loratune import recipe
@@ -32,6 +35,7 @@ from tests import pairs, tiny
 from tests.conftest import Fit, Trained
 from tests.objectives.test_sft import llama
 from tests.oracle.test_resume import _stop_after
+from tests.oracle.test_split import _two_processes
 
 WORDS = {"good": ["yes", "red", "sun"], "bad": ["no", "blue", "rain"]}
 
@@ -399,3 +403,58 @@ def test_a_frozen_model_runs_once(fit: Fit, tmp_path: Path, monkeypatch: pytest.
     each = losses(train(fit, tmp_path, "each", labelled(32), method={"type": "head"}))
     assert sum(seen) > 4 * 32
     assert once == pytest.approx(each, rel=1e-5)
+
+
+# ---------------------------------------------------------------- beside TRL, and on two processes
+
+
+@pytest.mark.parametrize("centre", [0.0, 0.3])
+def test_the_loss_and_gradient_of_a_reward_are_those_of_trl(centre: float) -> None:
+    """TRL 1.16 on transformers' own classifier, whose padding is on the right: to 1e-5."""
+    trainer = pytest.importorskip("trl").RewardTrainer
+    net = net_with(1)
+    rows = rows_of(8, [[1.5], [], [], [], [-0.5], [], [0.0], []])
+    samples = [Sample((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
+    batch = collate(samples)
+    loss, _ = Reward(centre=centre).total(Policy(net), batch)
+    (loss / 4).backward()
+    got = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+
+    net.config.pad_token_id = 0  # no row has it
+    classifier = LlamaForSequenceClassification(net.config)
+    classifier.load_state_dict(score_head.as_classifier(net).state_dict())
+    order = [*range(0, 8, 2), *range(1, 8, 2)]  # chosen first
+    inputs = {name: batch.inputs[name][order] for name in ("input_ids", "attention_mask")}
+    inputs["margin"] = torch.tensor([1.5, 0.0, -0.5, 0.0])
+
+    class Alone:
+        def gather(self, given: torch.Tensor) -> torch.Tensor:
+            return given
+
+        gather_for_metrics = gather
+
+    me = SimpleNamespace(
+        model=classifier, accelerator=Alone(), _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
+        _tp_size=1, args=SimpleNamespace(center_rewards_coefficient=centre or None),
+    )  # fmt: skip
+    wanted = trainer.compute_loss(me, classifier, inputs)
+    wanted.backward()
+    assert loss.item() / 4 == pytest.approx(wanted.item(), rel=1e-5)
+    parameters = dict(classifier.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_two_processes_are_one(fit: Fit, base: Path, tmp_path: Path, method: str) -> None:
+    rows, sections = labelled(24), {"objective": "classify", "method": {"type": method}, "optimizer": {"lr": 1e-2}}
+    sections["train"] = {"epochs": 2, "batch_size": 8, "log_every": 1}
+    data = {"train": str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows)), "format": "labelled", "eval_fraction": 0.2}
+    one = fit("one", data=data, **sections)
+    (tmp_path / "two").mkdir()
+    folder = _two_processes(tiny.write_recipe(tmp_path / "two", base, data=data, **sections))
+    two = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
+    assert [line["loss"] for line in two if line["kind"] == "step"] == pytest.approx(losses(one), rel=1e-5)
