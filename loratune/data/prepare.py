@@ -168,7 +168,7 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     longest = max(len(row.ids) for row in encoded)
     reason = f"{longest:,} tokens, {told.format(data.max_length)}" if told else ""
     tokens = sum(len(row.ids) for row in encoded)
-    order = (_hash(encoded), _hash(encoded[::-1])) if data.format.sample == "pair" else None
+    order = _order(*encoded) if data.format.sample == "pair" else None
     classes = group.classes if group else None
     content = _content(encoded, classes or ())
     return Prepared(place, fate, reason, format, tokens, content, tuple(pieces), order=order, classes=classes)
@@ -179,13 +179,12 @@ def _prompt(row: Row) -> bytes:
     return row.ids[: int(row.trained.argmax())].tobytes()
 
 
-def _hash(rows: Sequence[Row]) -> int:
-    """Return a 63-bit hash of the tokens of some rows, in their order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        digest.update(b"%d " % len(row.ids))
-        digest.update(np.ascontiguousarray(row.ids).data)
-    return int.from_bytes(digest.digest(), "big") >> 1
+def _order(chosen: Row, rejected: Row) -> tuple[int, int]:
+    """Return a 63-bit hash of the tokens of a pair, and that of the same pair with its answers swapped."""
+    one, other = (
+        int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest(), "big") for row in (chosen, rejected)
+    )
+    return (3 * one + other) >> 3, (3 * other + one) >> 3  # below 2^66 before
 
 
 def _content(encoded: Sequence[Row], classes: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -74,8 +75,24 @@ def _rated(random: Random) -> list[Row]:
     return made
 
 
-SOUND: dict[str, Callable[[Random], list[Row]]] = {"dpo": _pairs, "orpo": _pairs, "kto": _rated}
-"""Rows that an objective can learn from."""
+@dataclass(frozen=True)
+class Kind:
+    """Rows that an objective can learn from.
+
+    Attributes:
+        rows: returns some of them.
+        format: how they are read, or None for the objective's own.
+    """
+
+    rows: Callable[[Random], list[Row]]
+    format: Any = None
+
+
+SOUND: dict[str, Kind] = {
+    "dpo": Kind(_pairs),
+    "kto": Kind(_rated),
+    "orpo": Kind(_pairs, {"type": "preference", "texts": "messages"}),
+}
 
 
 def _twist(row: Row, random: Random) -> Row:
@@ -135,7 +152,7 @@ def odd_samples(random: Random, scene: Path, home: Path) -> Case:
     from tests.faults import oddities
 
     objective = random.choice(sorted(SOUND))
-    rows: list[Any] = SOUND[objective](random)
+    rows: list[Any] = SOUND[objective].rows(random)
     for _ in range(random.choice([0, 1, 1, 2, 4])):
         place = random.randrange(len(rows))
         if isinstance(rows[place], dict) and random.random() < 0.7:
@@ -145,6 +162,8 @@ def odd_samples(random: Random, scene: Path, home: Path) -> Case:
     recipe = oddities.recipe_of(scene) | {"objective": objective}
     name, raw = _file(rows, random)
     recipe["data"] = {"train": name, "max_length": random.choice([24, 64, 256])}
+    if SOUND[objective].format is not None:
+        recipe["data"]["format"] = SOUND[objective].format
     if random.random() < 0.5:
         recipe["data"] |= {"on_bad_row": "skip", "max_lost": 1, "on_long": "drop"}
     oddities.write(home, recipe)

@@ -32,7 +32,9 @@ def test_rows_or_an_error_that_names_the_file(number: int, tmp_path: Path, base:
 
 @pytest.mark.parametrize("objective", sorted(odd_samples.SOUND))
 def test_the_rows_that_are_damaged_are_sound(objective: str, tmp_path: Path, base: Path) -> None:
-    rows = [row for seed in range(20) for row in odd_samples.SOUND[objective](Random(seed))]
-    tiny.write_recipe(tmp_path, base, objective=objective, data={"train": "rows.jsonl"})
+    kind = odd_samples.SOUND[objective]
+    rows = [row for seed in range(20) for row in kind.rows(Random(seed))]
+    given = {"format": kind.format} if kind.format else {}
+    tiny.write_recipe(tmp_path, base, objective=objective, data={"train": "rows.jsonl", **given})
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert inspect(load_recipe(tmp_path / "recipe.yaml")).rows == len(rows)
