@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def test_labels(label: Any, number: float) -> None:
     "row",
     [
         {"prompt": [USER], "completion": [GOOD], "label": False},
+        {"prompt": [USER], "completion": "good", "label": False},
+        {"prompt": "hi", "completion": [GOOD], "label": False},
+        {"prompt": json.dumps([USER]), "completion": json.dumps([GOOD]), "label": "0"},
         {"messages": [USER, GOOD], "label": False},
         {"messages": [USER, GOOD], "kto_tag": "false"},
         {"messages": [USER, GOOD], "kto_tag": False, "label": None},
@@ -75,7 +79,13 @@ def test_other_column_names() -> None:
         ({"prompt": "q", "completion": " ", "label": True}, "`completion` is empty"),
         ({"prompt": "q", "label": True}, "`completion` is missing"),
         ({"prompt": 3, "completion": "a", "label": True}, "`prompt` must be a string, given a number"),
-        ({"prompt": [USER], "completion": "a", "label": True}, "`completion` must be a list of messages"),
+        ({"prompt": "", "completion": "a", "label": True}, "`prompt` is empty: there is no prompt"),
+        ({"prompt": [], "completion": [GOOD], "label": True}, "`prompt` is empty: there is no prompt"),
+        ({"prompt": [USER], "completion": 5, "label": True}, "`completion` must be a string, given a number"),
+        ({"prompt": [USER], "completion": [USER, GOOD], "label": True}, "`completion` must begin with an assistant"),
+        ({"prompt": [USER, GOOD], "completion": [GOOD], "label": True}, "the answer follows one of the role `assistant`"),
+        ({"messages": [{**USER, "role": "system"}, GOOD], "label": 1}, "the answer follows one of the role `system`"),
+        ({"messages": [GOOD], "label": True}, "`messages` must answer a message of the user's (or a tool's)"),
         ({"prompt": [USER], "completion": [USER], "label": True}, "`completion` has no assistant message"),
         ({"prompt": [USER], "completion": [GOOD, USER], "label": True}, "`completion` must end with an assistant"),
         ({"messages": [USER, GOOD, USER], "label": True}, "`messages` must end with an assistant message"),

@@ -18,6 +18,7 @@ from loratune.data.formats.base import (
     has_content,
     named,
     parsed,
+    text_column,
     unread,
 )
 from loratune.data.formats.section import FormatSection
@@ -37,6 +38,8 @@ _SHAREGPT = {
     "function_response": "tool",
 }
 _OURS = {"role", "content", "function_call", "train", "weight"}  # keys of a message that are read here
+_LISTED = re.compile(r"\s*\[\s*\{\s*([\"'])(?:role|content|from|value)\1\s*:")
+ASKS = ("user", "tool")  # roles that an assistant answers
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -116,6 +119,29 @@ def messages_of(turns: list[Any], name: str) -> list[tuple[dict[str, Any], bool]
     """
     places = (f"{name}[{index}]" for index in range(len(turns)))
     return [(_message(turn, place), _is_trained(turn, place)) for turn, place in zip(turns, places, strict=True)]
+
+
+def text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
+    """Return a text, or a list of messages: given as such, as one message, or as JSON text."""
+    value = column(row, name)
+    if isinstance(value, list):
+        return value
+    return [value] if isinstance(value, dict) else listed_in(text_column(row, name), name)
+
+
+def listed_in(text: str, name: str) -> str | list[Any]:
+    """Return the list of messages that a text is in JSON, as tables have them; any other text as it is."""
+    if not (found := _LISTED.match(text)):
+        return text
+    if found[1] == "'":
+        raise RowError(name, "is a list of messages as Python prints it; write it as JSON")
+    try:
+        turns = parsed(text, name)
+    except RowError:
+        return text
+    keys = ({"role", "content"}, {"from", "value"})
+    listed = all(isinstance(turn, dict) and any(some <= turn.keys() for some in keys) for turn in turns)
+    return turns if listed else text
 
 
 def known_tools(row: Mapping[str, Any], template: str) -> tuple[str, ...]:

@@ -16,10 +16,9 @@ from loratune.data.formats.base import (
     column,
     has_content,
     named,
-    text_column,
     unread,
 )
-from loratune.data.formats.chat import Chat, joined, known_tools, lost_keys
+from loratune.data.formats.chat import ASKS, Chat, joined, known_tools, lost_keys, text_or_messages
 from loratune.data.formats.section import FormatSection
 from loratune.errors import shorten
 
@@ -50,25 +49,24 @@ class Rated(FormatSection):
         """
         if self._is_chat(row):
             part: Conversation | Plain = self._chat(row)
-        elif isinstance(row.get(self.prompt), list) or isinstance(row.get(self.completion), list):
-            part = self._messages(row)
         else:
-            prompt, completion = text_column(row, self.prompt), text_column(row, self.completion)
-            if not completion.strip():
-                raise RowError(self.completion, "is empty: there is nothing to learn")
-            part = Plain(((prompt, False), (completion, True)))
+            values = self._values(row)
+            prompt, completion = values.values()
+            if isinstance(prompt, str) and isinstance(completion, str):
+                part = Plain(((prompt, False), (completion, True)))
+            else:
+                part = self._messages(row, values)
         return Group((part,), labels=(self._label(row),), what="completions")
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
         """Return the columns with content, and the keys of messages, that `read` does not use."""
         if self._is_chat(row):
             return Chat().unread(self._unrated(row), template)
-        names = (self.prompt, self.completion)
-        if not isinstance(row.get(self.completion), list):
-            return unread(row, (*names, *self._labels))
-        found = unread(row, [*names, *self._labels, *known_tools(row, template)])
-        for name in names:
-            found += lost_keys(row[name], name, template)
+        lists = {name: value for name, value in self._values(row).items() if isinstance(value, list)}
+        tools = known_tools(row, template) if lists else ()
+        found = unread(row, [self.prompt, self.completion, *self._labels, *tools])
+        for name, value in lists.items():
+            found += lost_keys(value, name, template)
         return found
 
     @property
@@ -88,12 +86,26 @@ class Rated(FormatSection):
         name = "messages" if has_content(row.get("messages")) else "conversations"
         return _ended(Chat(train_on="last").read(self._unrated(row)), name)
 
-    def _messages(self, row: Mapping[str, Any]) -> Conversation:
-        names = (self.prompt, self.completion)
-        for name in names:
-            if not isinstance(row.get(name), list):
-                raise RowError(name, f"must be a list of messages, as the other is, given {named(row.get(name))}")
-        return _ended(joined(row, {name: row[name] for name in names}, learned=self.completion), self.completion)
+    def _values(self, row: Mapping[str, Any]) -> dict[str, str | list[Any]]:
+        """Return prompt and completion, by their columns: each a text or a list of messages."""
+        values = {name: text_or_messages(row, name) for name in (self.prompt, self.completion)}
+        for name, value in values.items():
+            if not has_content(value):
+                raise RowError(
+                    name, f"is empty: there is {'nothing to learn' if name == self.completion else 'no prompt'}"
+                )
+        return values
+
+    def _messages(self, row: Mapping[str, Any], values: Mapping[str, str | list[Any]]) -> Conversation:
+        """Return prompt and completion as a conversation; a text is the user's or the assistant's message."""
+        lists = {
+            name: value if isinstance(value, list) else [{"role": role, "content": value}]
+            for (name, value), role in zip(values.items(), ("user", "assistant"), strict=True)
+        }
+        found = _ended(joined(row, lists, learned=self.completion), self.completion)
+        if found.messages[len(lists[self.prompt])]["role"] != "assistant":
+            raise RowError(self.completion, "must begin with an assistant message")
+        return found
 
     def _label(self, row: Mapping[str, Any]) -> float:
         there = [name for name in self._labels if has_content(row.get(name))]
@@ -111,6 +123,10 @@ def _ended(found: Conversation, name: str) -> Conversation:
         raise RowError(name, "must end with an assistant message")
     if not last["content"].strip() and not last.get("tool_calls"):
         raise RowError(name, "ends with an empty answer: there is nothing to learn")
+    first = found.trained.index(True)
+    if first == 0 or found.messages[first - 1]["role"] not in ASKS:
+        after = f"follows one of the role `{found.messages[first - 1]['role']}`" if first else "is the first"
+        raise RowError(name, f"must answer a message of the user's (or a tool's), but the answer {after}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,11 +20,20 @@ from loratune.data.formats.base import (
     column,
     has_content,
     named,
-    parsed,
     text_column,
     unread,
 )
-from loratune.data.formats.chat import known_tools, lost_keys, messages_of, role_of, tools_of, with_system
+from loratune.data.formats.chat import (
+    ASKS,
+    known_tools,
+    listed_in,
+    lost_keys,
+    messages_of,
+    role_of,
+    text_or_messages,
+    tools_of,
+    with_system,
+)
 from loratune.data.formats.section import FormatSection
 
 Turn = tuple[dict[str, Any], bool]  # a message, and whether it may be trained
@@ -40,8 +48,6 @@ _ANSWERS = (
 )
 _LISTS = ("messages", "conversations")
 _QUESTIONS = ("instruction", "question", "query", "input")  # texts that a user says
-_LISTED = re.compile(r"\s*\[\s*\{\s*([\"'])(?:role|content|from|value)\1\s*:")
-_ASKS = ("user", "tool")
 _EMPTY = "is empty: there is nothing to compare"
 
 
@@ -163,10 +169,10 @@ class Preference(FormatSection):
         """Return the prompt (or None) and both answers, each a text or a list of messages."""
         prompt = None
         if names.prompt is not None and (has_content(row.get(names.prompt)) or names.prompt not in row):
-            prompt = _value(row, names.prompt)
+            prompt = text_or_messages(row, names.prompt)
         if names.more is not None and isinstance(prompt, str):
             prompt = f"{prompt}\n\n{text_column(row, names.more)}"
-        answers = [_value(row, name) for name in (names.chosen, names.rejected)]
+        answers = [text_or_messages(row, name) for name in (names.chosen, names.rejected)]
         for name, answer in zip((names.chosen, names.rejected), answers, strict=True):
             if not has_content(answer):
                 raise RowError(name, _EMPTY)
@@ -205,31 +211,8 @@ def _are_texts(values: Any) -> bool:
 
 def _is_whole(value: Any, name: str) -> bool:
     """Return whether an answer is a conversation with its prompt."""
-    turns = _listed(value, name) if isinstance(value, str) else value
+    turns = listed_in(value, name) if isinstance(value, str) else value
     return isinstance(turns, list) and bool(turns) and role_of(turns[0]) != "assistant"
-
-
-def _value(row: Mapping[str, Any], name: str) -> str | list[Any]:
-    """Return a text, or a list of messages: given as such, as one message, or as JSON text."""
-    value = column(row, name)
-    if isinstance(value, list):
-        return value
-    return [value] if isinstance(value, dict) else _listed(text_column(row, name), name)
-
-
-def _listed(text: str, name: str) -> str | list[Any]:
-    """Return the list of messages that a text is in JSON, as tables have them; any other text as it is."""
-    if not (found := _LISTED.match(text)):
-        return text
-    if found[1] == "'":
-        raise RowError(name, "is a list of messages as Python prints it; write it as JSON")
-    try:
-        turns = parsed(text, name)
-    except RowError:
-        return text
-    keys = ({"role", "content"}, {"from", "value"})
-    listed = all(isinstance(turn, dict) and any(some <= turn.keys() for some in keys) for turn in turns)
-    return turns if listed else text
 
 
 def _conversations(
@@ -283,7 +266,7 @@ def _begins(turns: list[Turn], before: list[Turn]) -> bool:
 def _check_prompt(names: _Names, before: list[Turn]) -> None:
     if not before:
         raise RowError(names.rejected, f"and `{names.chosen}` have no first message in common: there is no prompt")
-    if (role := before[-1][0]["role"]) not in _ASKS:
+    if (role := before[-1][0]["role"]) not in ASKS:
         told = f"must follow a message of the user's (or a tool's), but what they have in common ends with `{role}`"
         raise RowError(names.chosen, f"and `{names.rejected}` {told}")
 
