@@ -232,7 +232,7 @@ def init(
             "--for",
             metavar="KIND",
             callback=_kind,
-            help="what to learn: sft (answers), preference, kto (ratings), reward, or classify (labels)",
+            help="what to learn: sft (answers), preference, kto (ratings), reward, classify, or pattern (labels)",
         ),
     ] = "sft",
 ) -> None:

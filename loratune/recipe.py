@@ -342,7 +342,7 @@ def _absolute(recipe: Recipe, folder: Path, tree: Tree, problems: list[Problem])
             Problem(f"`{shorten(recipe.output)}` can't be the run folder", tree.place("output"), "name a new folder")
         )
     if recipe.data.format.type == "auto" and "auto" not in recipe.objective.formats:
-        data["format"] = made(recipe.objective.formats[0])
+        data["format"] = made(recipe.objective.formats[0]) or recipe.data.format
     method = recipe.method
     if isinstance(method, Lora) and method.continue_from is not None:
         method = _continued(method, method.continue_from, folder, tree, problems)

@@ -143,6 +143,17 @@ def test_init_for_something_else(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_init_for_a_pattern(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    assert call("init", tmp_path / "a", "--base", base, "--for", "pattern").exit_code == 0
+    loaded = load(tmp_path / "a/recipe.yaml", ["train.epochs=1"])
+    assert loaded.data.format.patterns == ("Question: {text}\nDepartment:", "{text}\nThis is about the")
+    run = loratune.train(loaded)
+    assert run.steps == 4
+    rows = [json.loads(line) for line in (tmp_path / "a/data/train.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows].count("order") == 8
+
+
 def test_init_with_a_base(tmp_path: Path) -> None:
     done = call("init", tmp_path / "a", "--base", "some/model")
     assert done.exit_code == 0

@@ -13,7 +13,7 @@ import yaml
 
 from loratune import recipe
 from loratune.training import run
-from tests import pairs, rated, tiny
+from tests import labelled, pairs, rated, tiny
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "demo")  # the demo trains on rows of its own
@@ -49,11 +49,16 @@ def copied(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     copy = tmp_path / request.param.name
     copy.write_text(request.param.read_text())
     tree = yaml.safe_load(copy.read_text())
-    kind = tree["data"].get("format", "chat")
+    kind = _kind(tree)
     for source in _sources(tree):
         if not _on_hub(source):
             _write_rows(tmp_path / source["path"], kind, tools="tool" in request.param.stem)
     return copy
+
+
+def _kind(tree: dict[str, Any]) -> str:
+    kind = tree["data"].get("format", "chat")
+    return str(kind["type"] if isinstance(kind, dict) else kind)
 
 
 def _sources(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -86,6 +91,8 @@ def _write_rows(path: Path, kind: str, tools: bool = False) -> None:
         rows = pairs.rows(20)
     elif kind == "kto":
         rows = rated.rows(20)
+    elif kind == "pattern":
+        rows = labelled.rows(20)
     elif tools:
         rows = [{"tools": [TOOL], "messages": [{"role": "user", "content": which}, *CALL[1:]]}] * 20
     tiny.write_jsonl(path, rows)
@@ -115,7 +122,7 @@ def test_trains_two_steps(copied: Path, template_base: Path) -> None:
     tree["model"]["base"] = str(template_base)
     for source in _sources(tree):
         if _on_hub(source):
-            _write_rows(copied.parent / "data/hub.jsonl", tree["data"]["format"])
+            _write_rows(copied.parent / "data/hub.jsonl", _kind(tree))
             source["path"] = "data/hub.jsonl"  # the sources of such a recipe are mappings
     tree["train"].pop("epochs", None)
     tree["train"] |= {"max_steps": 2, "batch_size": 2, "micro_batch_size": 1, "warmup": 0}

@@ -17,6 +17,7 @@ from loratune import console
 from loratune.commands import opened_model
 from loratune.commands.opened_model import Subject
 from loratune.config import decode, yaml_nodes
+from loratune.config.section import tag_of
 from loratune.data import dataset, model_limits, turn_ends
 from loratune.data.batches import AUTO_TOKENS, in_length_order
 from loratune.data.collate import collate
@@ -29,8 +30,10 @@ from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.methods.attach import attach
 from loratune.models import base_model, generate
+from loratune.models.batch import Batch
 from loratune.models.policy import Policy
 from loratune.objectives import metrics
+from loratune.objectives.section import ObjectiveSection
 from loratune.recipe import Recipe
 from loratune.runs import outputs
 from loratune.system import files, regex_match, startup, storage
@@ -44,7 +47,8 @@ SHOWN = 66  # characters of each that are printed
 class Score:
     """A mean over rows with its 95 % bootstrap interval.
 
-    Losses are in nats per label token; what counts rows or tokens is a part (0-1) of them.
+    Losses are in nats per label token, or in the unit of an objective that learns no answers; what counts rows or
+    tokens is a part (0-1) of them.
     """
 
     value: float
@@ -61,11 +65,14 @@ class Evaluation:
         rows: number of rows.
         generated: number of rows answered (0 where nothing was generated).
         scores: system (`base`, `adapter` or `model`) -> metric -> its mean (`value`) with the ends of its 95 % interval
-            (`low`, `high`): `loss` in nats per label token, `perplexity`, the others parts (0-1) of tokens or rows.
+            (`low`, `high`): `loss` in nats per label token, `perplexity`, the others parts (0-1) of tokens or rows;
+            or loss and figures of the run's objective, where it learns no answers.
         predictions: file with prompt, reference and answers of each row, or None.
         base_differs: how the base differs from the one it was trained on, where that was allowed.
         trust_remote_code: whether code that comes with the base model was allowed to run.
         examples: reference and answers of the first rows that were answered: `reference` or system -> text.
+        objective: whose loss and figures were measured; empty where the loss is that of label tokens.
+        unit: of the loss.
     """
 
     name: str
@@ -76,6 +83,8 @@ class Evaluation:
     base_differs: tuple[str, ...] = ()
     trust_remote_code: bool = False
     examples: tuple[dict[str, str], ...] = ()
+    objective: str = ""
+    unit: str = ObjectiveSection.unit
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
@@ -90,6 +99,8 @@ class Evaluation:
             "base_differs": list(self.base_differs),
             "trust_remote_code": self.trust_remote_code,
             "examples": list(self.examples),
+            "objective": self.objective,
+            "unit": self.unit,
         }
 
 
@@ -122,6 +133,7 @@ class _Task:
         questions: the rows that are answered.
         ends: tokens at which an answer ends.
         wanted: what the pattern finds in each reference, by the number of the row; empty without a pattern.
+        objective: whose loss and figures are measured, where it learns no answers; else None.
     """
 
     what: Subject
@@ -130,6 +142,7 @@ class _Task:
     questions: Questions
     ends: Sequence[int]
     wanted: dict[int, str | None]
+    objective: ObjectiveSection | None
 
 
 @dataclass
@@ -159,6 +172,8 @@ def evaluate(
     on_event: Listener | None = None,
 ) -> Evaluation:
     """Measure loss, perplexity and token accuracy, and compare generated answers with the references.
+
+    Of a run whose objective learns no answers, such as `pattern`, loss and figures of that objective are measured.
 
     Args:
         name: run folder, adapter folder, or model.
@@ -190,10 +205,29 @@ def evaluate(
         if regex is not None:
             regex_match.check(regex)
         what = opened_model.open_subject(str(name), base, trust_remote_code)
-        path = _predictions(what, data, out) if generate else None
+        if (objective := _objective(what, format)) is not None:
+            _check_no_answers(objective, wish, out)
+            wish = replace(wish, generate=False)
+        path = _predictions(what, data, out) if wish.generate else None
         task = _prepared(what, data, format, limit, wish, tell)
         found = _measured(task, wish, allow_base_mismatch, tell)
         return _result(task, found, path)
+
+
+def _objective(what: Subject, format: str | None) -> ObjectiveSection | None:
+    """Return the objective of a run where its loss and figures are measured on rows of a format (None: the run's)."""
+    if what.recipe is None or what.recipe.objective.generates:
+        return None
+    return what.recipe.objective if format in (None, *what.recipe.objective.formats) else None
+
+
+def _check_no_answers(objective: ObjectiveSection, wish: _Wish, out: Path | None) -> None:
+    """Check that nothing is asked of answers where there are none."""
+    asked = {"--regex": wish.regex, "--choices": wish.choices, "--out": out}
+    for option, value in asked.items():
+        if value:
+            told = f"`objective: {tag_of(type(objective))}` learns no answers: `{option}` has nothing to compare"
+            raise UsageError(told, f"remove `{option}`")
 
 
 def _predictions(what: Subject, data: str | None, out: Path | None) -> Path:
@@ -217,7 +251,7 @@ def _prepared(
     # a pattern that takes too long most likely shows on the references
     found = regex_match.found(wish.regex, references) if wish.regex and questions else []
     wanted = dict(zip(questions, found, strict=True)) if found else {}
-    return _Task(what, rows, encoder, questions, ends, wanted)
+    return _Task(what, rows, encoder, questions, ends, wanted, _objective(what, format))
 
 
 def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _Measured:
@@ -230,7 +264,7 @@ def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _
         if not done.per_row:
             task.questions = _with_room(loaded, task.rows, task.questions, wish.max_new_tokens, tell)
         tell.note(f"evaluating {system} on {task.rows.samples:,} rows")
-        done.per_row[system] = _losses(loaded, task.rows)
+        done.per_row[system] = _losses(loaded, task.rows, task.objective)
         if not task.questions:
             continue
         with tell.counting(f"{system}: generating answers") as progress:
@@ -258,8 +292,9 @@ def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
         {"reference": questions[index][1], **{system: texts[index] for system, texts in found.answered.items()}}
         for index in list(questions)[:EXAMPLES]
     )
-    what = task.what
-    return Evaluation(what.name, rows.samples, len(questions), scores, path, found.differs, what.trust, shown)
+    what, by = task.what, task.objective
+    about = {"objective": str(tag_of(type(by))), "unit": by.unit} if by else {}
+    return Evaluation(what.name, rows.samples, len(questions), scores, path, found.differs, what.trust, shown, **about)
 
 
 def show(result: Evaluation) -> str:
@@ -271,9 +306,11 @@ def show(result: Evaluation) -> str:
         if len(systems) == 2:
             first, second = (result.scores[system][metric] for system in systems)
             cells.append("apart" if first.high < second.low or second.high < first.low else "overlap")
-        body.append([metric, *cells])
+        body.append([metric.replace("_", " "), *cells])
     head = ["", *systems, *(["intervals"] if len(systems) == 2 else [])]
-    lines = [f"{result.name}: {result.rows:,} rows, {result.generated:,} answered (mean, 95 % bootstrap interval)", ""]
+    answered = "" if result.objective else f", {result.generated:,} answered"
+    unit = f"; loss in {result.unit}" if result.objective else ""
+    lines = [f"{result.name}: {result.rows:,} rows{answered} (mean, 95 % bootstrap interval{unit})", ""]
     lines.append(console.table(head, body))
     for number, example in enumerate(result.examples, 1):
         lines += ["", f"answer {number} of {result.generated:,}"]
@@ -307,7 +344,7 @@ def _rows(
         if not (there or pattern) and (path.endswith(SUFFIXES) or path.startswith((".", "/", "~")) or beside):
             raise DataError(f"no data at `{path}`")
         fields: dict[str, Any] = {"train": source, "max_length": known.data.max_length if known else 1 << 20}
-        if format is not None:
+        if format is not None and not (known and format == known.data.format.type):  # the run's has columns too
             fields["format"] = format
         elif known is not None:
             fields["format"] = known.data.format.model_dump()
@@ -399,8 +436,8 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
     return left
 
 
-def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
-    """Return sums for each sample: nats, correct tokens, label tokens; of a pair whether the chosen is likelier."""
+def _losses(loaded: base_model.Loaded, rows: Rows, objective: ObjectiveSection | None) -> list[dict[str, float]]:
+    """Return sums for each sample: those of `_of_answers`, or loss and figures of an objective that learns none."""
     policy, device = Policy(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
     order = np.argsort(-rows.sizes, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(rows.samples)]
@@ -411,16 +448,30 @@ def _losses(loaded: base_model.Loaded, rows: Rows) -> list[dict[str, float]]:
     with torch.no_grad():
         for part in in_length_order(rows, "auto", budget):
             batch = collate(part, virtual_tokens=loaded.virtual_tokens).to(device)
-            losses, right = policy.losses_and_hits(batch)
-            of_rows = batch.per_row(torch.stack([losses, right, torch.ones_like(losses)], 1)).tolist()
-            for first in range(0, len(of_rows), rows.per_sample):
-                nats, hits, count = of_rows[first]  # of a pair the chosen answer
-                sums[int(order[done])] = {"nats": nats, "right": hits, "trained_tokens": count}
-                if rows.per_sample == 2:
-                    other, _, length = of_rows[first + 1]  # per token, as one answer may be longer
-                    sums[int(order[done])]["chosen preferred"] = float(nats / count < other / length)
+            for found in _figures(objective, policy, batch) if objective else _of_answers(policy, batch, rows):
+                sums[int(order[done])] = found
                 done += 1
     return sums
+
+
+def _figures(objective: ObjectiveSection, policy: Policy, batch: Batch) -> Iterator[dict[str, float]]:
+    """Yield loss and figures of each sample, without those that are not of it."""
+    names, values = zip(*objective.each(policy, batch).items(), strict=True)
+    for sample in torch.stack(values, 1).tolist():
+        yield {name: value for name, value in zip(names, sample, strict=True) if not math.isnan(value)}
+
+
+def _of_answers(policy: Policy, batch: Batch, rows: Rows) -> Iterator[dict[str, float]]:
+    """Yield sums of each sample: nats, correct tokens, label tokens; of a pair whether the chosen is likelier."""
+    losses, right = policy.losses_and_hits(batch)
+    of_rows = batch.per_row(torch.stack([losses, right, torch.ones_like(losses)], 1)).tolist()
+    for first in range(0, len(of_rows), rows.per_sample):
+        nats, hits, count = of_rows[first]  # of a pair the chosen answer
+        sums = {"nats": nats, "right": hits, "trained_tokens": count}
+        if rows.sample_word == "pair":
+            other, _, length = of_rows[first + 1]  # per token, as one answer may be longer
+            sums["chosen preferred"] = float(nats / count < other / length)
+        yield sums
 
 
 def _questions(rows: Rows, tokenizer: Any) -> Questions:
@@ -483,6 +534,16 @@ def _compare(
 
 
 def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
+    """Return the mean of each metric over rows; of answers' sums the ratios to label tokens."""
+    scores = _ratios(values) if "nats" in values[0] else {}
+    sums = ("nats", "right", "trained_tokens")
+    for key in dict.fromkeys(key for row in values for key in row if key not in sums):
+        column = [row[key] for row in values if key in row]
+        scores[key] = Score(sum(column) / len(column), *metrics.interval(column))
+    return scores
+
+
+def _ratios(values: list[dict[str, float]]) -> dict[str, Score]:
     counts = [row["trained_tokens"] for row in values]
 
     def ratio(key: str) -> Score:
@@ -490,18 +551,11 @@ def _scores(values: list[dict[str, float]]) -> dict[str, Score]:
         return Score(sum(tops) / max(sum(counts), 1), *metrics.interval(tops, counts))
 
     loss = ratio("nats")
-    scores = {
+    return {
         "loss": loss,
         "perplexity": Score(*(math.exp(min(x, 700)) for x in (loss.value, loss.low, loss.high))),
         "token accuracy": ratio("right"),
     }
-    named = [
-        key for key in dict.fromkeys(k for row in values for k in row) if key not in ("nats", "right", "trained_tokens")
-    ]
-    for key in named:
-        column = [row[key] for row in values if key in row]
-        scores[key] = Score(sum(column) / len(column), *metrics.interval(column))
-    return scores
 
 
 def _write_predictions(

@@ -43,8 +43,7 @@ _START = """\
 # yaml-language-server: $schema=./loratune.schema.json
 # Train:    loratune train recipe.yaml
 # Measure:  loratune eval runs/first
-# Talk:     loratune chat runs/first
-model:
+{talk}model:
   base: {base}  # hub id, local folder, or a .gguf file
   # quantization: nf4                # a 4-bit base (QLoRA): a quarter of the memory
 
@@ -57,7 +56,7 @@ method:
 data:
   train: data/train.jsonl            # file, folder, glob, hub data set, or a list of them
   eval_fraction: 0.2                 # held out; or `eval:` with a file of its own
-  format: {format}
+  format:{format}
   max_length: 1024                   # tokens; a longer row is an error unless `on_long` says otherwise
 
 {objective}
@@ -77,11 +76,13 @@ class Kind:
         format: the recipe's line for the format, after the key.
         objective: its line for the objective.
         row: makes a sample row of its number, a question, the help desk's answer, and an answer to another question.
+        talks: whether `loratune chat` can be asked afterwards.
     """
 
     format: str
     objective: str
     row: Callable[[int, str, str, str], Row]
+    talks: bool = True
 
 
 def _asked(question: str) -> Row:
@@ -112,6 +113,10 @@ def _labelled(number: int, question: str, answer: str, other: str) -> Row:
     return {"text": question, "label": "account" if answer.startswith(("Open", "Yes. Open")) else "other"}
 
 
+def _department(number: int, question: str, answer: str, other: str) -> Row:
+    return {"text": question, "label": "order" if number in (1, 4, 5, 6, 7, 8, 9, 14) else "account"}
+
+
 _PAIRS = "preference                 # a prompt, a chosen and a rejected answer"
 KINDS = {
     "sft": Kind("chat                       # chat, instruction, completion or text", "objective: sft", _conversation),
@@ -131,6 +136,17 @@ KINDS = {
         "objective: {type: kto, undesirable_weight: auto}  # rows may be of one kind more than of the other",
         _rated,
     ),
+    "pattern": Kind(
+        """
+    type: pattern
+    patterns:                        # texts with columns in braces, which one of the verbalizers follows
+      - "Question: {text}\\nDepartment:"
+      - "{text}\\nThis is about the"
+    verbalizers: {account: " account", order: " order"}""",
+        "objective: pattern                   # learn which of them follows, from few rows",
+        _department,
+        talks=False,
+    ),
 }
 
 
@@ -139,6 +155,13 @@ def _rows(kind: Kind) -> list[Row]:
     others = [_ROWS[(number + 7) % len(_ROWS)][1] for number in range(len(_ROWS))]
     given = zip(_ROWS, others, strict=True)
     return [kind.row(number, question, answer, other) for number, ((question, answer), other) in enumerate(given)]
+
+
+def _recipe(base: str, kind: Kind) -> str:
+    """Return the text of a recipe."""
+    form = kind.format if kind.format.startswith("\n") else f" {kind.format}"
+    talk = "# Talk:     loratune chat runs/first\n" if kind.talks else ""
+    return _START.format(base=json.dumps(base), format=form, objective=kind.objective, talk=talk)
 
 
 def write(folder: Path, base: str = BASE, kind: str = "sft") -> list[Path]:
@@ -160,7 +183,7 @@ def write(folder: Path, base: str = BASE, kind: str = "sft") -> list[Path]:
         base = str(files.local(base).resolve())
     wanted = KINDS[kind]
     made = {
-        folder / "recipe.yaml": _START.format(base=json.dumps(base), format=wanted.format, objective=wanted.objective),
+        folder / "recipe.yaml": _recipe(base, wanted),
         folder / "loratune.schema.json": json.dumps(recipe.schema(), indent=2) + "\n",
         folder / "data" / "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(wanted)),
     }

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from loratune.data import chat_template, dataset
+from loratune.data import chat_template, dataset, labels
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder, Row
+from loratune.data.formats.section import FormatSection
 from loratune.errors import UsageError
 from loratune.events import Listener, Report
 from loratune.recipe import Recipe
@@ -33,12 +34,13 @@ class Shown:
     """A row in pieces.
 
     Attributes:
-        number: from 1, among the rows kept; both answers of a pair have the same.
+        number: from 1, among the rows kept; those of one data row have the same.
         place: where it came from.
         tokens: its length.
         trained_tokens: of them, those with a label.
         pieces: in order.
-        answer: of a pair: `chosen` or `rejected`; else empty.
+        answer: which of several rows made of one: of a pair `chosen` or `rejected`, of labels pattern and label; else
+            empty.
     """
 
     number: int
@@ -58,7 +60,8 @@ class Inspection:
         tokens: in all rows.
         trained_tokens: of them, those with a label.
         longest: tokens of the longest row (of pairs: of the longest answer with its prompt).
-        shown: the rows that were asked for, in pieces; of a pair the chosen answer, then the rejected one.
+        shown: the rows that were asked for, in pieces; of a pair the chosen answer, then the rejected one, and of a row
+            with a label one for each pattern and label.
         unread: column that is not read -> number of rows that have it.
         pairs: whether rows are pairs of a chosen and a rejected answer.
     """
@@ -101,20 +104,21 @@ def inspect(
     report = Report(on_event)
     with startup.quiet(), report.unchanged():
         tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust_remote_code)
-        encoder = Encoder(tokenizer)
+        encoder, form = Encoder(tokenizer), recipe.data.format
+        notes = labels.check_verbalizers(form, encoder)
         with report.counting("reading rows") as progress:
             rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
         recipe.objective.of_rows(rows, recipe.data)
         if rows.damaged or (held_out is not None and held_out.damaged):
             report.problem(dataset.DAMAGED)
-        for line in rows.told(held_out):
+        for line in (*rows.told(held_out), *notes, *labels.check_seen(form, rows)):
             report.problem(line)
         shown = tuple(
             one
             for index in _chosen(
                 rows.samples, row, number, recipe.train.seed if random else None, rows.sample_word == "pair"
             )
-            for one in take_apart(rows, index, tokenizer, encoder)
+            for one in take_apart(rows, index, form, encoder)
         )
         counts, longest = rows.counts, int(rows.lengths.max())
         return Inspection(
@@ -133,12 +137,12 @@ def _chosen(rows: int, row: int | None, number: int, seed: int | None, pairs: bo
     return range(min(number, rows))
 
 
-def take_apart(rows: Rows, index: int, tokenizer: Any, encoder: Encoder) -> Iterator[Shown]:
-    """Yield one row, or both of a pair, with tokens joined into pieces of one kind."""
-    sample = rows.sample(index).rows
-    for answer, row in zip(("chosen", "rejected") if len(sample) > 1 else ("",), sample, strict=True):
+def take_apart(rows: Rows, index: int, form: FormatSection, encoder: Encoder) -> Iterator[Shown]:
+    """Yield the row or rows of a sample, with tokens joined into pieces of one kind."""
+    sample = rows.sample(index)
+    for answer, row in zip(form.names(sample.labels.tolist()), sample.rows, strict=True):
         pieces = tuple(
-            Piece(tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
+            Piece(encoder.tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
             for ids, trained, special in _runs(row, encoder)
         )
         yield Shown(index + 1, str(row.place), len(row.ids), row.count(), pieces, answer)
@@ -176,7 +180,8 @@ def _counted(inspection: Inspection) -> str:
 
 
 def _named(row: Shown) -> str:
-    return f"pair {row.number} {row.answer}" if row.answer else f"row {row.number}"
+    word = "pair" if row.answer in ("chosen", "rejected") else "row"
+    return f"{word} {row.number} {row.answer}".rstrip()
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[Piece]:

@@ -95,7 +95,9 @@ def key(
         "name": name,
         "sources": [source.model_dump() for source in sources],
         "files": [[(one.path, one.size, one.digest) for one in some] for some in given],
-        "rules": data.model_dump(mode="json", include={"format", "max_length", "on_long", "on_bad_row", "duplicates"}),
+        "rules": data.model_dump_json(  # text, as the order of labels counts
+            include={"format", "max_length", "on_long", "on_bad_row", "duplicates"}
+        ),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template,

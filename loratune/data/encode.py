@@ -316,7 +316,7 @@ class Encoder:
     def _plain(self, example: Plain, pieces: Sequence[Tokens | _Encoding], place: Place) -> Row:
         """Join segments that were tokenized separately, as a prompt is when served.
 
-        With one BOS where the tokenizer adds one, and EOS at the end.
+        With one BOS where the tokenizer adds one, and EOS at the end where the example has an end.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         flags = [learn for _, learn in example.segments]

@@ -23,6 +23,7 @@ from loratune.data.formats import (
     Group,
     Instruction,
     Labelled,
+    Patterns,
     Plain,
     Preference,
     Rated,
@@ -38,7 +39,7 @@ LONGEST = 4 << 20  # bytes of a conversation: a million tokens or more, whose ma
 MESSAGES = 2048  # messages of a conversation: for each, the template renders all before it
 
 
-Reader = Chat | Instruction | Completion | Text | Preference | Rated | Labelled
+Reader = Chat | Instruction | Completion | Text | Preference | Rated | Labelled | Patterns
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from pydantic import Field
 from loratune.config.section import BareWord
 from loratune.objectives.classify import Classify
 from loratune.objectives.kto import Kto
+from loratune.objectives.pattern import Pattern
 from loratune.objectives.preference import Cpo, Dpo, Orpo, Simpo
 from loratune.objectives.reward import Reward
 from loratune.objectives.sft import Sft
 
 Objective = Annotated[
-    Sft | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Classify,
+    Sft | Dpo | Orpo | Simpo | Cpo | Kto | Reward | Classify | Pattern,
     Field(discriminator="type"),
     BareWord(
         {
@@ -26,9 +27,10 @@ Objective = Annotated[
             "reward_model": "write `reward`",
             "classification": "write `classify`",
             "rpo": "write `{type: dpo, sft_weight: 1.0}`",
+            "pet": "write `pattern`",
         },
         default="sft",
     ),
 ]
 
-__all__ = ["Classify", "Cpo", "Dpo", "Kto", "Objective", "Orpo", "Reward", "Sft", "Simpo"]
+__all__ = ["Classify", "Cpo", "Dpo", "Kto", "Objective", "Orpo", "Pattern", "Reward", "Sft", "Simpo"]

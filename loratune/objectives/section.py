@@ -64,6 +64,8 @@ class ObjectiveSection(Section):
         unit: of the loss.
         figures: what it reports besides the loss, by name, in the order in which they are printed.
         watched: figures of the steps that should not fall by much.
+        generates: whether it learns to write answers, which `eval` generates and compares; else `eval` reports its loss
+            and figures.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("auto", "chat", "instruction", "completion", "text")
@@ -74,6 +76,7 @@ class ObjectiveSection(Section):
     unit: ClassVar[str] = "nats per label token"
     figures: ClassVar[Mapping[str, Figure]] = {}
     watched: ClassVar[Mapping[str, Watch]] = {}
+    generates: ClassVar[bool] = True
 
     @property
     def is_noisy(self) -> bool:
@@ -85,6 +88,10 @@ class ObjectiveSection(Section):
         """Return the loss and the figures by which evaluations can be compared, as one direction is better."""
         loss = {"loss": Figure(self.unit, "lower")}
         return loss | {name: figure for name, figure in self.figures.items() if figure.better}
+
+    def figure(self, name: str) -> Figure:
+        """Return what is known of a figure."""
+        return self.figures[name]
 
     def complaints(self, data: Data) -> Iterator[Complaint]:
         """Yield why this objective does not combine with the recipe's `data`."""
@@ -168,6 +175,6 @@ class ObjectiveSection(Section):
         for name, values in found.items():
             of = real & ~values.isnan()
             sums[name] = torch.where(of, values.detach(), 0.0).sum()
-            if self.figures[name].partial:
+            if self.figure(name).partial:
                 sums[name + NUMBER] = of.float().sum()
         return (loss * real).sum(), sums

@@ -28,11 +28,13 @@ class Data:
         encoder: with the tokenizer and the recipe's chat template.
         train: rows to train on.
         held_out: rows to evaluate on, or None.
+        notes: on the labels, for the start report.
     """
 
     encoder: Encoder
     train: Rows
     held_out: Rows | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from loratune.data import batches, chat_template, collate, dataset, model_limits, turn_ends
+from loratune.data import batches, chat_template, collate, dataset, labels, model_limits, turn_ends
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
 from loratune.errors import ModelError, Place, Problem
@@ -85,8 +85,10 @@ def read_rows(recipe: Recipe, trust: bool, accelerator: Accelerator, report: Run
     """Read and tokenize the rows on the first process; the others read them from the cache."""
     tokenizer = chat_template.tokenizer_of(recipe.model, recipe.data, trust)
     with report.counting("reading rows") as counting, accelerator.main_process_first():
-        encoder = Encoder(tokenizer)
-        return Data(encoder, *dataset.of(recipe.data, recipe.train.seed, encoder, counting, recipe.objective.pooled))
+        encoder, form = Encoder(tokenizer), recipe.data.format
+        notes = labels.check_verbalizers(form, encoder)
+        found = dataset.of(recipe.data, recipe.train.seed, encoder, counting, recipe.objective.pooled)
+        return Data(encoder, *found, (*notes, *labels.check_seen(form, found[0])))
 
 
 def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtype: str | None) -> Base:
@@ -107,13 +109,14 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     trained: tuple[int, ...] = ()
     if recipe.objective.pooled:
         loaded.notes += score_head.choose_padding(loaded.model, encoder.tokenizer, data.train.last_tokens())
-    else:
+    elif recipe.objective.generates:
         trained, known = turn_ends.of_rows(data.train, encoder), end_tokens.of_model(loaded.model, encoder.tokenizer)
         loaded.notes += end_tokens.notes(trained, known, encoder.tokenizer)
     if recipe.objective.values and base_model.turn_off_dropout(loaded.model):
         loaded.notes.append("the base's dropout is off, as the model is compared with itself before step 1")
-    chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion"}
+    chat = bool(encoder.turns.template) and not data.train.formats.keys() <= {"text", "completion", "pattern"}
     loaded.notes += [note] if chat and (note := encoder.turns.note()) else []
+    loaded.notes += data.notes
     origin = {
         **fingerprint.record(recipe.model, encoder.tokenizer),
         "turn_ends": end_tokens.named(trained, encoder.tokenizer),

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from loratune.console import size
-from loratune.data import batches
+from loratune.data import batches, labels
 from loratune.data.dataset import DAMAGED, Rows
 from loratune.data.row_files import chosen
 from loratune.events import Report
@@ -125,6 +125,8 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
         + (f", {held_out.samples:,} held out" if held_out else "")
         + ("; unchanged since they were last read: from the cache" if rows.cached else ""),
     )
+    if of_labels := labels.counted(recipe.data.format, rows):
+        report.field("labels", ", ".join(f"{label} {number:,}" for label, number in of_labels.items()))
     if rows.damaged or (held_out is not None and held_out.damaged):
         report.field("", DAMAGED, problem=True)
     for line in _about_rows(recipe, rows):

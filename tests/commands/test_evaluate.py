@@ -178,7 +178,10 @@ def test_json_table_and_default_predictions(run: Path) -> None:
         "base_differs",
         "trust_remote_code",
         "examples",
+        "objective",
+        "unit",
     }
+    assert (found["objective"], found["unit"]) == ("", "nats per label token")
     names = ["loss", "perplexity", "token accuracy", "exact match", "contains", "token F1", "regex", "choice"]
     for system in ("base", "adapter"):
         assert list(found["scores"][system]) == names
@@ -243,7 +246,7 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "x.bin").touch()
     assert "x.bin: unknown kind of file" in failing(DataError, run, data=str(tmp_path / "x.bin"))
     assert failing(UsageError, run, data=rows, format="chats") == (
-        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`, `kto`\n  did you mean `chat`?"
+        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`, `kto`, `pattern`\n  did you mean `chat`?"
     )
     assert failing(UsageError, run, regex="(").startswith("--regex `(` is not a regular expression: ")
     (tmp_path / "empty").mkdir()

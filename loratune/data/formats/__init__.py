@@ -14,12 +14,13 @@ from loratune.data.formats.completion import Completion
 from loratune.data.formats.instruction import Instruction
 from loratune.data.formats.kto import Rated
 from loratune.data.formats.labelled import Labelled
+from loratune.data.formats.pattern import Patterns
 from loratune.data.formats.preference import Preference
 from loratune.data.formats.section import FormatSection
 from loratune.data.formats.text import Text
 
 Format = Annotated[
-    Auto | Chat | Instruction | Completion | Text | Preference | Rated | Labelled,
+    Auto | Chat | Instruction | Completion | Text | Preference | Rated | Labelled | Patterns,
     Field(discriminator="type"),
     BareWord(
         {
@@ -31,15 +32,17 @@ Format = Annotated[
             "pretraining": "write `text`",
             "classification": "write `labelled`",
             "labeled": "write `labelled`",
+            "pet": "write `{type: pattern, patterns: [...], verbalizers: {...}}`",
         }
     ),
 ]
 
 
-def made(name: str) -> FormatSection:
-    """Return the format of a name with its defaults."""
-    found: FormatSection = dict(members_of(Format))[name]()  # type: ignore[assignment]
-    return found
+def made(name: str) -> FormatSection | None:
+    """Return the format of a name with its defaults, or None if it needs keys."""
+    section = dict(members_of(Format))[name]
+    needs = any(field.is_required() for field in section.model_fields.values())
+    return None if needs else section()  # type: ignore[return-value]
 
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "Group",
     "Instruction",
     "Labelled",
+    "Patterns",
     "Plain",
     "Preference",
     "Rated",

@@ -112,6 +112,10 @@ class Preference(FormatSection):
         """Tokenized rows that one data row becomes: chosen and rejected."""
         return 2
 
+    def names(self, labels: Sequence[float]) -> Sequence[str]:
+        """Return names of a sample's rows."""
+        return ("chosen", "rejected")
+
     def read(self, row: Mapping[str, Any]) -> Group:
         """Return the two answers, each after the prompt, labelled with the margin if there is a column of it.
 

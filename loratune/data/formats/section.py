@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from loratune.config.section import Section
@@ -22,3 +23,7 @@ class FormatSection(Section):
     def rows_per_sample(self) -> int:
         """Tokenized rows that one data row becomes."""
         return 1
+
+    def names(self, labels: Sequence[float]) -> Sequence[str]:
+        """Return a name for each tokenized row of a sample with these labels, for a reader; "" for a row alone."""
+        return ("",)
