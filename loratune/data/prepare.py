@@ -161,7 +161,7 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     if group and _some_are_same(encoded):
         error = Alike("", f"has two {group.what} with the same tokens: nothing would be learned from them")
         return _unusable(place, error, data, format)
-    if group and len({_prompt(row) for row in encoded}) > 1:
+    if group and _prompts_differ(group, encoded):
         why = "the chat template or the tokenizer writes the prompt differently before each"
         return _unusable(place, RowError("", f"has {group.what} to different prompt tokens: {why}"), data, format)
     fate, pieces = _fit(encoded, example, data)
@@ -175,9 +175,11 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     return Prepared(place, fate, reason, format, tokens, content, tuple(pieces), order=order, classes=classes)
 
 
-def _prompt(row: Row) -> bytes:
-    """Return the tokens before the first label token."""
-    return row.ids[: int(row.trained.argmax())].tobytes()
+def _prompts_differ(example: Group, encoded: Sequence[Row]) -> bool:
+    """Return whether parts with the same prompt have different tokens before their first label token."""
+    asked = [part.segments[:-1] if isinstance(part, Plain) else () for part in example.parts]
+    tokens = [row.ids[: int(row.trained.argmax())].tobytes() for row in encoded]
+    return len(set(zip(asked, tokens, strict=True))) > len(set(asked))
 
 
 def _order(chosen: Row, rejected: Row) -> tuple[int, int]:

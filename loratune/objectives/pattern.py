@@ -57,9 +57,6 @@ class Pattern(ObjectiveSection):
         elif isinstance(form, Patterns) and form.label in form.columns:
             told = f"a pattern names the column `{form.label}`: the label would be in the text"
             yield Complaint(told, (*path, "patterns"), "leave it out")
-        if data.on_long == "truncate":
-            told = "`data.on_long: truncate` would cut off the label, at the end of a row"
-            yield Complaint(told, ("data", "on_long"), "use drop, or shorten the texts before")
 
     def each(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return loss and figures of each row of the data, (samples,) each.

@@ -99,6 +99,8 @@ class ObjectiveSection(Section):
             told = f"`objective: {tag_of(type(self))}` does not learn from rows of `data.format: {data.format.type}`"
             yield Complaint(told, ("data", "format"), f"use `format: {self.formats[0]}`, or another objective")
         read = made(self.formats[0]) if data.format.type == "auto" else data.format
+        if read is None:  # it needs keys of its own
+            return
         if read.whole and data.on_long == "truncate":
             format = f"`data.format: {tag_of(type(read))}`"
             told = f"`data.on_long: truncate` would cut answers of {format}, which are compared whole"

@@ -264,7 +264,7 @@ def test_nothing_is_asked_of_answers_where_there_are_none(fit: Fit, tmp_path: Pa
         ({"data": {}}, "`objective: pattern` needs patterns, and a text for each label"),
         ({"data": {"format": "chat"}}, "does not learn from rows of `data.format: chat`"),
         ({"data": {"format": {**labelled.FORMAT, "label": "text"}}}, "a pattern names the column `text`"),
-        ({"data": {"format": labelled.FORMAT, "on_long": "truncate"}}, "would cut off the label"),
+        ({"data": {"format": labelled.FORMAT, "on_long": "truncate"}}, "which are compared whole"),
         ({"data": {"format": labelled.FORMAT}, "objective": "sft"}, "`objective: sft` does not learn from rows of"),
     ],
     ids=str,

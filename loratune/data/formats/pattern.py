@@ -72,6 +72,7 @@ class Patterns(FormatSection):
 
     type: Literal["pattern"] = "pattern"
     sample: ClassVar[str] = "row"
+    whole: ClassVar[bool] = True
     patterns: Annotated[
         tuple[Annotated[str, AfterValidator(_pattern)], ...],
         BeforeValidator(as_tuple, json_schema_input_type=str | list[str]),
