@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratune.models.policy import Policy
 
 OF_PATTERN = "accuracy_pattern_"  # with the number of a pattern: a figure where there are several
-_ACCURACY = Figure("fraction of rows", "higher")
+_ACCURACY = Figure("fraction of rows", "higher", shown=True)
 
 
 class Pattern(ObjectiveSection):
