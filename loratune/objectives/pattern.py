@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratune.models.policy import Policy
 
 OF_PATTERN = "accuracy_pattern_"  # with the number of a pattern: a figure where there are several
-_ACCURACY = Figure("fraction of rows", "higher", shown=True)
+_ACCURACY = Figure("fraction of rows", "higher")
 
 
 class Pattern(ObjectiveSection):
@@ -34,7 +34,10 @@ class Pattern(ObjectiveSection):
     formats: ClassVar[tuple[str, ...]] = ("pattern",)
     unit: ClassVar[str] = "nats per row"
     generates: ClassVar[bool] = False
-    figures: ClassVar[Mapping[str, Figure]] = {"accuracy": _ACCURACY, "logp_label": Figure("nats", "higher")}
+    figures: ClassVar[Mapping[str, Figure]] = {
+        "accuracy": _ACCURACY,
+        "logp_label": Figure("nats", "higher", shown=False),
+    }
     normalise: Literal["sum", "mean"] = Field(
         "sum",
         description="score of a label: the sum of log p over its tokens, or their mean, which does not favour labels "

@@ -246,7 +246,7 @@ def test_errors(run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "x.bin").touch()
     assert "x.bin: unknown kind of file" in failing(DataError, run, data=str(tmp_path / "x.bin"))
     assert failing(UsageError, run, data=rows, format="chats") == (
-        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`, `kto`, `pattern`\n  did you mean `chat`?"
+        "unknown format `chats`; known: `auto`, `chat`, `instruction`, `completion`, `text`, `preference`, `kto`, `labelled`, `pattern`\n  did you mean `chat`?"
     )
     assert failing(UsageError, run, regex="(").startswith("--regex `(` is not a regular expression: ")
     (tmp_path / "empty").mkdir()
