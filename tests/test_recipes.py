@@ -85,7 +85,7 @@ def _write_rows(path: Path, kind: str, tools: bool = False) -> None:
     ]
     if kind == "instruction":
         rows = [{"instruction": "say", "input": "red" * (i % 2), "output": f"{which} {i}"} for i in range(20)]
-    elif isinstance(kind, dict) and kind["type"] == "labelled":
+    elif kind == "labelled":
         rows = [{"text": f"{which} {i}", "label": "red" if i % 2 else "blue"} for i in range(20)]
     elif kind == "preference":
         rows = pairs.rows(20)
