@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -85,4 +85,53 @@ def interval(
         rows = random.integers(0, len(top), len(top))
         ratios[index] = top[rows].sum() / max(bottom[rows].sum(), 1e-12)
     low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def confusion(wanted: np.ndarray, given: np.ndarray, classes: int) -> np.ndarray:
+    """Return how often each class (rows) was taken for each class (columns), int64, (classes, classes)."""
+    found: np.ndarray = np.bincount(wanted * classes + given, minlength=classes * classes).reshape(classes, classes)
+    return found
+
+
+def macro_f1(table: np.ndarray) -> float:
+    """Return the mean of the F1 of each class that occurs, from a `confusion` table; 0-1."""
+    right, there = np.diag(table), table.sum(1) + table.sum(0)
+    some = there > 0
+    return float(np.mean(2 * right[some] / there[some])) if some.any() else 0.0
+
+
+def matthews(table: np.ndarray) -> float:
+    """Return Matthews' correlation coefficient of a `confusion` table, -1 to 1; 0 where it is not defined.
+
+    Source: Gorodkin 2004, Comparing two K-category assignments by a K-category correlation coefficient, eq. 8.
+    """
+    total, right = float(table.sum()), float(np.trace(table))
+    wanted, given = table.sum(1).astype(np.float64), table.sum(0).astype(np.float64)
+    spread = (total**2 - (wanted**2).sum()) * (total**2 - (given**2).sum())
+    return (right * total - float(wanted @ given)) / float(np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Return how often a positive row scores higher than a negative one, ties counted half; NaN without both kinds.
+
+    Source: Hanley & McNeil 1982, as the Mann-Whitney statistic.
+
+    Args:
+        positive: bool, (rows,).
+        scores: (rows,).
+    """
+    number = int(positive.sum())
+    if not 0 < number < len(positive):
+        return float("nan")
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # of tied scores the mean
+    return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * (len(positive) - number)))
+
+
+def interval_of(f: Callable[[np.ndarray], float], rows: int, seed: int = 0, times: int = 500) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a function of rows, given by their numbers, as `interval`."""
+    random = np.random.default_rng(seed)
+    found = [f(random.integers(0, rows, rows)) for _ in range(times)]
+    low, high = np.nanquantile(found, [0.025, 0.975])
     return float(low), float(high)

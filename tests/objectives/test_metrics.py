@@ -120,3 +120,39 @@ def test_interval_depends_on_its_seed_only() -> None:
     values = np.random.default_rng(2).random(30)
     assert metrics.interval(values, seed=1) == metrics.interval(values, seed=1)
     assert metrics.interval(values, seed=1) != metrics.interval(values, seed=2)
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_metrics_of_classes_by_hand() -> None:
+    table = metrics.confusion(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2]), 3)
+    assert table.tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert metrics.macro_f1(table) == pytest.approx((4 / 5 + 2 / 4 + 2 / 3) / 3)
+    assert metrics.matthews(np.array([[3, 1], [2, 4]])) == pytest.approx((3 * 4 - 1 * 2) / (4 * 6 * 5 * 5) ** 0.5)
+    assert metrics.matthews(np.array([[5, 0], [5, 0]])) == 0
+    positive = np.array([True, True, False, False])
+    assert metrics.auroc(positive, np.array([0.9, 0.4, 0.4, 0.1])) == (1 + 1 + 0.5 + 1) / 4
+    assert np.isnan(metrics.auroc(np.array([True, True]), np.array([0.1, 0.2])))
+
+
+def test_metrics_of_classes_are_those_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    for classes in (2, 3, 7):
+        wanted, scores = draw.integers(0, classes, 200), draw.normal(size=(200, classes)).round(1)
+        given = scores.argmax(1)
+        table = metrics.confusion(wanted, given, classes)
+        assert (table == sklearn.confusion_matrix(wanted, given)).all()
+        assert metrics.macro_f1(table) == pytest.approx(sklearn.f1_score(wanted, given, average="macro"))
+        assert metrics.matthews(table) == pytest.approx(sklearn.matthews_corrcoef(wanted, given))
+        assert metrics.auroc(wanted == 0, scores[:, 0]) == pytest.approx(
+            sklearn.roc_auc_score(wanted == 0, scores[:, 0])
+        )
+
+
+def test_an_interval_of_any_function_of_rows() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = metrics.interval_of(lambda rows: float(values[rows].mean()), 400)
+    wanted = metrics.interval(values.tolist())
+    assert (low, high) == pytest.approx(wanted, abs=0.02)
