@@ -40,6 +40,7 @@ from loratune.system import files, regex_match, startup, storage
 from loratune.training import memory_use
 
 EXAMPLES = 3  # answers that are printed side by side
+CLASSES = 12  # most for which the confusion table is printed
 SHOWN = 66  # characters of each that are printed
 
 
@@ -73,6 +74,8 @@ class Evaluation:
         examples: reference and answers of the first rows that were answered: `reference` or system -> text.
         objective: whose loss and figures were measured; empty where the loss is that of label tokens.
         unit: of the loss.
+        classes: of a classifier, in the order of its outputs.
+        confusion: how many rows of each class were taken for each class.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Evaluation:
     examples: tuple[dict[str, str], ...] = ()
     objective: str = ""
     unit: str = ObjectiveSection.unit
+    classes: tuple[str, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
@@ -101,6 +106,8 @@ class Evaluation:
             "examples": list(self.examples),
             "objective": self.objective,
             "unit": self.unit,
+            "classes": list(self.classes),
+            "confusion": [list(row) for row in self.confusion],
         }
 
 
@@ -147,10 +154,15 @@ class _Task:
 
 @dataclass
 class _Measured:
-    """What came out, by system: sums of each row, answers by the number of the row; and how the base differs."""
+    """What came out, by system, and how the base differs.
+
+    By system: sums of each row, answers by the number of the row, and the outputs of a head that scores rows, float32,
+    (rows, outputs).
+    """
 
     per_row: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     answered: dict[str, dict[int, str]] = field(default_factory=dict)
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
     differs: tuple[str, ...] = ()
 
 
@@ -218,7 +230,10 @@ def _objective(what: Subject, format: str | None) -> ObjectiveSection | None:
     """Return the objective of a run where its loss and figures are measured on rows of a format (None: the run's)."""
     if what.recipe is None or what.recipe.objective.generates:
         return None
-    return what.recipe.objective if format in (None, *what.recipe.objective.formats) else None
+    objective = what.recipe.objective
+    if objective.pooled:
+        objective = objective.of_head(opened_model.head(what))
+    return objective if format in (None, *objective.formats) else None
 
 
 def _check_no_answers(objective: ObjectiveSection, wish: _Wish, out: Path | None) -> None:
@@ -257,14 +272,16 @@ def _prepared(
 def _measured(task: _Task, wish: _Wish, allow_mismatch: bool, tell: Report) -> _Measured:
     """Measure one system after the other; questions that leave no room for an answer are removed from the task."""
     done = _Measured()
-    for system, loaded in _systems(task.what, allow_mismatch):
+    for system, loaded in _systems(task.what, allow_mismatch, alone=bool(task.objective and task.objective.pooled)):
         for line in loaded.notes:
             tell.problem(line)
         done.differs = loaded.base_differs or done.differs
         if not done.per_row:
             task.questions = _with_room(loaded, task.rows, task.questions, wish.max_new_tokens, tell)
         tell.note(f"evaluating {system} on {task.rows.samples:,} rows")
-        done.per_row[system] = _losses(loaded, task.rows, task.objective)
+        done.per_row[system], outputs = _losses(loaded, task.rows, task.objective)
+        if outputs is not None:
+            done.outputs[system] = outputs
         if not task.questions:
             continue
         with tell.counting(f"{system}: generating answers") as progress:
@@ -285,6 +302,12 @@ def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
     """Return the evaluation, and write the predictions to `path`, if given and there are any."""
     rows, questions = task.rows, task.questions
     scores = {system: _scores(values) for system, values in found.per_row.items()}
+    what, by = task.what, task.objective
+    about: dict[str, Any] = {"objective": str(tag_of(type(by))), "unit": by.unit} if by else {}
+    for system, of_head in found.outputs.items():
+        assert by is not None
+        scores[system] |= {name: Score(*of) for name, of in by.measured(of_head, rows).items()}
+        about |= by.table(of_head, rows)
     path = path if questions else None
     if path is not None:
         _write_predictions(path, rows, task.encoder.tokenizer, questions, found.answered, found.per_row)
@@ -292,8 +315,6 @@ def _result(task: _Task, found: _Measured, path: Path | None) -> Evaluation:
         {"reference": questions[index][1], **{system: texts[index] for system, texts in found.answered.items()}}
         for index in list(questions)[:EXAMPLES]
     )
-    what, by = task.what, task.objective
-    about = {"objective": str(tag_of(type(by))), "unit": by.unit} if by else {}
     return Evaluation(what.name, rows.samples, len(questions), scores, path, found.differs, what.trust, shown, **about)
 
 
@@ -312,6 +333,10 @@ def show(result: Evaluation) -> str:
     unit = f"; loss in {result.unit}" if result.objective else ""
     lines = [f"{result.name}: {result.rows:,} rows{answered} (mean, 95 % bootstrap interval{unit})", ""]
     lines.append(console.table(head, body))
+    if 0 < len(result.classes) <= CLASSES:
+        lines += ["", "rows of a class, and what they were taken for"]
+        numbers = [[name, *map(str, row)] for name, row in zip(result.classes, result.confusion, strict=True)]
+        lines.append(console.table(["", *result.classes], numbers))
     for number, example in enumerate(result.examples, 1):
         lines += ["", f"answer {number} of {result.generated:,}"]
         width = max(map(len, example))
@@ -353,6 +378,8 @@ def _rows(
         except RecipeError as error:
             raise UsageError([type(p)(p.message, hint=p.hint) for p in error.problems]) from None
         held_out = dataset.load([Source(path=section.train[0].path)], section, encoder, name="eval")
+        if known is not None and known.objective.pooled and section.format.type in known.objective.formats:
+            held_out = dataset.with_classes(replace(held_out, pooled=True), opened_model.classes(what))
     held_out = _good(held_out, tell)
     if limit:
         return held_out.take(np.arange(min(limit, held_out.samples) * held_out.per_sample))
@@ -389,8 +416,15 @@ def _about(rows: Rows) -> Iterator[str]:
     yield from rows.told()
 
 
-def _systems(what: Subject, allow_mismatch: bool) -> Iterator[tuple[str, base_model.Loaded]]:
-    """Yield the systems to compare: the base, then the adapter on it; or the original base, then the full model."""
+def _systems(what: Subject, allow_mismatch: bool, alone: bool) -> Iterator[tuple[str, base_model.Loaded]]:
+    """Yield the systems to compare: the base, then the adapter on it; or the original base, then the full model.
+
+    With `alone` only the last of them, as a base has no head that scores rows.
+    """
+    if alone:
+        loaded = opened_model.load(what, allow_mismatch=allow_mismatch)
+        yield "adapter" if what.adapter else "model", loaded
+        return
     if what.adapter is not None:
         loaded = opened_model.load_base(what, allow_mismatch=allow_mismatch)
         if adapter_files.changes_biases(what.adapter):  # it overwrites those of the base
@@ -436,9 +470,27 @@ def _with_room(loaded: base_model.Loaded, rows: Rows, questions: Questions, most
     return left
 
 
-def _losses(loaded: base_model.Loaded, rows: Rows, objective: ObjectiveSection | None) -> list[dict[str, float]]:
-    """Return sums for each sample: those of `_of_answers`, or loss and figures of an objective that learns none."""
-    policy, device = Policy(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
+class _Scoring(Policy):
+    """A model with a head that scores rows, whose outputs are kept: of each row of the last batch."""
+
+    kept: torch.Tensor
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """Return the outputs of the head; see `Policy.scores`."""
+        outputs = super().scores(batch)
+        self.kept = batch.per_row(outputs)
+        return outputs
+
+
+def _losses(
+    loaded: base_model.Loaded, rows: Rows, objective: ObjectiveSection | None
+) -> tuple[list[dict[str, float]], np.ndarray | None]:
+    """Return sums for each sample, and the outputs of a head for each row, float32, (rows, outputs), or None.
+
+    The sums are those of `_of_answers`, or loss and figures of an objective that learns no answers.
+    """
+    policy, device = _Scoring(loaded.model, virtual_tokens=loaded.virtual_tokens), loaded.device
+    outputs = np.empty((rows.samples, rows.per_sample, objective.outputs), np.float32) if objective else None
     order = np.argsort(-rows.sizes, kind="stable")
     sums: list[dict[str, float]] = [{} for _ in range(rows.samples)]
     longest = int(np.argmax(rows.lengths))
@@ -451,7 +503,10 @@ def _losses(loaded: base_model.Loaded, rows: Rows, objective: ObjectiveSection |
             for found in _figures(objective, policy, batch) if objective else _of_answers(policy, batch, rows):
                 sums[int(order[done])] = found
                 done += 1
-    return sums
+            if outputs is not None and objective and objective.outputs:
+                kept = policy.kept.cpu().numpy().reshape(len(part), rows.per_sample, -1)
+                outputs[order[done - len(part) : done]] = kept
+    return sums, outputs.reshape(len(rows), -1) if outputs is not None and outputs.size else None
 
 
 def _figures(objective: ObjectiveSection, policy: Policy, batch: Batch) -> Iterator[dict[str, float]]:

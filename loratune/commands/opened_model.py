@@ -165,6 +165,24 @@ def tokenizer(subject: Subject) -> Any:
     return tokenizing.load(subject.base, str(saved) if saved else None, subject.trust)
 
 
+def head(subject: Subject) -> dict[str, Any]:
+    """Return the settings of a subject's head that scores rows, as the run recorded them.
+
+    Raises:
+        ModelError: when there are none.
+    """
+    settings = fingerprint.head(subject.folder) if subject.folder else {}
+    if not settings:
+        raise ModelError(f"`{subject.name}` has no record of its head: its classes are not known")
+    return settings
+
+
+def classes(subject: Subject) -> tuple[str, ...]:
+    """Return the names of a classifier's classes in the order of its outputs; none for a number or a reward."""
+    settings = head(subject)
+    return () if settings["problem_type"] == "regression" else tuple(settings["id2label"].values())
+
+
 def _recipe(folder: Path) -> Recipe | None:
     """Return the recipe of a run folder, or of the run of a checkpoint folder."""
     for place in (folder, folder.parent.parent):

@@ -45,7 +45,7 @@ def attach(net: Any, folder: Path, name: str) -> Any:
                 config = PeftConfig.from_pretrained(str(folder))
                 own = config.peft_type == "LORA" and not lora_linear.misfits(net)
                 if config.task_type == "SEQ_CLS":
-                    score_head.load(net, folder / adapter_files.TENSORS, _head(folder))
+                    score_head.load(net, folder / adapter_files.TENSORS, fingerprint.head(folder))
                     config.task_type = "CAUSAL_LM"  # the head stands beside the language model's
                 if own:
                     lora_linear.replace_layers(config)
@@ -61,12 +61,6 @@ def attach(net: Any, folder: Path, name: str) -> Any:
         reason = shorten(" ".join(lines[:2]), 300)
         raise ModelError(Problem(f"the adapter does not fit this base: {reason}", Place(str(folder)))) from None
     return net
-
-
-def _head(folder: Path) -> dict[str, Any]:
-    """Return the settings of the head of an adapter: the names of its classes, if the run recorded them."""
-    settings = (fingerprint.read(folder) or {}).get("head") or {}
-    return {**settings, **{"id2label": {int(k): v for k, v in settings["id2label"].items()}}} if settings else {}
 
 
 def _detach(net: Any, name: str, known: bool) -> None:

@@ -125,6 +125,16 @@ def write(folder: Path, about: dict[str, Any]) -> None:
     (folder / NAME).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def head(folder: Path) -> dict[str, Any]:
+    """Return the settings of the head that scores rows beside an adapter or model, or nothing where none is recorded.
+
+    Raises:
+        ModelError: when the file is damaged.
+    """
+    settings = (read(folder) or {}).get("head") or {}
+    return {**settings, "id2label": {int(k): str(v) for k, v in settings["id2label"].items()}} if settings else {}
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """Return what `write` wrote, or None if there is nothing.
 

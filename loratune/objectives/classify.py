@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratune.models.policy import Policy
 
 Kind = Literal["one", "several", "number"]
-PROBLEMS = {  # transformers' words
+PROBLEMS: dict[Kind, str] = {  # transformers' words
     "one": "single_label_classification", "several": "multi_label_classification", "number": "regression",
 }  # fmt: skip
 
@@ -43,6 +43,7 @@ class Classify(ObjectiveSection):
     formats: ClassVar[tuple[str, ...]] = ("labelled",)
     pooled: ClassVar[bool] = True
     unit: ClassVar[str] = "per row"
+    generates: ClassVar[bool] = False
     figures: ClassVar[Mapping[str, Figure]] = {
         "accuracy": Figure("fraction of rows", "higher"),
         "error": Figure("mean absolute error", "lower"),
@@ -89,10 +90,57 @@ class Classify(ObjectiveSection):
         """Outputs of the head: one for each class, or one for a number."""
         return max(1, len(self._classes))
 
-    def head(self) -> dict[str, object]:
+    def head(self) -> dict[str, Any]:
         """Return transformers' settings of a classifier with this head."""
         names = dict(enumerate(self._classes or ("LABEL_0",)))
         return {"problem_type": PROBLEMS[self._kind], "id2label": names, "label2id": {n: i for i, n in names.items()}}
+
+    def of_head(self, settings: Mapping[str, Any]) -> Classify:
+        """Return the same for a saved head: its kind and its classes."""
+        bound = self.model_copy()
+        kinds: dict[str, Kind] = {name: kind for kind, name in PROBLEMS.items()}
+        bound._kind = kinds[settings["problem_type"]]
+        bound._classes = tuple(settings["id2label"].values()) if bound._kind != "number" else ()
+        return bound
+
+    def measured(self, outputs: np.ndarray, rows: Rows) -> dict[str, tuple[float, float, float]]:
+        """Return macro-F1, Matthews' coefficient and AUROC (of several classes macro-F1 and AUROC; of numbers R2)."""
+        import numpy as np
+
+        from loratune.objectives import metrics
+
+        if self._kind == "number":
+            wanted = np.array([labels[0] for labels in rows.labels])
+
+            def explained(some: np.ndarray) -> float:
+                spread = float(np.square(wanted[some] - wanted[some].mean()).sum())
+                off = float(np.square(outputs[some, 0] - wanted[some]).sum())
+                return 1 - off / spread if spread else float("nan")
+
+            return {"R2": metrics.with_interval(explained, len(wanted))}
+        there = self._there(rows)
+        given = _chosen(outputs) if self._kind == "one" else outputs > 0
+        found = {"macro F1": lambda some: metrics.macro_f1(there[some], given[some])}
+        if self._kind == "one":
+            found["MCC"] = lambda some: metrics.matthews(_confusion(there[some], outputs[some]))
+        found["AUROC"] = lambda some: metrics.macro_auroc(there[some], outputs[some])
+        return {name: metrics.with_interval(f, len(there)) for name, f in found.items()}
+
+    def table(self, outputs: np.ndarray, rows: Rows) -> dict[str, Any]:
+        """Return the names of the `classes`, and how often each (rows) was taken for each (columns), `confusion`."""
+        if self._kind != "one":
+            return {}
+        found = _confusion(self._there(rows), outputs)
+        return {"classes": self._classes, "confusion": tuple(map(tuple, found.tolist()))}
+
+    def _there(self, rows: Rows) -> np.ndarray:
+        """Return which classes each row has, bool, (rows, classes)."""
+        import numpy as np
+
+        there = np.zeros((rows.samples, self.outputs), dtype=bool)
+        for index, labels in enumerate(rows.labels):
+            there[index, labels.astype(np.int64)] = True
+        return there
 
     def each(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return loss and accuracy (a number: absolute error) of each row, (rows,) each."""
@@ -132,6 +180,21 @@ def several(labels: torch.Tensor, classes: int) -> torch.Tensor:
     wanted = labels.new_zeros(len(labels), classes + 1)
     numbers = labels.nan_to_num(classes).long()  # the last column takes what is none
     return wanted.scatter_(1, numbers, 1.0)[:, :classes]
+
+
+def _confusion(there: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """Return how often each class (rows) was taken for each class (columns), int64, (classes, classes)."""
+    from loratune.objectives import metrics
+
+    return metrics.confusion(there.argmax(1), outputs.argmax(1), there.shape[1])
+
+
+def _chosen(outputs: np.ndarray) -> np.ndarray:
+    """Return the class with the highest output as zeros and a one, bool, (rows, classes)."""
+    import numpy as np
+
+    found: np.ndarray = np.arange(outputs.shape[1]) == outputs.argmax(1)[:, None]
+    return found
 
 
 def _balanced(labels: list[np.ndarray], classes: int) -> np.ndarray:

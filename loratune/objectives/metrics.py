@@ -94,9 +94,9 @@ def confusion(wanted: np.ndarray, given: np.ndarray, classes: int) -> np.ndarray
     return found
 
 
-def macro_f1(table: np.ndarray) -> float:
-    """Return the mean of the F1 of each class that occurs, from a `confusion` table; 0-1."""
-    right, there = np.diag(table), table.sum(1) + table.sum(0)
+def macro_f1(wanted: np.ndarray, given: np.ndarray) -> float:
+    """Return the mean (0-1) of the F1 of each class that is wanted or given, both bool, (rows, classes)."""
+    right, there = (wanted & given).sum(0), wanted.sum(0) + given.sum(0)
     some = there > 0
     return float(np.mean(2 * right[some] / there[some])) if some.any() else 0.0
 
@@ -129,9 +129,18 @@ def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[positive].sum() - number * (number + 1) / 2) / (number * (len(positive) - number)))
 
 
-def interval_of(f: Callable[[np.ndarray], float], rows: int, seed: int = 0, times: int = 500) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a function of rows, given by their numbers, as `interval`."""
+def macro_auroc(wanted: np.ndarray, scores: np.ndarray) -> float:
+    """Return the mean `auroc` of the classes that some rows have and some have not; both (rows, classes)."""
+    each = [auroc(wanted[:, index], scores[:, index]) for index in range(wanted.shape[1])]
+    known = [one for one in each if not np.isnan(one)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def with_interval(
+    f: Callable[[np.ndarray], float], rows: int, seed: int = 0, times: int = 500
+) -> tuple[float, float, float]:
+    """Return a function of all rows, given by their numbers, and the ends of its interval, as `interval`."""
     random = np.random.default_rng(seed)
     found = [f(random.integers(0, rows, rows)) for _ in range(times)]
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    low, high = np.quantile([one for one in found if not np.isnan(one)] or [float("nan")], [0.025, 0.975])
+    return f(np.arange(rows)), float(low), float(high)

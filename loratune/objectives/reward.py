@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from loratune.objectives.section import Figure, ObjectiveSection
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from loratune.data.dataset import Rows
     from loratune.models.batch import Batch
     from loratune.models.policy import Policy
 
@@ -30,6 +32,7 @@ class Reward(ObjectiveSection):
     pooled: ClassVar[bool] = True
     sample: ClassVar[str] = "pair"
     unit: ClassVar[str] = "per pair"
+    generates: ClassVar[bool] = False
     figures: ClassVar[Mapping[str, Figure]] = {
         "accuracy": Figure("fraction of pairs", "higher"),
         "margin": Figure("difference of scores", "higher"),
@@ -43,9 +46,19 @@ class Reward(ObjectiveSection):
         """Outputs of the head: the score."""
         return 1
 
-    def head(self) -> dict[str, object]:
+    def head(self) -> dict[str, Any]:
         """Return transformers' settings of a classifier with this head."""
         return {"problem_type": "regression", "id2label": {0: "score"}, "label2id": {"score": 0}}
+
+    def measured(self, outputs: np.ndarray, rows: Rows) -> dict[str, tuple[float, float, float]]:
+        """Return how often the chosen answer is the longer one (ties half): what a score of length would reach."""
+        import numpy as np
+
+        from loratune.objectives import metrics
+
+        tokens = np.array([[row.count() for row in rows.sample(index).rows] for index in range(rows.samples)])
+        longer = (np.sign(tokens[:, 0] - tokens[:, 1]) + 1) / 2
+        return {"chosen is longer": (float(longer.mean()), *metrics.interval(longer.tolist()))}
 
     def each(self, policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         """Return loss, accuracy, difference of scores, and both scores, of each pair, (pairs,) each."""

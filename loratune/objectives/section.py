@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from loratune.config.section import Complaint, Section, tag_of
 from loratune.data.formats import Preference, made
 from loratune.data.section import Data
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from loratune.data.dataset import Rows
@@ -145,8 +146,25 @@ class ObjectiveSection(Section):
         """Outputs of the head that scores a row at its last token; 0 where the language model's own head is used."""
         return 0
 
-    def head(self) -> dict[str, object]:
+    def head(self) -> dict[str, Any]:
         """Return transformers' settings of a sequence classifier with this head, such as the names of its classes."""
+        return {}
+
+    def of_head(self, settings: Mapping[str, Any]) -> Self:
+        """Return the same for a saved head with these settings, as `head` returns them."""
+        return self
+
+    def table(self, outputs: np.ndarray, rows: Rows) -> dict[str, Any]:
+        """Return the names of the `classes` and the table `confusion`, or nothing; arguments as in `measured`."""
+        return {}
+
+    def measured(self, outputs: np.ndarray, rows: Rows) -> dict[str, tuple[float, float, float]]:
+        """Return metrics of all rows together, by name: each with the ends of its 95 % bootstrap interval.
+
+        Args:
+            outputs: of the head, float32, (rows, outputs).
+            rows: that were evaluated.
+        """
         return {}
 
     def count(self, batch: Batch) -> int:

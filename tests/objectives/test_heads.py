@@ -20,6 +20,7 @@ from transformers import LlamaForSequenceClassification
 
 import loratune
 from loratune import recipe
+from loratune.commands import evaluate
 from loratune.data import dataset
 from loratune.data.collate import collate
 from loratune.data.encode import Encoder, Row
@@ -458,3 +459,56 @@ def test_two_processes_are_one(fit: Fit, base: Path, tmp_path: Path, method: str
     two = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert json.loads((folder / "run.json").read_text())["processes"] == 2
     assert [line["loss"] for line in two if line["kind"] == "step"] == pytest.approx(losses(one), rel=1e-5)
+
+
+# ---------------------------------------------------------------- eval
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_eval_of_a_classifier(fit: Fit, tmp_path: Path, method: str) -> None:
+    done = train(fit, tmp_path, method, labelled(48), method={"type": method}, train={"epochs": 8})
+    found = loratune.evaluate(done.folder)
+    (scores,) = found.scores.values()
+    assert {"loss", "accuracy", "macro F1", "MCC", "AUROC"} <= scores.keys()
+    lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    best = min((line for line in lines if line["kind"] == "eval"), key=lambda line: line["loss"])
+    assert scores["loss"].value == pytest.approx(best["loss"], rel=1e-4)
+    assert scores["accuracy"].value == pytest.approx(best["accuracy"])
+    assert found.classes == ("bad", "good")
+    assert sum(map(sum, found.confusion)) == found.rows > 9
+    right = found.confusion[0][0] + found.confusion[1][1]
+    assert right / found.rows == pytest.approx(scores["accuracy"].value)
+    other = str(
+        tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": "yes", "label": "good"}, {"text": "sun", "label": "good"}])
+    )
+    again = loratune.evaluate(done.folder, data=other)
+    assert again.confusion[0] == (0, 0), "the classes are those of the run"
+    told = evaluate.show(again)
+    assert "taken for" in told
+    tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": "yes", "label": "ugly"}])
+    with pytest.raises(DataError, match=r"other.jsonl:1.*no training row has; unknown: `ugly`"):
+        loratune.evaluate(done.folder, data=other)
+
+
+def test_eval_of_a_reward_model(fit: Fit, tmp_path: Path) -> None:
+    done = train(fit, tmp_path, "a", pairs.rows(32), "preference", objective="reward")
+    found = loratune.evaluate(done.folder)
+    (scores,) = found.scores.values()
+    lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    best = min((line for line in lines if line["kind"] == "eval"), key=lambda line: line["loss"])
+    for name in ("loss", "accuracy", "margin"):
+        assert scores[name].value == pytest.approx(best[name], rel=1e-4)
+    rows = dataset.of(done.recipe.data, 0, Encoder(tiny.tokenizer()), pooled=True)[1]
+    lengths = [[row.count() for row in rows.sample(index).rows] for index in range(rows.samples)]
+    wanted = np.mean([(np.sign(one - other) + 1) / 2 for one, other in lengths])
+    assert scores["chosen is longer"].value == pytest.approx(wanted)
+    assert "accuracy" in evaluate.show(found)
+
+
+def test_eval_of_a_regression(fit: Fit, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": 1.5 if row["label"] == "good" else -1} for row in labelled(48)]
+    done = train(fit, tmp_path, "a", rows, {"type": "labelled", "labels": "number"}, optimizer={"lr": 3e-3}, train={"epochs": 8})  # fmt: skip
+    (scores,) = loratune.evaluate(done.folder).scores.values()
+    assert {"loss", "error", "R2"} <= scores.keys()
+    assert scores["R2"].value > 0
+    assert float(loratune.chat(done.folder, "yes red")) == pytest.approx(1.5, abs=1)

@@ -128,7 +128,8 @@ def test_interval_depends_on_its_seed_only() -> None:
 def test_metrics_of_classes_by_hand() -> None:
     table = metrics.confusion(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2]), 3)
     assert table.tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
-    assert metrics.macro_f1(table) == pytest.approx((4 / 5 + 2 / 4 + 2 / 3) / 3)
+    wanted, given = (np.eye(3, dtype=bool)[of] for of in ([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]))
+    assert metrics.macro_f1(wanted, given) == pytest.approx((4 / 5 + 2 / 4 + 2 / 3) / 3)
     assert metrics.matthews(np.array([[3, 1], [2, 4]])) == pytest.approx((3 * 4 - 1 * 2) / (4 * 6 * 5 * 5) ** 0.5)
     assert metrics.matthews(np.array([[5, 0], [5, 0]])) == 0
     positive = np.array([True, True, False, False])
@@ -144,7 +145,10 @@ def test_metrics_of_classes_are_those_of_scikit_learn() -> None:
         given = scores.argmax(1)
         table = metrics.confusion(wanted, given, classes)
         assert (table == sklearn.confusion_matrix(wanted, given)).all()
-        assert metrics.macro_f1(table) == pytest.approx(sklearn.f1_score(wanted, given, average="macro"))
+        one = np.eye(classes, dtype=bool)
+        assert metrics.macro_f1(one[wanted], one[given]) == pytest.approx(
+            sklearn.f1_score(wanted, given, average="macro")
+        )
         assert metrics.matthews(table) == pytest.approx(sklearn.matthews_corrcoef(wanted, given))
         assert metrics.auroc(wanted == 0, scores[:, 0]) == pytest.approx(
             sklearn.roc_auc_score(wanted == 0, scores[:, 0])
@@ -153,6 +157,7 @@ def test_metrics_of_classes_are_those_of_scikit_learn() -> None:
 
 def test_an_interval_of_any_function_of_rows() -> None:
     values = np.random.default_rng(1).normal(size=400)
-    low, high = metrics.interval_of(lambda rows: float(values[rows].mean()), 400)
+    mean, low, high = metrics.with_interval(lambda rows: float(values[rows].mean()), 400)
     wanted = metrics.interval(values.tolist())
+    assert mean == pytest.approx(values.mean())
     assert (low, high) == pytest.approx(wanted, abs=0.02)
