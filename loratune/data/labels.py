@@ -46,7 +46,10 @@ def _tokens(form: Patterns, pattern: int, encoder: Encoder) -> dict[str, list[in
 
 
 def counted(form: FormatSection, rows: Rows) -> dict[str, int]:
-    """Return how many rows have each label, in the order of the recipe; empty for a format without labels."""
+    """Return how many rows have each label or class, in the order of its number; empty for a format without."""
+    if rows.classes:
+        found = np.bincount(np.concatenate(rows.labels).astype(np.int64), minlength=len(rows.classes))
+        return dict(zip(rows.classes, found.tolist(), strict=True))
     if not isinstance(form, Patterns):
         return {}
     found = np.stack(rows.labels).argmax(axis=1)

@@ -119,9 +119,10 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
     counts, word = rows.counts, "pairs " if rows.sample_word == "pair" else ""
+    trained = f", {counts.trained_tokens:,} label tokens" if counts.trained_tokens else ""
     report.field(
         "rows",
-        f"{rows.samples:,} {word}to train on ({counts.tokens:,} tokens, {counts.trained_tokens:,} label tokens)"
+        f"{rows.samples:,} {word}to train on ({counts.tokens:,} tokens{trained})"
         + (f", {held_out.samples:,} held out" if held_out else "")
         + ("; unchanged since they were last read: from the cache" if rows.cached else ""),
     )

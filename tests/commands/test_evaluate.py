@@ -180,6 +180,8 @@ def test_json_table_and_default_predictions(run: Path) -> None:
         "examples",
         "objective",
         "unit",
+        "classes",
+        "confusion",
     }
     assert (found["objective"], found["unit"]) == ("", "nats per label token")
     names = ["loss", "perplexity", "token accuracy", "exact match", "contains", "token F1", "regex", "choice"]
