@@ -246,8 +246,9 @@ class Terminal:
         left = self._seconds / self._steps * (step.steps - step.number)
         return (
             f"step {step.number}/{step.steps}  epoch {step.epoch:.2f}  loss {step.loss:.4f}  {self._metrics(step)}"
-            f"lr {step.lr:.2e}  grad norm {step.grad_norm:.2f}  {step.tokens / step.seconds:,.0f} tokens/s  "
-            f"{step.trained_tokens / step.seconds:,.0f} label tokens/s  {size(step.memory)}  {duration(left)} left"
+            f"lr {step.lr:.2e}  grad norm {step.grad_norm:.2f}  "
+            + "".join(f"{speed} {name}  " for name, speed in _speeds(step).items())
+            + f"{size(step.memory)}  {duration(left)} left"
         )
 
     def _table(self, step: StepDone) -> Table:
@@ -269,8 +270,7 @@ class Terminal:
             ),
             "lr": f"{step.lr:.2e}",
             "grad norm": f"{step.grad_norm:.2f}",
-            "tokens/s": f"{step.tokens / step.seconds:,.0f}",
-            "label tokens/s": f"{step.trained_tokens / step.seconds:,.0f}",
+            **_speeds(step),
             "step time": f"{step.seconds:.2f} s",
             "memory": size(step.memory),
         }
@@ -280,6 +280,12 @@ class Terminal:
         for begin in range(0, len(cells), each):
             rows.add_row(*cells[begin : begin + each])
         return rows
+
+
+def _speeds(step: StepDone) -> dict[str, str]:
+    """Return tokens per second, by what they are: rows that are scored have no label tokens."""
+    found = {"tokens/s": step.tokens, "label tokens/s": step.trained_tokens}
+    return {name: f"{number / step.seconds:,.0f}" for name, number in found.items() if number}
 
 
 def _speed(done: Counted) -> str:

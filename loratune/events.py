@@ -110,7 +110,7 @@ class StepDone(Step):
         lr: learning rate of the first parameter group.
         rows: in this step.
         tokens: in this step, without padding.
-        trained_tokens: in this step, those with a label.
+        trained_tokens: in this step, those with a label; 0 where rows are scored, and have no label tokens.
         computed: tokens that went through the model: with padding, a shared prefix counted once.
         seconds: from the first micro-batch to the end of the optimizer's step.
         memory: peak memory of this process in bytes, of the GPU where there is one.

@@ -57,6 +57,16 @@ def test_a_log_has_a_line_every_few_steps() -> None:
     assert lines[0] == "step 3/7  epoch 0.50  loss 1.2500  lr 2.00e-04  grad norm 0.75  800 tokens/s  200 label tokens/s  3.0 MB  2 s left"  # fmt: skip
 
 
+def test_rows_without_label_tokens_have_no_speed_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = replace(STEP, trained_tokens=0)
+    (line,) = printed(Begun(0, 20, 1), scored)
+    assert "  grad norm 0.75  800 tokens/s  3.0 MB  " in line
+    monkeypatch.delenv("CI")
+    seen = " ".join(" ".join(printed(Begun(0, 20, 1), scored, width=100, terminal=True)).split())
+    assert "tokens/s 800 step time" in seen
+    assert "label tokens/s" not in seen
+
+
 def test_the_end_is_told() -> None:
     end = Ended(Path("runs/a"), 20, 48.2, 812.4, "adapter", 84_000_000)
     assert printed(end) == ["done     20 steps in 48 s, 812 tokens/s; adapter of 84.0 MB in runs/a"]

@@ -49,12 +49,16 @@ class Score:
     """A mean over rows with its 95 % bootstrap interval.
 
     Losses are in nats per label token, or in the unit of an objective that learns no answers; what counts rows or
-    tokens is a part (0-1) of them.
+    tokens is a part (0-1) of them. NaN where these rows leave it undefined, such as AUROC with rows of one class.
     """
 
     value: float
     low: float
     high: float
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return the score as JSON data, which has no NaN: null."""
+        return {name: None if math.isnan(value) else value for name, value in self.__dict__.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON data."""
-        scores = {s: {m: score.__dict__ for m, score in by.items()} for s, by in self.scores.items()}
+        scores = {s: {m: score.as_json() for m, score in by.items()} for s, by in self.scores.items()}
         predictions = str(self.predictions) if self.predictions else None
         return {
             "name": self.name,
@@ -330,7 +334,7 @@ def show(result: Evaluation) -> str:
         body.append([metric.replace("_", " "), *cells])
     head = ["", *systems, *(["intervals"] if len(systems) == 2 else [])]
     answered = "" if result.objective else f", {result.generated:,} answered"
-    unit = f"; loss in {result.unit}" if result.objective else ""
+    unit = f"; loss in {result.unit}".replace("in per", "per") if result.objective else ""
     lines = [f"{result.name}: {result.rows:,} rows{answered} (mean, 95 % bootstrap interval{unit})", ""]
     lines.append(console.table(head, body))
     if 0 < len(result.classes) <= CLASSES:
@@ -347,7 +351,7 @@ def show(result: Evaluation) -> str:
 
 
 def _cell(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    return "undefined" if math.isnan(score.value) else f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
 
 
 def _rows(

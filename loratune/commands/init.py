@@ -109,10 +109,6 @@ def _rated(number: int, question: str, answer: str, other: str) -> Row:
     return {"prompt": [_asked(question)], "completion": [said], "label": good}
 
 
-def _labelled(number: int, question: str, answer: str, other: str) -> Row:
-    return {"text": question, "label": "account" if answer.startswith(("Open", "Yes. Open")) else "other"}
-
-
 def _department(number: int, question: str, answer: str, other: str) -> Row:
     return {"text": question, "label": "order" if number in (1, 4, 5, 6, 7, 8, 9, 14) else "account"}
 
@@ -125,11 +121,11 @@ KINDS = {
         "objective: {type: orpo, weight: 0.1}  # or `dpo`, from a model that gives such answers already",
         _pair,
     ),
-    "reward": Kind(_PAIRS, "objective: {type: reward, centre: 0.01}  # a head that scores answers", _pair),
+    "reward": Kind(_PAIRS, "objective: {type: reward, centre: 0.01}  # a head that scores answers", _pair, talks=False),
     "classify": Kind(
         "{type: labelled, text: text, label: label}",
         "objective: classify                # or a regression: `labels: number` in the format",
-        _labelled,
+        _department,
     ),
     "kto": Kind(
         "kto                        # a prompt, an answer, and whether it is a good one",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,10 @@ class Shown:
         number: from 1, among the rows kept; those of one data row have the same.
         place: where it came from.
         tokens: its length.
-        trained_tokens: of them, those with a label.
+        trained_tokens: of them, those with a label; 0 where the row is scored as a whole.
         pieces: in order.
-        answer: which of several rows made of one: of a pair `chosen` or `rejected`, of labels pattern and label; else
-            empty.
+        answer: which of several rows made of one: of a pair `chosen` or `rejected`, of patterns their number and the
+            label; of a labelled text its label; else empty.
     """
 
     number: int
@@ -58,7 +58,7 @@ class Inspection:
     Attributes:
         rows: number of rows; a pair is one.
         tokens: in all rows.
-        trained_tokens: of them, those with a label.
+        trained_tokens: of them, those with a label; 0 where rows are scored as a whole.
         longest: tokens of the longest row (of pairs: of the longest answer with its prompt).
         shown: the rows that were asked for, in pieces; of a pair the chosen answer, then the rejected one, and of a row
             with a label one for each pattern and label.
@@ -107,7 +107,9 @@ def inspect(
         encoder, form = Encoder(tokenizer), recipe.data.format
         notes = labels.check_verbalizers(form, encoder)
         with report.counting("reading rows") as progress:
-            rows, held_out = dataset.of(recipe.data, recipe.train.seed, encoder, progress)
+            rows, held_out = dataset.of(
+                recipe.data, recipe.train.seed, encoder, progress, pooled=recipe.objective.pooled
+            )
         recipe.objective.of_rows(rows, recipe.data)
         if rows.damaged or (held_out is not None and held_out.damaged):
             report.problem(dataset.DAMAGED)
@@ -121,9 +123,8 @@ def inspect(
             for one in take_apart(rows, index, form, encoder)
         )
         counts, longest = rows.counts, int(rows.lengths.max())
-        return Inspection(
-            rows.samples, counts.tokens, counts.trained_tokens, longest, shown, rows.unread, rows.sample_word == "pair"
-        )
+        trained = 0 if rows.pooled else counts.trained_tokens
+        return Inspection(rows.samples, counts.tokens, trained, longest, shown, rows.unread, rows.sample_word == "pair")
 
 
 def _chosen(rows: int, row: int | None, number: int, seed: int | None, pairs: bool) -> Sequence[int]:
@@ -140,7 +141,8 @@ def _chosen(rows: int, row: int | None, number: int, seed: int | None, pairs: bo
 def take_apart(rows: Rows, index: int, form: FormatSection, encoder: Encoder) -> Iterator[Shown]:
     """Yield the row or rows of a sample, with tokens joined into pieces of one kind."""
     sample = rows.sample(index)
-    for answer, row in zip(form.names(sample.labels.tolist()), sample.rows, strict=True):
+    for answer, row in zip(form.names(sample.labels.tolist(), rows.classes), sample.rows, strict=True):
+        row = replace(row, trained=np.zeros_like(row.trained)) if row.pooled else row
         pieces = tuple(
             Piece(encoder.tokenizer.decode(ids, skip_special_tokens=False), len(ids), trained, special)
             for ids, trained, special in _runs(row, encoder)
@@ -165,18 +167,23 @@ def _runs(row: Row, encoder: Encoder) -> Iterator[tuple[list[int], bool, bool]]:
 
 def as_text(inspection: Inspection, colour: bool) -> str:
     """Return the rows for a terminal: label tokens in green, or in [[ ]] without colour."""
-    lines = [
-        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens "
-        f"({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %), longest {inspection.longest:,}"
-    ]
+    part = f" ({100 * inspection.trained_tokens / max(inspection.tokens, 1):.1f} %)"
+    lines = [f"{_counted(inspection)}, {_tokens(inspection, part)}, longest {inspection.longest:,}"]
     for row in inspection.shown:
-        lines += ["", f"{_named(row)}  {row.place}  {row.tokens:,} tokens, {row.trained_tokens:,} label tokens", ""]
+        lines += ["", f"{_named(row)}  {row.place}  {_tokens(row)}", ""]
         lines.append("".join(_coloured(piece) if colour else _bracketed(piece) for piece in _joined(row.pieces)))
     return "\n".join(lines)
 
 
 def _counted(inspection: Inspection) -> str:
     return f"{inspection.rows:,} {'pairs' if inspection.pairs else 'rows'}"
+
+
+def _tokens(of: Inspection | Shown, part: str = "") -> str:
+    """Return how many tokens there are, and how many with a label; `part` follows these."""
+    if not of.trained_tokens:
+        return f"{of.tokens:,} tokens" + ", each row scored at its last" * isinstance(of, Inspection)
+    return f"{of.tokens:,} tokens, {of.trained_tokens:,} label token{'s' * (of.trained_tokens > 1)}{part}"
 
 
 def _named(row: Shown) -> str:
@@ -224,10 +231,7 @@ def as_html(inspection: Inspection, title: str) -> str:
         body = "".join(
             f'<span class="{"t " * p.trained}{"s" * p.special}">{html.escape(p.text)}</span>' for p in row.pieces
         )
-        place = f"{html.escape(row.place)}: {row.tokens:,} tokens, {row.trained_tokens:,} label tokens"
-        blocks.append(f'<h2>{_named(row)}</h2><p class="place">{place}</p><pre>{body}</pre>')
-    summary = (
-        f"{_counted(inspection)}, {inspection.tokens:,} tokens, {inspection.trained_tokens:,} label tokens, "
-        f"longest row {inspection.longest:,} tokens"
-    )
+        place = f"{html.escape(row.place)}: {_tokens(row)}"
+        blocks.append(f'<h2>{html.escape(_named(row))}</h2><p class="place">{place}</p><pre>{body}</pre>')
+    summary = f"{_counted(inspection)}, {_tokens(inspection)}, longest row {inspection.longest:,} tokens"
     return _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(blocks))

@@ -6,9 +6,10 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loratune.methods import adapter_files
-from loratune.models import tokenizer_files
+from loratune.models import fingerprint, tokenizer_files
 from loratune.system import storage
 
 
@@ -20,11 +21,19 @@ def of_run(run: Path, names: Sequence[str]) -> list[str]:
     merged = run.with_name(f"{run.name}-merged")
     fits = {
         "eval": bool((facts.get("data") or {}).get("eval")),
-        "chat": facts.get("chat") is True,
+        "chat": _answers(run, facts),
         "merge": (run / adapter_files.CONFIG).is_file() and adapter_files.is_mergeable(run) and not merged.exists(),
     }
     lines = [f"loratune {name} {shown(run)}" for name in names if fits[name]]
     return [f"{line} --out {shown(merged)}" if line.startswith("loratune merge ") else line for line in lines]
+
+
+def _answers(run: Path, facts: dict[str, Any]) -> bool:
+    """Return whether `loratune chat` has an answer: of a model that learned turns, or of a classifier."""
+    from loratune.models import score_head
+
+    outputs = list(fingerprint.head(run).get("id2label", {}).values())
+    return outputs != [score_head.REWARD] if outputs else facts.get("chat") is True
 
 
 def of_merged(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
         f"trained with loratune {facts.start.versions['loratune']}.", "",
         "| | |", "|---|---|",
         f"| {rows} | {data['kept']:,} to train on{held}, of {data['read']:,} read |",
-        *([f"| label tokens | {data['trained_tokens']:,} per epoch |"] if data["trained_tokens"] else []),
+        *([] if recipe.objective.pooled else [f"| label tokens | {data['trained_tokens']:,} per epoch |"]),
         f"| steps | {end.step} of {recipe.train.batch_size} {rows} |",
         f"| objective | {_objective(recipe)} |",
         f"| method | {_method(recipe, setup.quantization)} |",

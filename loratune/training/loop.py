@@ -190,7 +190,7 @@ def _sizes(objective: ObjectiveSection, micro: list[Batch], accelerator: Any) ->
         [
             sum(objective.count(part) for part in counted),
             sum(part.tokens for part in counted),
-            sum(len(part.targets) for part in counted),
+            0 if objective.pooled else sum(len(part.targets) for part in counted),
             sum(part.computed for part in micro),
         ]
     )

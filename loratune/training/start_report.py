@@ -119,7 +119,8 @@ def _about_rows(recipe: Recipe, rows: Rows) -> Iterator[str]:
 
 def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None) -> None:
     counts, word = rows.counts, "pairs " if rows.sample_word == "pair" else ""
-    trained = f", {counts.trained_tokens:,} label tokens" if counts.trained_tokens else ""
+    learns_tokens = counts.trained_tokens and not recipe.objective.pooled
+    trained = f", {counts.trained_tokens:,} label tokens" if learns_tokens else ""
     report.field(
         "rows",
         f"{rows.samples:,} {word}to train on ({counts.tokens:,} tokens{trained})"

@@ -125,3 +125,23 @@ def test_a_pair_is_one_row_with_its_answers_named(tmp_path: Path, base: Path) ->
     assert {row.number for row in inspect.inspect(loaded, random=True, number=5).shown} == {1, 2, 3, 4, 5}
     with pytest.raises(UsageError, match="no pair 6: there are 5, counted from 1"):
         inspect.inspect(loaded, row=6)
+
+
+def test_rows_that_are_scored_show_their_label_and_no_label_tokens(tmp_path: Path, base: Path) -> None:
+    rows = [{"text": "a cat", "label": ["red", "blue"]}, {"text": "a dog", "label": []}]
+    cases = (
+        (rows, {"type": "labelled", "labels": "several"}, "classify", ["label red, blue", "label none of the classes"]),
+        ([{"text": "a", "label": 1.5}, {"text": "b", "label": -2}], {"type": "labelled", "labels": "number"},
+         "classify", ["label 1.5", "label -2"]),
+        (pairs.rows(2), "preference", "reward", ["chosen", "rejected"] * 2),
+    )  # fmt: skip
+    for given, format, objective, answers in cases:
+        train = str(tiny.write_jsonl(tmp_path / "rows.jsonl", given))
+        path = tiny.write_recipe(tmp_path, base, objective=objective, data={"train": train, "format": format})
+        found = inspect.inspect(recipe.load(path))
+        assert [row.answer for row in found.shown] == answers
+        assert found.trained_tokens == sum(row.trained_tokens for row in found.shown) == 0
+        text = inspect.as_text(found, colour=False)
+        assert "tokens, each row scored at its last, longest" in text
+        assert "label token" not in text + inspect.as_html(found, "rows").partition("</p>")[2]
+        assert "[[" not in text

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from loratune.cli import app
 from loratune.commands import next_steps
-from tests import tiny
+from tests import pairs, tiny
 from tests.conftest import Fit
 
 ALL = ("eval", "chat", "merge")
@@ -43,3 +43,12 @@ def test_only_what_fits_a_run_is_named(fit: Fit, tmp_path: Path) -> None:
     assert names(next_steps.of_run(text.folder, ALL)) == ["merge"]
     assert names(next_steps.of_run(fit("full", method="full").folder, ALL)) == ["chat"]
     assert next_steps.of_run(tmp_path, ALL) == []
+
+
+def test_chat_is_named_where_there_is_something_to_say(fit: Fit, tmp_path: Path) -> None:
+    texts = [{"text": f"{word} {number}", "label": word} for number in range(4) for word in ("red", "blue")]
+    rows = {"labelled": texts, "preference": pairs.rows(8)}
+    for format, objective, wanted in (("labelled", "classify", ["chat"]), ("preference", "reward", [])):
+        train = str(tiny.write_jsonl(tmp_path / f"{format}.jsonl", rows[format]))
+        done = fit(objective, data={"train": train, "format": format}, objective=objective)
+        assert names(next_steps.of_run(done.folder, ALL)) == wanted

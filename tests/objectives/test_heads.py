@@ -485,6 +485,10 @@ def test_eval_of_a_classifier(fit: Fit, tmp_path: Path, method: str) -> None:
     assert again.confusion[0] == (0, 0), "the classes are those of the run"
     told = evaluate.show(again)
     assert "taken for" in told
+    assert "interval; loss per row)" in told
+    assert re.search(r"AUROC +undefined", told), "with rows of one class"
+    assert "NaN" not in json.dumps(again.as_json())
+    assert again.as_json()["scores"]["adapter" if method == "lora" else "model"]["AUROC"]["value"] is None
     tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": "yes", "label": "ugly"}])
     with pytest.raises(DataError, match=r"other.jsonl:1.*no training row has; unknown: `ugly`"):
         loratune.evaluate(done.folder, data=other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -49,6 +49,12 @@ class Labelled(FormatSection):
             return Group(plain, (self._number(value),), what="texts", scored=True)
         names = self._several(value) if self.labels == "several" else (self._class(value),)
         return Group(plain, what="texts", scored=True, classes=names)
+
+    def names(self, labels: Sequence[float], classes: Sequence[str] = ()) -> list[str]:
+        """Return the label of a row: its classes, or the number."""
+        if self.labels == "number":
+            return [f"label {labels[0]:g}"]
+        return [f"label {', '.join(classes[int(number)] for number in labels) or 'none of the classes'}"]
 
     def unread(self, row: Mapping[str, Any], template: str) -> list[str]:
         """Return the columns with content that `read` does not use."""

@@ -120,7 +120,7 @@ class Patterns(FormatSection):
         """Return the columns with content that `read` does not use."""
         return unread(row, (self.label, *self.columns))
 
-    def names(self, labels: Sequence[float]) -> list[str]:
+    def names(self, labels: Sequence[float], classes: Sequence[str] = ()) -> list[str]:
         """Return names of a sample's rows: the pattern's number and the label."""
         marked = [name + " (its label)" * bool(one) for name, one in zip(self.labels, labels, strict=True)]
         return [f"pattern {number}: {name}" for number in range(1, len(self.patterns) + 1) for name in marked]

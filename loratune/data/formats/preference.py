@@ -112,7 +112,7 @@ class Preference(FormatSection):
         """Tokenized rows that one data row becomes: chosen and rejected."""
         return 2
 
-    def names(self, labels: Sequence[float]) -> Sequence[str]:
+    def names(self, labels: Sequence[float], classes: Sequence[str] = ()) -> Sequence[str]:
         """Return names of a sample's rows."""
         return ("chosen", "rejected")
 

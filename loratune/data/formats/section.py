@@ -24,6 +24,11 @@ class FormatSection(Section):
         """Tokenized rows that one data row becomes."""
         return 1
 
-    def names(self, labels: Sequence[float]) -> Sequence[str]:
-        """Return a name for each tokenized row of a sample with these labels, for a reader; "" for a row alone."""
+    def names(self, labels: Sequence[float], classes: Sequence[str] = ()) -> Sequence[str]:
+        """Return a name for each tokenized row of a sample with these labels, for a reader; "" for a row alone.
+
+        Args:
+            labels: of the sample.
+            classes: names of the classes that the labels are numbers of; empty where they are no classes.
+        """
         return ("",)
