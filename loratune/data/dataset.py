@@ -19,7 +19,7 @@ from loratune.data.prepare import Prepared
 from loratune.data.row_cache import Store
 from loratune.data.sample import Sample
 from loratune.data.section import Data, Source
-from loratune.errors import DataError, Place, Problem, StorageError, listed
+from loratune.errors import DataError, Place, Problem, StorageError, listed, shorten
 from loratune.models import base_files
 
 SHOWN = 5  # rows named in an error
@@ -415,7 +415,7 @@ def _classes(train: Rows, section: Data) -> tuple[str, ...]:
     )
     if len(found) < 2:
         place = Place(", ".join(source.path for source in section.train))
-        told = f"all rows have the label `{found[0]}`" if found else "no row has a label"
+        told = f"all rows have the label `{shorten(found[0])}`" if found else "no row has a label"
         raise DataError(Problem(f"{told}: a classifier needs at least two classes", place))
     return tuple(found)
 
@@ -433,10 +433,11 @@ def with_classes(rows: Rows, classes: tuple[str, ...]) -> Rows:
     Raises:
         DataError: when a row has another class.
     """
-    unknown = [number for number, name in enumerate(rows.store.about["classes"]) if name not in classes]
+    known = set(classes)
+    unknown = [number for number, name in enumerate(rows.store.about["classes"]) if name not in known]
     if classes and unknown:
         bad = [i for i in range(len(rows)) if np.isin(rows.store.row(int(rows.chosen[i])).labels, unknown).any()]
-        names = listed([rows.store.about["classes"][number] for number in unknown])
+        names = listed([shorten(rows.store.about["classes"][number]) for number in unknown], 8)
         told = f"has a label that no training row has; unknown: {names}"
         raise DataError([Problem(told, rows.place(i), "leave such rows out, or train on some") for i in bad[:SHOWN]])
     return replace(rows, classes=classes)

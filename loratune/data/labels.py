@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import permutations
 
 import numpy as np
@@ -10,7 +11,7 @@ from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
 from loratune.data.formats import Patterns, RowError
 from loratune.data.formats.section import FormatSection
-from loratune.errors import DataError, Place, listed
+from loratune.errors import DataError, Place, Problem, listed, shorten
 
 
 def check_verbalizers(form: FormatSection, encoder: Encoder) -> list[str]:
@@ -57,17 +58,29 @@ def counted(form: FormatSection, rows: Rows) -> dict[str, int]:
 
 
 def check_seen(form: FormatSection, rows: Rows) -> list[str]:
-    """Return a note on labels that no training row has.
+    """Return notes on labels that no training row has, and on labels that may be the same.
 
     Raises:
-        DataError: when all rows have the same label.
+        DataError: when all rows have the same label, or none has one.
     """
     numbers = counted(form, rows)
     unseen = [label for label, number in numbers.items() if not number]
-    if numbers and len(unseen) == len(numbers) - 1:
+    place = Place(rows.place(0).source)
+    if numbers and len(unseen) == len(numbers):
+        raise DataError(Problem(f"none of {rows.samples:,} training rows has a label", place))
+    if len(unseen) == len(numbers) - 1 and rows.samples in numbers.values():
         only = next(label for label, number in numbers.items() if number)
-        raise DataError(
-            f"all {rows.samples:,} training rows have the label `{only}`: it would be learned for any text",
-            "add rows of other labels",
-        )
-    return [f"no training row has the label {listed(unseen)}"] if unseen else []
+        told = f"all {rows.samples:,} training rows have the label `{shorten(only)}`: it would be learned for any text"
+        raise DataError(Problem(told, place, "add rows of other labels"))
+    notes = [f"no training row has the label {listed([shorten(label) for label in unseen], 8)}"] if unseen else []
+    if alike := _alike(numbers):
+        notes.append(f"labels that differ in case or spaces alone are different classes: {'; '.join(alike)}")
+    return notes
+
+
+def _alike(labels: Iterable[str], most: int = 4) -> list[str]:
+    """Return the first labels that differ in nothing but case and spaces, each group in one text."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(label.casefold().split()), []).append(label)
+    return [listed(some, 8) for some in groups.values() if len(some) > 1][:most]

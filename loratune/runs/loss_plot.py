@@ -29,8 +29,10 @@ def loss_svg(train: Sequence[Point], evaluation: Sequence[Point], title: str, un
     high_x = max([x for x, _ in points], default=1.0)
     low_x = min([x for x, _ in points], default=0.0)
     low, high = min([y for _, y in points], default=0.0), max([y for _, y in points], default=1.0)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    size = max(abs(low), abs(high))
+    if high - low < 1e-9 * max(1.0, size):  # beyond 1e16 half more is the same number
+        room = max(0.5, 0.01 * size)
+        low, high = low - room, high + room
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 

@@ -30,6 +30,8 @@ from loratune.training.memory_plan import Plan
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
+LABELS = 24  # of which the rows are counted in the report
+
 
 def start(recipe: Recipe, accelerator: Accelerator, trust: bool) -> Start:
     """Return what run.json records of a run before anything is loaded."""
@@ -128,7 +130,9 @@ def _tell_rows(report: Report, recipe: Recipe, rows: Rows, held_out: Rows | None
         + ("; unchanged since they were last read: from the cache" if rows.cached else ""),
     )
     if of_labels := labels.counted(recipe.data.format, rows):
-        report.field("labels", ", ".join(f"{label} {number:,}" for label, number in of_labels.items()))
+        shown = ", ".join(f"{label} {number:,}" for label, number in list(of_labels.items())[:LABELS])
+        more = f" and {len(of_labels) - LABELS:,} more labels" if len(of_labels) > LABELS else ""
+        report.field("labels", shown + more)
     if rows.damaged or (held_out is not None and held_out.damaged):
         report.field("", DAMAGED, problem=True)
     for line in _about_rows(recipe, rows):

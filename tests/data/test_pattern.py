@@ -56,7 +56,8 @@ def test_columns_braces_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "key"), [(True, "true"), (False, "false"), (1, "1"), (-2, "-2"), ("1", "1"), ("true", "true")]
+    ("value", "key"),
+    [(True, "true"), (False, "false"), (1, "1"), (-2, "-2"), (2.0, "2"), ("1", "1"), ("true", "true")],
 )
 def test_labels_are_compared_as_text(value: Any, key: str) -> None:
     made = form(verbalizers={"other": " no", key: " yes"})
@@ -73,13 +74,17 @@ def test_braces_hold_a_column_and_nothing_else(pattern: str) -> None:
     ("changes", "said"),
     [
         ({"label": "bad"}, "`label` is `bad`, which is no label of `data.format.verbalizers`: `neg`, `pos`"),
-        ({"label": 1.0}, "`label` must be a string, an integer or a boolean, given a number"),
+        ({"label": 1.5}, "`label` must be a string, an integer or a boolean, given a number"),
+        ({"label": 1e300}, "`label` must be a string, an integer or a boolean, given a number"),
+        ({"label": 1.0}, "`label` is `1`, which is no label"),
         ({"label": None}, "`label` must be a string, an integer or a boolean, given null"),
         ({"label": True}, "`label` is `true`, which is no label"),
         ({"text": ""}, "`text` is empty, but a pattern names it"),
         ({"text": " \n"}, "`text` is empty, but a pattern names it"),
         ({"text": None}, "`text` must be a string or a number, as a pattern names it, given null"),
         ({"text": True}, "given a boolean"),
+        ({"text": float("nan")}, "given NaN (not a number)"),
+        ({"text": float("-inf")}, "given an infinite number"),
         ({"text": ["a"]}, "given a list"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Odd rows for the objectives that compare or judge answers: pairs, and what else is more than a text to imitate.
+"""Odd rows for the objectives that are more than a text to imitate: pairs, rated answers, and labelled texts.
 
 `python -m tests.faults.fuzz --kind samples --seed 0 --cases 1000` runs them: rows, or an error that names the file.
 """
@@ -75,24 +75,72 @@ def _rated(random: Random) -> list[Row]:
     return made
 
 
+def _labelled(label: Callable[[Random, int], Any]) -> Callable[[Random], list[Row]]:
+    """Return a function that returns texts with what `label` gives for the number of the row."""
+
+    def rows(random: Random) -> list[Row]:
+        said = [f"{random.choice(['yes', 'no', 'a b c', 'ä😀'])} {number}" for number in range(6)]
+        return [{"text": text, "label": label(random, number)} for number, text in enumerate(said)]
+
+    return rows
+
+
+def _one(random: Random, number: int) -> Any:
+    return random.choice([("good", "bad"), (0, 1), (0.0, 1.0), ("0", "1")])[number % 2]
+
+
+def _several(random: Random, number: int) -> Any:
+    return [["sport"], ["sport", "art"], [], ["art"], '["art"]', [1, True]][number]
+
+
+def _number(random: Random, number: int) -> Any:
+    return random.choice([number, -1.5 * number, 1e15])
+
+
+def _of_patterns(random: Random, number: int) -> Any:
+    return [("neg", "pos")[number % 2], "neg", "pos", number % 2, bool(number % 2), "pos"][number]
+
+
+PATTERNS = {
+    "type": "pattern", "patterns": ["{text} It was", "{{Rated:}} {text}"],
+    "verbalizers": {"neg": " bad", "pos": " good", "0": " poor", "1": " fair", "true": " right", "false": " wrong"},
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kind:
     """Rows that an objective can learn from.
 
     Attributes:
+        objective: which one.
         rows: returns some of them.
         format: how they are read, or None for the objective's own.
+        method: what is trained.
     """
 
+    objective: str
     rows: Callable[[Random], list[Row]]
     format: Any = None
+    method: str = "lora"
 
 
 SOUND: dict[str, Kind] = {
-    "dpo": Kind(_pairs),
-    "kto": Kind(_rated),
-    "orpo": Kind(_pairs, {"type": "preference", "texts": "messages"}),
+    "dpo": Kind("dpo", _pairs),
+    "kto": Kind("kto", _rated),
+    "orpo": Kind("orpo", _pairs, {"type": "preference", "texts": "messages"}),
+    "reward": Kind("reward", _pairs),
+    "reward, head alone": Kind("reward", _pairs, method="head"),
+    "a class": Kind("classify", _labelled(_one)),
+    "a class, head alone": Kind("classify", _labelled(_one), method="head"),
+    "several classes": Kind("classify", _labelled(_several), {"type": "labelled", "labels": "several"}),
+    "a number": Kind("classify", _labelled(_number), {"type": "labelled", "labels": "number"}, "head"),
+    "patterns": Kind("pattern", _labelled(_of_patterns), PATTERNS),
 }
+ODD_LABELS: list[Any] = [
+    "", " ", " good", "good ", "GOOD", "\n", "\u0000", "\u200b", "\ud800", "[", '["art"', "[[1]]", '{"a": 1}', "nan", "1",
+    "x" * 5000, True, False, None, 0, -1, 1.0, -0.0, 0.5, 1e39, 1e300, 10**30, 10**400, float("nan"), float("inf"), [], [[]],
+    ["art", "art", " art "], ["art", None], ["art", ["sport"]], ["art", 0.5, float("nan")], [""], {}, {"a": 1},
+]  # fmt: skip
 
 
 def _twist(row: Row, random: Random) -> Row:
@@ -102,6 +150,8 @@ def _twist(row: Row, random: Random) -> Row:
         return row
     one, other = random.choice(names), random.choice(names)
     what = random.randrange(9)
+    if "text" in row and random.random() < 0.6:
+        return {**row, "label": random.choice(ODD_LABELS)}
     if what == 0:
         return {**row, one: row[other]}  # equal answers, an answer as prompt
     if what == 1:
@@ -118,7 +168,7 @@ def _twist(row: Row, random: Random) -> Row:
         return {**row, one: [*row[one], *row[one]] if isinstance(row[one], list) else [row[one]]}
     if what == 7:
         return {**row, one: row[one] * 400 if isinstance(row[one], str | list) else 0}
-    return {**row, random.choice(["prompt", "messages", "system", "tools", "label", "margin"]): row[one]}
+    return {**row, random.choice(["prompt", "messages", "system", "tools", "label", "margin", "text"]): row[one]}
 
 
 def _file(rows: list[Any], random: Random) -> tuple[str, bytes]:
@@ -148,22 +198,24 @@ def _file(rows: list[Any], random: Random) -> tuple[str, bytes]:
 
 
 def odd_samples(random: Random, scene: Path, home: Path) -> Case:
-    """Return a case with damaged rows for an objective that compares or judges answers."""
+    """Return a case with damaged rows for one of the kinds in `SOUND`."""
     from tests.faults import oddities
 
-    objective = random.choice(sorted(SOUND))
-    rows: list[Any] = SOUND[objective].rows(random)
+    kind = SOUND[random.choice(sorted(SOUND))]
+    rows: list[Any] = kind.rows(random)
     for _ in range(random.choice([0, 1, 1, 2, 4])):
         place = random.randrange(len(rows))
         if isinstance(rows[place], dict) and random.random() < 0.7:
             rows[place] = _twist(rows[place], random)
         elif isinstance(rows[place], dict | list):
             rows[place] = oddities.mutate(json.loads(json.dumps(rows[place])), random)
-    recipe = oddities.recipe_of(scene) | {"objective": objective}
+    recipe = oddities.recipe_of(scene) | {"objective": kind.objective}
+    if kind.method != "lora":
+        recipe["method"] = kind.method
     name, raw = _file(rows, random)
     recipe["data"] = {"train": name, "max_length": random.choice([24, 64, 256])}
-    if SOUND[objective].format is not None:
-        recipe["data"]["format"] = SOUND[objective].format
+    if kind.format is not None:
+        recipe["data"]["format"] = kind.format
     if random.random() < 0.5:
         recipe["data"] |= {"on_bad_row": "skip", "max_lost": 1, "on_long": "drop"}
     oddities.write(home, recipe)

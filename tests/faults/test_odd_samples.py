@@ -1,4 +1,4 @@
-"""Damaged rows for the objectives that compare or judge answers: rows, or an error that names the file.
+"""Damaged rows for the objectives that compare or judge answers, or learn labels: rows, or an error that names the file.
 
 A few, in this process; `make test-fuzz` runs a thousand through the command line.
 """
@@ -30,11 +30,12 @@ def test_rows_or_an_error_that_names_the_file(number: int, tmp_path: Path, base:
     assert str(home / "rows.") in said
 
 
-@pytest.mark.parametrize("objective", sorted(odd_samples.SOUND))
-def test_the_rows_that_are_damaged_are_sound(objective: str, tmp_path: Path, base: Path) -> None:
-    kind = odd_samples.SOUND[objective]
+@pytest.mark.parametrize("name", sorted(odd_samples.SOUND))
+def test_the_rows_that_are_damaged_are_sound(name: str, tmp_path: Path, base: Path) -> None:
+    kind = odd_samples.SOUND[name]
     rows = [row for seed in range(20) for row in kind.rows(Random(seed))]
     given = {"format": kind.format} if kind.format else {}
-    tiny.write_recipe(tmp_path, base, objective=objective, data={"train": "rows.jsonl", **given})
+    sections = {"objective": kind.objective, "method": {"type": kind.method}}
+    tiny.write_recipe(tmp_path, base, data={"train": "rows.jsonl", **given}, **sections)
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert inspect(load_recipe(tmp_path / "recipe.yaml")).rows == len(rows)

@@ -41,6 +41,8 @@ CURVES: dict[str, tuple[Points, Points]] = {
     "zero": ([(1, 0.0), (2, 0.0)], []),
     "tiny": ([(1, 1e-12), (2, 3e-12)], []),
     "huge": ([(1, 1e30), (100_000, 1e-3)], [(50_000, 1e20)]),
+    "flat and huge": ([(1, 1e30), (2, 1e30)], []),
+    "nearly flat and huge": ([(1, 1e17), (2, 1e17 + 16)], []),
     "negative": ([(1, -4.0), (2, 2.0)], []),
     "holes": ([(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)], [(2, math.nan), (4, -math.inf)]),
     "nothing finite": ([(1, math.nan)], [(1, math.inf)]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from loratune.errors import shorten
 
 
 class RowError(Exception):
@@ -114,7 +117,7 @@ def unread(row: Mapping[str, Any], used: Collection[str]) -> list[str]:
 def column(row: Mapping[str, Any], name: str) -> Any:
     """Return a column of a row, or raise RowError naming the columns there are."""
     if name not in row:
-        there = ", ".join(f"`{key}`" for key in list(row)[:8]) or "none"
+        there = ", ".join(f"`{shorten(key)}`" for key in list(row)[:8]) or "none"
         raise RowError(name, f"is missing; the row's columns: {there}")
     return row[name]
 
@@ -162,8 +165,15 @@ def why_no_json(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
+def whole(value: Any) -> Any:
+    """Return a number without a fraction as an integer: so does a table hold a column of integers with gaps."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 def named(value: Any) -> str:
     """Return the name of a JSON value's type, for a message."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN (not a number)" if math.isnan(value) else "an infinite number"
     if value is None:
         return "null"
     if isinstance(value, bool):

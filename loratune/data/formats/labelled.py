@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from loratune.config.section import as_tuple
-from loratune.data.formats.base import Group, Plain, RowError, column, named, parsed, text_column, unread
+from loratune.data.formats.base import Group, Plain, RowError, column, named, parsed, text_column, unread, whole
 from loratune.data.formats.section import FormatSection
 from loratune.errors import listed, shorten
+
+NAME = 1_000  # characters of a class's name: a longer one is a text in the wrong column
+DIGITS = frozenset("0123456789+-.eE \t\r\n")  # of numbers that are written as text
+LARGEST = 1e18  # of numbers to predict: the loss is a square in float32, which ends at 3.4e38
 
 
 def _different(classes: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(classes)) < len(classes) or len(classes) == 1:
         raise PydanticCustomError("expected", "must be at least two different names")
+    if any(_odd(name) or not name or name != name.strip() for name in classes):  # no row would have such a class
+        told = f"must be names of 1 to {NAME:,} characters without control characters or white space around them"
+        raise PydanticCustomError("expected", told)
     return classes
 
 
@@ -60,11 +70,22 @@ class Labelled(FormatSection):
         """Return the columns with content that `read` does not use."""
         return unread(row, (self.text, self.label))
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.classes)
+
     def _number(self, value: Any) -> float:
+        if isinstance(value, str):  # a .csv file has no other values
+            with contextlib.suppress(ValueError):
+                value = float(value) if set(value) <= DIGITS else value
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RowError(self.label, f"must be a number (`labels: number`), given {named(value)}")
-        if not math.isfinite(value):
+            told = f": `{shorten(value)}`" if isinstance(value, str) else ""
+            raise RowError(self.label, f"must be a number (`labels: number`), given {named(value)}{told}")
+        if isinstance(value, float) and not math.isfinite(value):
             raise RowError(self.label, f"must be a finite number, given {value}")
+        if abs(value) > LARGEST:
+            told = f"is {shorten(str(value), 24)}, of which the square is beyond float32: at most {LARGEST:g} in size"
+            raise RowError(self.label, told)
         return float(value)
 
     def _several(self, value: Any) -> tuple[str, ...]:
@@ -75,16 +96,33 @@ class Labelled(FormatSection):
         return tuple(dict.fromkeys(self._class(one) for one in value))
 
     def _class(self, value: Any) -> str:
-        if isinstance(value, list):
+        several = self.labels == "several"
+        value = whole(value)
+        if isinstance(value, list) and not several:
             raise RowError(self.label, "must be one class, given a list: for several set `labels: several`")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # a table's column of integers with gaps
         if not isinstance(value, str | int):
-            hint = ": to predict a number set `labels: number`" if isinstance(value, float) else ""
+            if several:
+                raise RowError(self.label, f"must be a list of texts, integers or booleans; {named(value)} is in it")
+            number = isinstance(value, float) and math.isfinite(value)
+            hint = ": to predict a number set `labels: number`" if number else ""
             raise RowError(self.label, f"must be text, an integer or a boolean, given {named(value)}{hint}")
         name = str(value).strip()
         if not name:
-            raise RowError(self.label, "is empty: there is nothing to learn from it")
-        if self.classes and name not in self.classes:
+            told = "is empty: there is nothing to learn from it"
+            raise RowError(self.label, "has an empty text in its list" if several else told)
+        if why := _odd(name):
+            raise RowError(self.label, f"{why}: `{shorten(name)}`")
+        if self.classes and name not in self._known:
             raise RowError(self.label, f"`{shorten(name)}` is not among `classes`: {listed(list(self.classes), 8)}")
         return name
+
+
+def _odd(name: str) -> str:
+    """Return why text can't name a class, or nothing; names stand in tables, messages and files."""
+    begin = name[: NAME + 1]
+    kinds = set() if begin.isprintable() else {unicodedata.category(one) for one in begin}
+    if "Cs" in kinds:
+        return "has a lone surrogate (half a character)"
+    if "Cc" in kinds:
+        return "has a line end or another control character, and names a class"
+    return f"has {len(name):,} characters; the name of a class has at most {NAME:,}" if len(name) > NAME else ""

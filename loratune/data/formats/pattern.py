@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,9 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from loratune.config.section import as_tuple
-from loratune.data.formats.base import Group, Plain, RowError, column, named, unread
+from loratune.data.formats.base import Group, Plain, RowError, column, named, unread, whole
 from loratune.data.formats.section import FormatSection
-from loratune.errors import listed
+from loratune.errors import listed, shorten
 
 
 def parts_of(pattern: str) -> list[tuple[str, str | None]]:
@@ -126,7 +127,7 @@ class Patterns(FormatSection):
         return [f"pattern {number}: {name}" for number in range(1, len(self.patterns) + 1) for name in marked]
 
     def _label(self, row: Mapping[str, Any]) -> str:
-        value = column(row, self.label)
+        value = whole(column(row, self.label))
         if isinstance(value, bool):
             text = str(value).lower()
         elif isinstance(value, (str, int)):
@@ -135,13 +136,14 @@ class Patterns(FormatSection):
             raise RowError(self.label, f"must be a string, an integer or a boolean, given {named(value)}")
         if text not in self.verbalizers:
             known = listed(list(self.labels))
-            raise RowError(self.label, f"is `{text[:60]}`, which is no label of `data.format.verbalizers`: {known}")
+            raise RowError(self.label, f"is `{shorten(text)}`, which is no label of `data.format.verbalizers`: {known}")
         return text
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = column(row, name)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not (isinstance(value, str) or number):
         raise RowError(name, f"must be a string or a number, as a pattern names it, given {named(value)}")
     if not (text := str(value)).strip():
         raise RowError(name, "is empty, but a pattern names it")
