@@ -29,7 +29,7 @@ from loratune.events import Listener, Report
 from loratune.kernels import linear_cross_entropy
 from loratune.methods import adapter_files
 from loratune.methods.attach import attach
-from loratune.models import base_model, generate
+from loratune.models import base_model, fingerprint, generate
 from loratune.models.batch import Batch
 from loratune.models.policy import Policy
 from loratune.objectives import metrics
@@ -231,13 +231,20 @@ def evaluate(
 
 
 def _objective(what: Subject, format: str | None) -> ObjectiveSection | None:
-    """Return the objective of a run where its loss and figures are measured on rows of a format (None: the run's)."""
-    if what.recipe is None or what.recipe.objective.generates:
-        return None
-    objective = what.recipe.objective
-    if objective.pooled:
-        objective = objective.of_head(opened_model.head(what))
-    return objective if format in (None, *objective.formats) else None
+    """Return the objective of a run where its loss and figures are measured on rows of a format (None: the run's).
+
+    Raises:
+        UsageError: when the model scores rows, and no objective says how it does.
+    """
+    objective = what.recipe.objective if what.recipe and not what.recipe.objective.generates else None
+    if objective is not None and format not in (None, *objective.formats):
+        objective = None
+    if objective is not None and objective.pooled:
+        return objective.of_head(opened_model.head(what))
+    if objective is None and what.folder is not None and fingerprint.head(what.folder):
+        told = f"`{what.name}` has a head that scores rows: it writes no answers"
+        raise UsageError(told, "name the folder of its run, and rows in the format that it was trained on")
+    return objective
 
 
 def _check_no_answers(objective: ObjectiveSection, wish: _Wish, out: Path | None) -> None:
@@ -365,6 +372,8 @@ def _rows(
         held_out = dataset.of(known.data, known.train.seed, encoder, pooled=known.objective.pooled)[1]
         if held_out is None:
             raise UsageError("the run has no held-out rows", "name some with --data")
+        if known.objective.pooled:  # the head's: files may have more classes by now
+            held_out = dataset.with_classes(held_out, opened_model.classes(what))
     else:
         local = files.local(path)
         there, pattern = files.there(local), glob.has_magic(path)

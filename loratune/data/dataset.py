@@ -311,9 +311,9 @@ class _Account:
             return
         if row.fate == "refused":
             self._refuse(row)
-        known = [self.classes.setdefault(name, len(self.classes)) for name in row.classes or ()]
         for piece in row.pieces:
-            if row.classes is not None:
+            if row.classes is not None:  # of a lost row they count for nothing
+                known = [self.classes.setdefault(name, len(self.classes)) for name in row.classes]
                 piece = replace(piece, labels=np.array(known, dtype=np.float32))
             self.counts.tokens += len(piece.ids)
             self.counts.trained_tokens += piece.count()
@@ -415,7 +415,7 @@ def _classes(train: Rows, section: Data) -> tuple[str, ...]:
     )
     if len(found) < 2:
         place = Place(", ".join(source.path for source in section.train))
-        told = f"all rows have the label `{shorten(found[0])}`" if found else "no row has a label"
+        told = f"`{shorten(found[0])}` is the only label" if found else "no row has a label"
         raise DataError(Problem(f"{told}: a classifier needs at least two classes", place))
     return tuple(found)
 
@@ -433,14 +433,18 @@ def with_classes(rows: Rows, classes: tuple[str, ...]) -> Rows:
     Raises:
         DataError: when a row has another class.
     """
-    known = set(classes)
-    unknown = [number for number, name in enumerate(rows.store.about["classes"]) if name not in known]
-    if classes and unknown:
-        bad = [i for i in range(len(rows)) if np.isin(rows.store.row(int(rows.chosen[i])).labels, unknown).any()]
-        names = listed([shorten(rows.store.about["classes"][number]) for number in unknown], 8)
-        told = f"has a label that no training row has; unknown: {names}"
-        raise DataError([Problem(told, rows.place(i), "leave such rows out, or train on some") for i in bad[:SHOWN]])
-    return replace(rows, classes=classes)
+    found = replace(rows, classes=classes)
+    if not classes or set(rows.store.about["classes"]) <= set(classes):
+        return found
+    names, known = rows.store.about["classes"], set(classes)
+    of = ((index, rows.store.row(int(number)).labels.astype(int)) for index, number in enumerate(rows.chosen))
+    wrong = {index: [names[label] for label in labels if names[label] not in known] for index, labels in of}
+    if bad := {index: some for index, some in wrong.items() if some}:
+        names = list(dict.fromkeys(shorten(name) for some in bad.values() for name in some))
+        told = f"has a label that no training row has; unknown: {listed(names, 8)}"
+        hint = "leave such rows out, or train on some"
+        raise DataError([Problem(told, rows.place(index), hint) for index in list(bad)[:SHOWN]])
+    return found
 
 
 def hold_out(train: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

@@ -171,7 +171,7 @@ def _fitted(example: Example, format: str, place: Place, encoded: list[Row] | Ro
     tokens = sum(len(row.ids) for row in encoded)
     order = _order(*encoded) if data.format.sample == "pair" else None
     classes = group.classes if group else None
-    content = _content(encoded, classes or ())
+    content = _content(encoded, sorted(classes or ()))
     return Prepared(place, fate, reason, format, tokens, content, tuple(pieces), order=order, classes=classes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -48,7 +48,7 @@ class Classify(ObjectiveSection):
         "accuracy": Figure("fraction of rows", "higher"),
         "error": Figure("mean absolute error", "lower"),
     }
-    class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = Field(
         "none",
         description="weight of each class in the loss: none, balanced (as if all were equally frequent), or a mapping "
         "from names to weights, 1 where a class is not in it",
@@ -82,7 +82,7 @@ class Classify(ObjectiveSection):
                 raise DataError(told)
             bound._weights = tuple(self.class_weights.get(name, 1.0) for name in rows.classes)
         elif self.class_weights == "balanced":
-            bound._weights = tuple(_balanced(rows.labels, len(rows.classes)).tolist())
+            bound._weights = tuple(_balanced(rows).tolist())
         return bound
 
     @property
@@ -197,10 +197,13 @@ def _chosen(outputs: np.ndarray) -> np.ndarray:
     return found
 
 
-def _balanced(labels: list[np.ndarray], classes: int) -> np.ndarray:
-    """Return n / (C n_c) for each class, (classes,): each weighs the same, and the mean over the rows' labels is 1."""
+def _balanced(rows: Rows) -> np.ndarray:
+    """Return n / (C n_c) for each class, (classes,), of the labels that an epoch shows: each class weighs the same."""
     import numpy as np
 
-    numbers = np.bincount(np.concatenate(labels).astype(np.int64), minlength=classes)
-    found: np.ndarray = numbers.sum() / (classes * np.maximum(numbers, 1))
+    labels = rows.labels
+    shown = np.repeat(rows.sample_weights, [len(some) for some in labels])
+    numbers = np.bincount(np.concatenate(labels).astype(np.int64), shown, len(rows.classes))
+    seen = np.where(numbers > 0, numbers, 1.0)
+    found: np.ndarray = numbers.sum() / (len(numbers) * seen)
     return found

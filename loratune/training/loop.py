@@ -71,8 +71,8 @@ def steps(
             group["lr"] = group["initial_lr"] * factor(number - 1)
         with tuned.step():
             if objective.probed:
-                tokens = max(part.computed for part in micro)
-                probed = _probed(policy, objective, batch.whole(), tokens, accelerator, poll)
+                most = max(part.computed for part in micro)
+                probed = _probed(policy, objective, batch.whole(), most, accelerator, poll)
                 micro = [_with(part, probed) for part in micro]
             sums = _backward(policy, objective, tuned, micro, count, accelerator, poll)
         if scaled:

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from loratune.data import batches, chat_template, collate, dataset, labels, model_limits, turn_ends
 from loratune.data.dataset import Rows
 from loratune.data.encode import Encoder
-from loratune.errors import ModelError, Place, Problem
+from loratune.errors import ModelError, Place, Problem, listed
 from loratune.kernels import gpu_self_test, torch_compile
 from loratune.kernels.layer_kinds import name_of
 from loratune.methods import Lora, targets, tensor_files
@@ -98,6 +98,7 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
     if isinstance(recipe.method, Lora) and recipe.method.continue_from is not None:
         start, hint = Path(recipe.method.continue_from), "set `model.base` to the base the adapter was trained on"
         loaded.notes += fingerprint.compare(start, recipe.model, False, encoder.tokenizer, hint).notes
+        _check_head(start, recipe)
     over = recipe.method.refused_over(loaded.quantization, "use the model it was made from, which is not quantized")
     if refused := [Problem(one.message, Place(recipe.model.base), one.hint) for one in over]:
         raise ModelError(refused)
@@ -123,6 +124,15 @@ def load_base(recipe: Recipe, data: Data, where: torch.device, trust: bool, dtyp
         **({"head": recipe.objective.head()} if recipe.objective.outputs else {}),
     }
     return Base(loaded, origin, end_tokens.joined(trained, turn_ends.of_template(encoder)), chat)
+
+
+def _check_head(start: Path, recipe: Recipe) -> None:
+    """Check that the head of an adapter to continue, if it has one, has the outputs of this run's in their order."""
+    its, own = (one.get("id2label", {}) for one in (fingerprint.head(start), recipe.objective.head()))
+    if its and its != own:
+        now = listed(list(own.values()), 8) if own else f"`objective: {recipe.objective.type}` has none"
+        told = f"the head of the adapter to continue is for {listed(list(its.values()), 8)}; now: {now}"
+        raise ModelError(Problem(told, Place(str(start)), "start a new adapter, or train on rows of these classes"))
 
 
 def check_reference(recipe: Recipe, data: Data, loaded: Loaded, trust: bool) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import time
 from collections.abc import Iterator
@@ -54,12 +55,14 @@ def start(recipe: Recipe, accelerator: Accelerator, trust: bool) -> Start:
 
 
 def fingerprints(train: Rows, held_out: Rows | None) -> dict[str, str | None]:
-    """Return a sha256 (hex) of training and held-out rows: their contents, lengths and weights."""
+    """Return a sha256 (hex) of training and held-out rows: contents, lengths, weights, order of classes."""
 
     def of(rows: Rows) -> str:
         digest = hashlib.sha256()
         for array in (rows.contents, rows.lengths, rows.weights):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if rows.classes:  # a hash of a row's content has their names; in another order they are other outputs
+            digest.update(json.dumps(rows.classes).encode())
         return digest.hexdigest()
 
     return {"data": of(train), "eval": of(held_out) if held_out is not None else None}

@@ -21,12 +21,13 @@ from transformers import LlamaForSequenceClassification
 import loratune
 from loratune import recipe
 from loratune.commands import evaluate
-from loratune.data import dataset
+from loratune.data import dataset, labels
 from loratune.data.collate import collate
 from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Labelled
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
-from loratune.errors import DataError, Place, RecipeError, UsageError
+from loratune.errors import DataError, ModelError, Place, RecipeError, RunFolderError, UsageError
 from loratune.kernels import packed_attention
 from loratune.models import score_head
 from loratune.models.policy import Policy
@@ -301,6 +302,32 @@ def test_resume_bit_for_bit(fit: Fit, tmp_path: Path, method: str, objective: st
         assert torch.equal(tensor, resumed.net.state_dict()[name]), name
 
 
+def test_a_resume_with_other_classes_is_refused(fit: Fit, tmp_path: Path) -> None:
+    """In another order they are other outputs of the head, though the rows are the same."""
+
+    def run(order: list[str], **more: Any) -> Trained:
+        form = {"type": "labelled", "classes": order}
+        return train(fit, tmp_path, "a", labelled(32), form, train={"epochs": 3, "save_every": 2}, **more)
+
+    with _stop_after(5):
+        run(["good", "bad"])
+    with pytest.raises(RunFolderError, match="the training rows are not the same"):
+        run(["bad", "good"], resume=True)
+    run(["good", "bad"], resume=True)
+
+
+def test_a_head_is_continued_with_its_classes_only(fit: Fit, tmp_path: Path) -> None:
+    one = train(fit, tmp_path, "one", labelled(32))
+    method = {"type": "lora", "continue_from": str(one.folder)}
+    assert losses(train(fit, tmp_path, "two", labelled(32), method=method))[0] < 0.1
+    told = "the head of the adapter to continue is for `bad`, `good`; now: "
+    others = [{**row, "label": {"good": "a", "bad": "b"}[row["label"]]} for row in labelled(32)]
+    with pytest.raises(ModelError, match=f"{told}`a`, `b`"):
+        train(fit, tmp_path, "three", others, method=method)
+    with pytest.raises(ModelError, match=f"{told}`objective: sft` has none"):
+        fit("four", method=method)
+
+
 ROWS = [
     ({"label": "good"}, "`text` is missing"),
     ({"text": " ", "label": "good"}, "`text` is empty: there is nothing to classify"),
@@ -341,7 +368,7 @@ def test_classes_are_sorted_and_those_of_held_out_rows_are_the_same(tmp_path: Pa
     assert [one.tolist() for one in found.labels] == [[0], [2], [0], [1]]
     with pytest.raises(DataError, match=r"rows.jsonl:2.*`2` is not among `classes`: `10`, `1`"):
         load(tmp_path, rows, classes=["10", "1"])
-    with pytest.raises(DataError, match="all rows have the label `x`: a classifier needs at least two classes"):
+    with pytest.raises(DataError, match="`x` is the only label: a classifier needs at least two classes"):
         load(tmp_path, [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}])
 
 
@@ -372,6 +399,55 @@ def test_class_weights(tmp_path: Path) -> None:
     assert Classify(class_weights={"y": 3.0}).of_rows(found, data)._weights == (1.0, 3.0)
     with pytest.raises(DataError, match="names `z`; the classes: `x`, `y`"):
         Classify(class_weights={"z": 3.0}).of_rows(found, data)
+
+
+def test_classes_are_balanced_over_what_an_epoch_shows(tmp_path: Path) -> None:
+    """Rows count by the weight of their source; of several classes, each label of a row."""
+    for name, told in (("x", ["x"] * 6), ("y", ["y"] * 4)):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}", "label": x} for n, x in enumerate(told)])
+    sources = [{"path": str(tmp_path / "x.jsonl")}, {"path": str(tmp_path / "y.jsonl"), "weight": 3.0}]
+    data = tiny.data(train=sources, format="labelled")
+    rows, _ = dataset.of(data, 0, Encoder(tiny.tokenizer()), pooled=True)
+    assert Classify(class_weights="balanced").of_rows(rows, data)._weights == pytest.approx((18 / 12, 18 / 24))
+    some = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["x"]}]
+    found, _ = load(tmp_path, some, labels="several")
+    data = tiny.data(train="x", format={"type": "labelled", "labels": "several"})
+    assert Classify(class_weights="balanced").of_rows(found, data)._weights == pytest.approx((3 / 4, 3 / 2))
+
+
+@pytest.mark.parametrize("weight", [0, -1.0])
+def test_a_weight_is_above_0(tmp_path: Path, base: Path, weight: float) -> None:
+    objective = {"type": "classify", "class_weights": {"x": weight}}
+    with pytest.raises(RecipeError, match="must be above 0"):
+        recipe.load(tiny.write_recipe(tmp_path, base, objective=objective, data={"format": "labelled"}))
+
+
+def test_a_class_that_only_lost_rows_have_is_none(tmp_path: Path) -> None:
+    """Neither of the training rows nor of the held-out ones."""
+    rows = [*labelled(6), {"text": "long " * 99, "label": "ugly"}]
+    file, held = tiny.write_jsonl(tmp_path / "rows.jsonl", labelled(6)), tiny.write_jsonl(tmp_path / "held.jsonl", rows)
+    fields = {"format": "labelled", "max_length": 64, "on_long": "drop", "max_lost": 0.5, "overlap": "allow"}
+    encoder = Encoder(tiny.tokenizer())
+    assert dataset.of(tiny.data(train=str(held), **fields), 0, encoder)[0].classes == ("bad", "good")
+    found = dataset.of(tiny.data(train=str(file), eval=str(held), **fields), 0, encoder)[1]
+    assert (len(found), found.classes) == (6, ("bad", "good"))
+
+
+def test_the_order_of_several_classes_makes_no_other_row(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": ["x", "y"]}, {"text": "a", "label": ["y", "x"]}, {"text": "a", "label": ["x"]}]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = tiny.data(train=str(file), format={"type": "labelled", "labels": "several"}, duplicates="drop", max_lost=0.5)
+    found, _ = dataset.of(data, 0, Encoder(tiny.tokenizer()))
+    assert [one.tolist() for one in found.labels] == [[0, 1], [0]]
+
+
+def test_a_label_that_some_rows_lack_can_be_learned(tmp_path: Path) -> None:
+    form = Labelled(labels="several", classes=("x", "y"))
+    rows, _ = load(tmp_path, [{"text": "a", "label": ["x"]}, {"text": "b", "label": []}], **form.model_dump())
+    assert labels.check_seen(form, rows) == ["no training row has the label `y`"]
+    rows, _ = load(tmp_path, [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["x"]}], **form.model_dump())
+    with pytest.raises(DataError, match="all 2 training rows have the label `x`"):
+        labels.check_seen(form, rows)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +568,30 @@ def test_eval_of_a_classifier(fit: Fit, tmp_path: Path, method: str) -> None:
     tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": "yes", "label": "ugly"}])
     with pytest.raises(DataError, match=r"other.jsonl:1.*no training row has; unknown: `ugly`"):
         loratune.evaluate(done.folder, data=other)
+
+
+def test_eval_takes_the_classes_of_the_head(fit: Fit, tmp_path: Path) -> None:
+    """Not of the training file, which may have more by now; of a dozen integers, in their order."""
+    rows = [{"text": f"{'yes' if n % 2 else 'no'} {n}", "label": n % 12} for n in range(48)]
+    file, held = (tiny.write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in (("a", rows), ("b", rows[:12])))
+    data = {"train": str(file), "eval": str(held), "format": "labelled", "overlap": "allow"}
+    done = fit("run", data=data, objective="classify")
+    before = loratune.evaluate(done.folder)
+    assert before.classes == tuple(map(str, range(12)))
+    tiny.write_jsonl(file, [*rows, {"text": "new", "label": -1}])
+    assert loratune.evaluate(done.folder) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_eval_asks_a_classifier_for_no_answers(fit: Fit, tmp_path: Path, method: str) -> None:
+    """A full one has no head of a language model any more: transformers would make one up."""
+    done = train(fit, tmp_path, "a", labelled(32), method={"type": method}, train={"epochs": 1})
+    chats = str(tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.chats(4)))
+    with pytest.raises(UsageError, match="has a head that scores rows: it writes no answers"):
+        loratune.evaluate(done.folder, data=chats, format="chat")
+    (done.folder / "recipe.yaml").unlink()
+    with pytest.raises(UsageError, match="has a head that scores rows: it writes no answers"):
+        loratune.evaluate(done.folder, data=chats)
 
 
 def test_eval_of_a_reward_model(fit: Fit, tmp_path: Path) -> None:

@@ -293,6 +293,8 @@ def test_micro_batches_and_packs_are_one_of_eight(fit: Fit, tmp_path: Path, more
     assert whole.column("loss")[-1] < 0.95 * whole.column("loss")[0], "nothing was learned, so nothing was compared"
     assert max(whole.column("kl")) > 0.1
     assert _apart(parts.events(), whole.events()) < 1e-4
+    assert parts.column("tokens") == whole.column("tokens"), "of the rows, not of the probes"
+    assert min(whole.column("tokens")) > min(whole.column("trained_tokens"))
     for one, other in zip(parts.events("eval"), whole.events("eval"), strict=True):
         for name in ("loss", "accuracy", "kl", "reward_desirable", "reward_undesirable"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4)
