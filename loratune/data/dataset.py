@@ -263,7 +263,8 @@ def _read(
         if not account.counts.kept:
             where = ", ".join(source.path for source in sources)
             counts = account.counts
-            raise DataError(Problem(f"no rows left: {counts.read} read, {counts.lost} lost", Place(where)))
+            told = Problem(f"no rows left: {counts.read:,} read, {counts.lost:,} lost", Place(where))
+            raise DataError([*map(Problem, counts.first), told])
         about = {
             "counts": account.counts.as_json(), "formats": account.formats, "unread": account.unread,
             "per_sample": data.format.rows_per_sample, "sample": data.format.sample, "notes": account.notes(),

@@ -189,7 +189,11 @@ def test_read_is_kept_and_dropped(tmp_path: Path, on_long: str, format_: Any) ->
 
 def test_no_rows_left_is_an_error(tmp_path: Path) -> None:
     message = refused(tmp_path, texts(20, 30), max_length=10, format=Text(), on_long="drop")
-    assert message == "rows.jsonl: no rows left: 2 read, 2 lost"
+    assert message == (
+        "rows.jsonl:1: 20 tokens, dropped\nrows.jsonl:2: 30 tokens, dropped\nrows.jsonl: no rows left: 2 read, 2 lost"
+    )
+    message = refused(tmp_path, [{"text": 1}], format=Text(), on_bad_row="skip", max_lost=1.0)
+    assert message.startswith("rows.jsonl:1: `text` must be a string, given a number\n"), "why they are lost"
     assert refused(tmp_path, []) == "rows.jsonl: no rows left: 0 read, 0 lost"
 
 
