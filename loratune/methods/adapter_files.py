@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +84,14 @@ def changes_biases(folder: Path) -> bool:
     return safety.read_object(folder / CONFIG).get("bias") not in (None, "none")
 
 
-def check_complete(net: PeftModel, folder: Path, name: str) -> None:
+def check_complete(net: PeftModel, folder: Path, name: str, new: Collection[str] = ()) -> None:
     """Check that the file has exactly the tensors this model needs of an adapter.
+
+    Args:
+        net: with the adapter.
+        folder: of the file.
+        name: of the adapter in the model.
+        new: tensors of the model that the file may lack, or have for something else.
 
     Raises:
         ModelError: naming the first that are missing, too many, or of another shape.
@@ -97,8 +103,8 @@ def check_complete(net: PeftModel, folder: Path, name: str) -> None:
     allowed = get_peft_model_state_dict(
         net, adapter_name=name, save_embedding_layers=True
     )  # PEFT may save them as well
-    missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - allowed.keys())
-    other = [key for key in found.keys() & allowed.keys() if found[key].shape != tuple(allowed[key].shape)]
+    missing, more = sorted(wanted.keys() - found.keys() - set(new)), sorted(found.keys() - allowed.keys())
+    other = [key for key in found.keys() & allowed.keys() - set(new) if found[key].shape != tuple(allowed[key].shape)]
     problems = [
         Problem(f"{what}: {listed([shorten(key, 120) for key in keys], 3)}", Place(str(folder / TENSORS)), hint)
         for what, keys, hint in (

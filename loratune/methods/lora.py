@@ -51,6 +51,7 @@ _OF_PEFT = {
 }  # fmt: skip
 # fields that change what an adapter computes, and that this method does not have
 _NOT_HERE = ("alora_invocation_tokens", "layer_replication", "lora_bias", "target_parameters", "use_qalora")
+HEAD = "base_model.model.score.weight"  # in the file: the head that scores rows, see models/score_head
 
 
 class Lora(MethodSection):
@@ -136,6 +137,10 @@ class Lora(MethodSection):
         if others := [key for key in _NOT_HERE if config.get(key)]:
             raise ModelError(Problem(f"`{others[0]}` is not supported", place, "continue a plain LoRA adapter"))
         known = {ours: config[name] for name, ours in _OF_PEFT.items() if config.get(name) not in (None, [], {})}
+        if config.get("task_type") == "SEQ_CLS":  # its head comes from the objective
+            for key in ("modules_to_save", "target_modules"):
+                if isinstance(known.get(key), list):
+                    known[key] = [name for name in known[key] if name not in ("classifier", "score")]
         given = self.model_dump(include=self.model_fields_set)
         own = {name: value for name, value in given.items() if name not in _OF_PEFT.values()}
         try:
@@ -224,7 +229,10 @@ class Lora(MethodSection):
         """Return notes on the model after `apply`: which modules have no matrices, and what is slower."""
         reason = self._slower(model)
         slower = f"{reason}: the layers of the adapter are computed by PEFT, which is slower"
-        return [*targets.notes(self, model), *([slower] if reason else [])]
+        found = [*targets.notes(self, model), *([slower] if reason else [])]
+        if self.continue_from is not None and _starts_at_zero(model, Path(self.continue_from)):
+            found.append("the head that scores rows starts at zero: the adapter has none for these outputs")
+        return found
 
     def _slower(self, model: Any) -> str | None:
         """Return why PEFT's own layers are used, or None where `lora_linear` replaces them."""
@@ -340,14 +348,37 @@ class OnChangedBase(LoraAdapter):
 def _load_into(model: PeftModel, folder: Path) -> None:
     """Load the tensors of an adapter into a new one of the same shape.
 
+    A head that scores rows stays at zero unless the adapter has the same one.
+
     Raises:
         ModelError: when the file has others.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    adapter_files.check_complete(model, folder, "default")
-    set_peft_model_state_dict(model, load_file(folder / adapter_files.TENSORS))
+    state = load_file(folder / adapter_files.TENSORS)
+    new = [HEAD] if _starts_at_zero(model, folder) else []
+    if HEAD in state and not new and not _has_head(model):
+        told = "has a head that scores rows, and this objective learns to write"
+        raise ModelError(Problem(told, Place(str(folder)), "continue it with `objective: classify` or `reward`"))
+    adapter_files.check_complete(model, folder, "default", new)
+    zero = get_peft_model_state_dict(model, save_embedding_layers=False)
+    set_peft_model_state_dict(model, {**state, **{name: zero[name] for name in new}})
+
+
+def _has_head(model: Any) -> bool:
+    from loratune.models import score_head
+
+    return score_head.of(model) is not None
+
+
+def _starts_at_zero(model: Any, folder: Path) -> bool:
+    """Return whether the model has a head that the adapter in a folder lacks, or has for something else."""
+    from loratune.models import fingerprint, score_head
+
+    if not _has_head(model):
+        return False
+    return fingerprint.head(folder) != score_head.settings_of(score_head.config_of(model))
 
 
 def _best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,3 +140,46 @@ def test_an_adapter_that_does_not_fit(fit: Fit, tmp_path: Path, first: Trained) 
     assert "set `model.base`" in str(error.value)
     with pytest.raises(RecipeError, match=r"`method\.continue_from` .* is the run folder"):
         fit("first", method=start(first.folder), overwrite=True)
+
+
+def scored(fit: Fit, folder: Path, name: str, objective: str, words: tuple[str, str] = ("red", "blue"), **more: Any) -> Trained:  # fmt: skip
+    texts = [{"text": f"a {word} {number}", "label": word} for number in range(8) for word in words]
+    format, rows = ("labelled", texts) if objective == "classify" else ("preference", pairs.rows(16))
+    data = {"train": str(tiny.write_jsonl(folder / f"{name}.jsonl", rows)), "format": format}
+    return fit(name, data=data, objective=objective, **more)
+
+
+HEAD = "base_model.model.score.weight"
+
+
+@pytest.mark.parametrize("objective", ["classify", "reward"])
+def test_what_learned_to_write_learns_to_score(
+    fit: Fit, tmp_path: Path, first: Trained, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = scored(fit, tmp_path, "a", objective, method=start(first.folder), optimizer={"lr": 1e-30})
+    assert done.column("loss")[0] == pytest.approx(math.log(2), abs=1e-6), "the head starts at zero"
+    found = tensors(done.folder)
+    assert not found[HEAD].abs().max() > 1e-20
+    for name, tensor in tensors(first.folder).items():
+        assert torch.equal(tensor, found[name])
+    assert "the head that scores rows starts at zero" in capsys.readouterr().err
+    trained = scored(fit, tmp_path, "b", objective, method=start(first.folder))
+    assert tensors(trained.folder)[HEAD].abs().max() > 1e-4, "and is trained"
+
+
+def test_a_head_goes_on_only_for_the_same_outputs(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    before = scored(fit, tmp_path, "a", "classify", train={"epochs": 4})
+    head = tensors(before.folder)[HEAD]
+    assert head.any()
+    same = scored(fit, tmp_path, "same", "classify", method=start(before.folder), optimizer={"lr": 1e-30})
+    assert torch.equal(tensors(same.folder)[HEAD], head)
+    assert "starts at zero" not in capsys.readouterr().err
+    others = scored(fit, tmp_path, "others", "classify", ("up", "down"), method=start(before.folder), optimizer={"lr": 1e-30})  # fmt: skip
+    reward = scored(fit, tmp_path, "reward", "reward", method=start(before.folder), optimizer={"lr": 1e-30})
+    for done in (others, reward):
+        assert not tensors(done.folder)[HEAD].abs().max() > 1e-20
+    assert capsys.readouterr().err.count("starts at zero") == 2
+    with pytest.raises(ModelError, match="has a head that scores rows, and this objective learns to write"):
+        fit("never", method=start(before.folder))
