@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loratune.data.formats import Patterns
+from loratune.objectives import Pattern
 from loratune.recipe import Recipe
 from loratune.runs.facts import Facts
 
@@ -52,7 +54,7 @@ def write(recipe: Recipe, facts: Facts) -> str:
             if recipe.objective.outputs
             else use(
                 recipe.output if adapter else None, setup.base, setup.chat, list(setup.turn_ends),
-                recipe.model.revision,
+                recipe.model.revision, _labelling(recipe),
             )
         ),
         "",
@@ -146,7 +148,8 @@ def use_scores(
 
 
 def use(
-    adapter: str | None, base: str, chat: bool, ends: Sequence[str], revision: str | None = None
+    adapter: str | None, base: str, chat: bool, ends: Sequence[str], revision: str | None = None,
+    labelling: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Return the section on how to use a model, with code that runs unchanged in its folder.
 
@@ -156,9 +159,12 @@ def use(
         chat: whether it was trained on turns, so that a question goes through the chat template.
         ends: tokens that end an answer, as text.
         revision: of the base model on a hub, or None for its newest.
+        labelling: lines of code that label a text, instead of those that generate.
     """
-    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["GenerationConfig"] if adapter else [])]
-    lines = [*(["from peft import PeftModel"] if adapter else []), f"from transformers import {', '.join(names)}", ""]
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["GenerationConfig"] if adapter and not labelling else [])]
+    lines = ["import torch"] if labelling else []
+    lines += ["from peft import PeftModel"] if adapter else []
+    lines += [f"from transformers import {', '.join(names)}", ""]
     lines += ['folder = "."  # this folder; from elsewhere, its path or hub id']
     lines += [f"base = {_base(base, adapter)!r}  # the base model: its path or hub id"] if adapter else []
     at = f"base, revision={revision!r}" if revision else "base"
@@ -167,8 +173,11 @@ def use(
         f'model = AutoModelForCausalLM.from_pretrained({at if adapter else "folder"}, dtype="auto")',
     ]
     if adapter:
+        lines += ["model = PeftModel.from_pretrained(model, folder)"]
+    if labelling:
+        return ["## Use", "", "```python", *lines, *labelling, "```"]
+    if adapter:
         lines += [
-            "model = PeftModel.from_pretrained(model, folder)",
             "model.generation_config = GenerationConfig.from_pretrained(folder)  # has the end tokens",
         ]
     if chat:
@@ -191,6 +200,29 @@ def use(
         if adapter:
             told[1] += f" A server may read the base's file instead: give it {shown} as a stop token."
     return ["## Use", "", "```python", *lines, "```", *told]
+
+
+def _labelling(recipe: Recipe) -> list[str]:
+    """Return code that labels a text as `objective: pattern` learned it: the mean of the patterns' probabilities."""
+    form, objective = recipe.data.format, recipe.objective
+    if not isinstance(form, Patterns) or not isinstance(objective, Pattern):
+        return []
+    return [
+        f"patterns = {list(form.patterns)!r}",
+        f"verbalizers = {dict(form.verbalizers)!r}",
+        f"row = {dict.fromkeys(form.columns, 'Once upon a time')!r}",
+        "chances = 0",
+        "for text in [pattern.format(**row) for pattern in patterns]:",
+        "    scores = []",
+        "    for words in verbalizers.values():",
+        '        inputs = tokenizer(text + words, return_offsets_mapping=True, return_tensors="pt")',
+        '        of_words = inputs.pop("offset_mapping")[0, 1:, 0] >= len(text)',
+        "        logps = model(**inputs.to(model.device)).logits[0, :-1].float().log_softmax(-1).cpu()",
+        '        found = logps.gather(1, inputs["input_ids"][0, 1:, None].cpu())[of_words]',
+        f"        scores.append(found.{objective.normalise}())",
+        "    chances = chances + torch.stack(scores).softmax(0) / len(patterns)",
+        "print(dict(zip(verbalizers, chances.tolist())))",
+    ]
 
 
 def _base(base: str, adapter: str) -> str:

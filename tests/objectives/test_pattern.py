@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import torch
 import loratune
 from loratune.commands import evaluate
 from loratune.data.collate import collate
-from loratune.data.encode import Row
+from loratune.data.encode import Encoder, Row
+from loratune.data.formats import Plain
 from loratune.data.prefix_sharing import Layout
 from loratune.data.sample import Sample
 from loratune.errors import Place, RecipeError, UsageError
@@ -273,3 +277,28 @@ def test_recipes_that_fit_no_pattern(tmp_path: Path, base: Path, sections: dict[
     path = tiny.write_recipe(tmp_path, base, **{"objective": "pattern", **sections})
     with pytest.raises(RecipeError, match=re.escape(told)):
         loratune.load_recipe(path)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_the_code_on_the_card_labels_as_trained(fit: Any, tmp_path: Path, normalise: str) -> None:
+    form = {**labelled.FORMAT, "verbalizers": {"neg": " bad", "pos": " good and red"}}
+    done = labelled.fitted(fit, tmp_path)(
+        data={"format": form}, objective={"type": "pattern", "normalise": normalise}
+    )  # fmt: skip
+    code = (done.folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=done.folder, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = ast.literal_eval(ran.stdout.splitlines()[-1])
+    encoder, wanted = Encoder(tiny.tokenizer()), torch.zeros(2)
+    for text in ("Once upon a time It was", "Review: Once upon a time\nSentiment:"):
+        scores = []
+        for words in form["verbalizers"].values():
+            row = encoder.encode(Plain(((text, False), (words, True)), closed=False), Place("made"))
+            ids = torch.tensor(row.ids.tolist())
+            with torch.no_grad():
+                logps = done.net.eval()(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            of_words = logps.gather(1, ids[1:, None])[:, 0][torch.tensor(row.trained[1:])]
+            scores.append(of_words.sum() if normalise == "sum" else of_words.mean())
+        wanted += torch.stack(scores).softmax(0) / 2
+    assert list(found) == ["neg", "pos"]
+    assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
