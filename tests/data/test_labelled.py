@@ -172,3 +172,8 @@ def test_an_error_about_all_rows_names_their_file(tmp_path: Path) -> None:
         labels.check_seen(form, found)
     found, form = of(tmp_path, [{"text": "a", "label": ["x"]}, {"text": "b", "label": []}], format=several)
     assert labels.check_seen(form, found) == ["no training row has the label `y`"]
+
+
+def test_booleans_are_named_as_json_and_tables_have_them() -> None:
+    for value in (True, "true"):
+        assert Labelled().read({"text": "a", "label": value}).classes == ("true",)
