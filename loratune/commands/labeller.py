@@ -60,7 +60,7 @@ class Labeller:
         raise UsageError(f"`{line.split()[0]}`: a classifier has no commands; each line is a text to label")
 
     def _label(self, scores: torch.Tensor) -> str:
-        if self._problem == "regression":
+        if self._problem == "regression" or len(self._names) == 1:  # of an adapter that records nothing
             return f"{float(scores[0]):.6g}"
         if self._problem == "multi_label_classification":
             chances = scores.sigmoid()

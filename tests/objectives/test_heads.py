@@ -20,7 +20,8 @@ from transformers import LlamaForSequenceClassification
 
 import loratune
 from loratune import recipe
-from loratune.commands import evaluate
+from loratune.commands import evaluate, opened_model
+from loratune.commands.labeller import Labeller
 from loratune.data import dataset, labels
 from loratune.data.collate import collate
 from loratune.data.encode import Encoder, Row
@@ -638,3 +639,25 @@ def test_eval_of_a_regression(fit: Fit, tmp_path: Path) -> None:
     assert {"loss", "error", "R2"} <= scores.keys()
     assert scores["R2"].value > 0
     assert float(loratune.chat(done.folder, "yes red")) == pytest.approx(1.5, abs=1)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_classifier_that_peft_alone_made(base: Path, tmp_path: Path, outputs: int) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    net.save_pretrained(tmp_path / "theirs")
+    ids = AutoTokenizer.from_pretrained(base)("yes red", return_tensors="pt").input_ids
+    with torch.no_grad():
+        scores = net.eval()(input_ids=ids).logits[0]
+    loaded = opened_model.load(opened_model.open_subject(str(tmp_path / "theirs"), str(base)), exact=True)
+    said = Labeller(loaded, lambda _: None).say("yes red")
+    if outputs == 1:
+        assert float(said) == pytest.approx(scores[0].item(), rel=1e-4)
+    else:
+        assert said.startswith(f"LABEL_{scores.argmax()} {scores.softmax(-1).max():.3f}")
