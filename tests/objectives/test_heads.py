@@ -661,3 +661,12 @@ def test_a_classifier_that_peft_alone_made(base: Path, tmp_path: Path, outputs: 
         assert float(said) == pytest.approx(scores[0].item(), rel=1e-4)
     else:
         assert said.startswith(f"LABEL_{scores.argmax()} {scores.softmax(-1).max():.3f}")
+
+
+def test_a_missing_column_can_be_named_otherwise(tmp_path: Path) -> None:
+    for row, told in (
+        ({"sentence": "a", "label": "b"}, "columns: `sentence`, `label`; `data.format.text` names another"),
+        ({"text": "a", "target": "b"}, "columns: `text`, `target`; `data.format.label` names another"),
+    ):
+        with pytest.raises(DataError, match=re.escape(told)):
+            load(tmp_path, [row])

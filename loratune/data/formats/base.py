@@ -114,11 +114,12 @@ def unread(row: Mapping[str, Any], used: Collection[str]) -> list[str]:
     return [name for name, value in row.items() if name not in used and has_content(value)]
 
 
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """Return a column of a row, or raise RowError naming the columns there are."""
+def column(row: Mapping[str, Any], name: str, key: str = "") -> Any:
+    """Return a column of a row, or raise RowError naming the columns there are, and the recipe's key for its name."""
     if name not in row:
         there = ", ".join(f"`{shorten(key)}`" for key in list(row)[:8]) or "none"
-        raise RowError(name, f"is missing; the row's columns: {there}")
+        hint = f"; `{key}` names another" if key else ""
+        raise RowError(name, f"is missing; the row's columns: {there}{hint}")
     return row[name]
 
 

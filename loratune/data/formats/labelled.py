@@ -50,10 +50,11 @@ class Labelled(FormatSection):
         Raises:
             RowError: when a column is missing or of another kind, the text is empty, or a class is not among `classes`.
         """
+        column(row, self.text, "data.format.text")
         text = text_column(row, self.text)
         if not text.strip():
             raise RowError(self.text, "is empty: there is nothing to classify")
-        value = column(row, self.label)
+        value = column(row, self.label, "data.format.label")
         plain = (Plain(((text, False),), closed=False),)
         if self.labels == "number":
             return Group(plain, (self._number(value),), what="texts", scored=True)
