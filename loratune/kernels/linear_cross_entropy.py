@@ -106,6 +106,27 @@ def is_plain(model: Any, ids: torch.Tensor) -> bool:
     return _plain[layer] is not None
 
 
+def is_frozen_float32(model: Any, ids: torch.Tensor) -> bool:
+    """Return whether `log_probabilities` can be computed: by a plain head, not trained, in float32 on a CPU."""
+    layer = layer_of(model)
+    if not is_plain(model, ids) or type(layer) is not torch.nn.Linear or layer.bias is not None:
+        return False
+    alone = layer.weight.device.type == "cpu" and not layer.weight.requires_grad
+    return alone and layer.weight.dtype is _precision(layer) is torch.float32
+
+
+def log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return log p of each target in nats, (tokens,); its gradient is kept as one vector for each token.
+
+    Args:
+        hidden: input of the head, float32, (tokens, width).
+        weight: of the head, frozen, float32, (vocabulary, width).
+        targets: (tokens,).
+    """
+    found: torch.Tensor = LogProbabilities.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _precision(layer: Any) -> torch.dtype:
     """Return the precision a linear layer computes in now: its own, or that of autocast."""
     kind = layer.weight.device.type
@@ -271,6 +292,34 @@ class Head(torch.autograd.Function):
         ]
         ctx.summed = None  # scaled in place, as it is as large as the head: only once
         return gradient, *summed, None, None
+
+
+class LogProbabilities(torch.autograd.Function):
+    """Log p of each target; d log p / d hidden is made in the forward pass, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        size = ROWS["cpu"]
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        made = hidden.new_empty(min(size, len(hidden)), len(weight))
+        found = hidden.new_empty(len(hidden))
+        for begin in range(0, len(hidden), size):
+            part, target = hidden[begin : begin + size], targets[begin : begin + size, None]
+            scores = torch.mm(part, weight.t(), out=made[: len(part)])  # (size, vocabulary)
+            scores.sub_(scores.amax(dim=-1, keepdim=True))
+            of_target = scores.gather(1, target)
+            ones = scores.exp_().sum(dim=-1, keepdim=True)
+            found[begin : begin + size] = (of_target - ones.log())[:, 0]
+            if gradient is not None:
+                _scores_to_gradient(scores, ones, target, 0.0)
+                torch.mm(scores, weight, out=gradient[begin : begin + size])
+        ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * -outer[0][:, None], None, None
 
 
 class OfLogits(torch.autograd.Function):

@@ -95,8 +95,14 @@ class Policy:
         return torch.cat([chunk(*part) for part in parts])
 
     def logps(self, batch: Batch) -> torch.Tensor:
-        """Return log p of each target in nats, float32, (targets,), with its gradient; see `per_target`."""
-        return -self.per_target(batch, _losses)
+        """Return log p of each target in nats, float32, (targets,), with its gradient; see `per_target`.
+
+        Below a frozen head in float32 on a CPU the gradient is known in the forward pass, and nothing is recomputed.
+        """
+        if not linear_cross_entropy.is_frozen_float32(self.inner, batch.inputs["input_ids"]):
+            return -self.per_target(batch, _losses)
+        states, layer = self._states(batch, plain=True)
+        return linear_cross_entropy.log_probabilities(states, layer.weight, batch.targets)
 
     def losses_and_hits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return -log p of each target in nats, and 1 where it is the most probable token; float32, (targets,) each."""

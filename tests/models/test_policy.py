@@ -35,7 +35,14 @@ def trained_head() -> Any:
     return made.eval()
 
 
-NETS = {"plain": llama, "capped": gemma2, "trained": trained_head}
+def frozen() -> Any:
+    """Return a model whose head is not trained: the gradient below it is made in the forward pass."""
+    net = llama()
+    net.lm_head.weight.requires_grad_(False)
+    return net
+
+
+NETS = {"plain": llama, "frozen": frozen, "capped": gemma2, "trained": trained_head}
 WAYS = [(name, layout) for name in NETS for layout in LAYOUTS if name != "capped" or layout == "padded"]
 
 
