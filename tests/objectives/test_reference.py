@@ -20,7 +20,7 @@ from loratune.data import row_cache
 from loratune.data.collate import collate
 from loratune.errors import BaseMismatchError, ModelError, RecipeError
 from loratune.methods import AdaLora, Full, Lora, Prompt
-from loratune.methods.tuned import Setup
+from loratune.methods.tuned import Setup, Tuned
 from loratune.models import base_model
 from loratune.objectives import Dpo
 from loratune.system.run_files import REFERENCE
@@ -63,7 +63,7 @@ def test_adapter_off_is_a_second_copy_to_the_bit(method: Any) -> None:
         for parameter in tuned.net.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-        wanted = Dpo().once(Full().apply(copy, Setup(1)).policy(), batch)
+        wanted = Dpo().once(Tuned(copy.requires_grad_(False)).policy(), batch)
         with tuned.policy().reference() as before:
             found = Dpo().once(before, batch)
     for name in Dpo.values:
