@@ -102,7 +102,9 @@ def test_numbers_of_a_csv_file_are_read(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_missing_is_told_with_the_others_in_short() -> None:
-    with pytest.raises(RowError, match=r"^`label` is missing; the row's columns: `text`, `x{59}…`$"):
+    with pytest.raises(
+        RowError, match=r"^`label` is missing; the row's columns: `text`, `x{59}…`; `data.format.label` names another$"
+    ):
         Labelled().read({"text": "a", "x" * 5_000: 1})
 
 
