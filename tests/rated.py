@@ -28,10 +28,6 @@ def fitted(fit: Fit, folder: Path, number: int = 32, bad: int = 2, **sections: A
 
     def run(name: str = "a", **more: Any) -> Trained:
         known: dict[str, Any] = {"objective": "kto", "data": {"train": str(train), "eval": str(held)}}
-        for part in (sections, more):
-            for key, value in part.items():
-                both = isinstance(value, dict) and isinstance(known.get(key), dict)
-                known[key] = {**known[key], **value} if both else value
-        return fit(name, **known)
+        return fit(name, **tiny.joined(known, sections, more))
 
     return run

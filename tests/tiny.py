@@ -114,6 +114,16 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def joined(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of some parts of a recipe; keys of a section are joined, the later part wins."""
+    known: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, dict) and isinstance(known.get(key), dict)
+            known[key] = {**known[key], **value} if both else value
+    return known
+
+
 def write_recipe(folder: Path, base: Path, rows: int = 24, **sections: Any) -> Path:
     """Write a recipe that trains the tiny model on `rows` chats in float32; `sections` are merged into it."""
     write_jsonl(folder / "train.jsonl", chats(rows))

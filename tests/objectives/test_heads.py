@@ -66,10 +66,7 @@ def train(fit: Fit, folder: Path, name: str, rows: list[dict[str, Any]], format:
         "objective": "classify", "method": {"type": "lora"}, "optimizer": {"lr": 1e-2},
         "train": {"epochs": 4, "batch_size": 8},
     }  # fmt: skip
-    for key, value in more.items():
-        both = isinstance(value, dict) and isinstance(known.get(key), dict)
-        known[key] = {**known[key], **value} if both else value
-    return fit(name, data=data, **known)
+    return fit(name, data=data, **tiny.joined(known, more))
 
 
 def losses(done: Trained) -> list[float]:

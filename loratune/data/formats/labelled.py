@@ -107,9 +107,8 @@ class Labelled(FormatSection):
             number = isinstance(value, float) and math.isfinite(value)
             hint = ": to predict a number set `labels: number`" if number else ""
             raise RowError(self.label, f"must be text, an integer or a boolean, given {named(value)}{hint}")
-        name = (
-            str(value).lower() if isinstance(value, bool) else str(value)
-        ).strip()  # true, as JSON and tables have it
+        text = str(value).lower() if isinstance(value, bool) else str(value)  # true, as JSON and tables have it
+        name = text.strip()
         if not name:
             told = "is empty: there is nothing to learn from it"
             raise RowError(self.label, "has an empty text in its list" if several else told)
